@@ -1,0 +1,1 @@
+"""Engines, schedules and the expression printer."""

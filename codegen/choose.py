@@ -1,0 +1,81 @@
+"""Choose an engine for a region: the one that was named, or the one the policy finds fastest, or none."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from refocus.codegen.plan import Plan
+from refocus.errors import EngineUnavailable
+from refocus.ir import Region, Sym
+
+_SUPPORTS = {
+    "triton": "refocus.codegen.flash_fit",
+    "cpp": "refocus.codegen.cpp",
+    "sdpa": "refocus.codegen.sdpa",
+}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    plan: Plan
+    reason: str
+
+
+@dataclass(frozen=True)
+class Leave:
+    """The region is understood, but stays as it is."""
+
+    reason: str
+
+
+def unsupported(engine: str, region: Region) -> str | None:
+    """Why an engine cannot run a region; None where it can. `tiled` runs every region."""
+    if engine == "tiled":
+        return None
+    reason: str | None = importlib.import_module(_SUPPORTS[engine]).supports(region)
+    return reason
+
+
+def plan_part(region: Region, numbers: Mapping[Sym, int], device: Any, engine: str | None, was_sdpa: bool) -> Chosen | Leave:
+    """A plan for one region. `numbers`: representative values of its symbolic sizes, for cost alone; `was_sdpa`: the
+    model itself calls PyTorch's fused attention here.
+
+    Raises EngineUnavailable when the named engine cannot run on this machine at all.
+    """
+    if engine is not None:
+        return _forced(region, device, engine)
+    if device.type == "cpu":
+        from refocus.codegen.policy import choose_cpu
+
+        return choose_cpu(region, numbers, was_sdpa)
+    reason = unsupported("triton", region)
+    if reason is not None:
+        return Leave(f"the triton engine does not take it: {reason}")
+    return Chosen(default_plan("triton", region), "the generated kernel")
+
+
+def _forced(region: Region, device: Any, engine: str) -> Chosen | Leave:
+    if engine == "triton":
+        from refocus.codegen.triton_engine import available
+
+        problem = available(device)
+        if problem is not None:
+            raise EngineUnavailable("the triton engine cannot run here", got=problem, todo="use engine='tiled', or a GPU")
+    elif engine == "cpp" and device.type != "cpu":
+        raise EngineUnavailable("the cpp engine runs on CPU only", got=f"tensors on {device}", todo="use engine='triton'")
+    reason = unsupported(engine, region)
+    if reason is not None:
+        return Leave(f"the {engine} engine does not take it: {reason}")
+    return Chosen(default_plan(engine, region), f"engine={engine!r} was asked for")
+
+
+def default_plan(engine: str, region: Region) -> Plan:
+    """The plan of an engine without tuning."""
+    if engine == "triton":
+        from refocus.codegen.flash_fit import default_plan as flash_plan
+
+        return flash_plan(region)
+    return replace(Plan(engine), block_q=128, block_k=128) if engine == "cpp" else Plan(engine)

@@ -1,0 +1,96 @@
+"""Which regions the flash schedule fits, and the tile sizes it takes by default."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import prod
+
+from refocus.codegen.plan import Plan
+from refocus.ir import FALSE, Axis, Const, Dot, Expr, Reduce, Region
+
+OPERAND_DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+OUT_DTYPES = ("float32", "float16", "bfloat16")
+WIDEST = 512
+
+
+def width(axes: Iterable[Axis]) -> int | None:
+    """The number of lanes that `axes` flatten to, or None when it is not known at compile time."""
+    sizes = [a.size.value if isinstance(a.size, Const) else None for a in axes]
+    return None if None in sizes else int(prod(sizes))  # type: ignore[arg-type]
+
+
+def padded(lanes: int) -> int:
+    """The power of two (16 at least, for tensor cores) that holds so many lanes."""
+    return max(16, 1 << (lanes - 1).bit_length())
+
+
+def all_dots(region: Region) -> list[Dot]:
+    """The distinct Dots of the region, those of its fills included."""
+    return list(dict.fromkeys(n for e in region.expressions for n in e.walk() if isinstance(n, Dot)))
+
+
+def dot_dtype(dot: Dot) -> str:
+    """What tl.dot multiplies: the narrow dtype that both sides share, else float32. Sums are float32 always."""
+    return dot.query.dtype if dot.query.dtype == dot.key.dtype and dot.query.dtype in OUT_DTYPES else "float32"
+
+
+def supports(region: Region) -> str | None:
+    """Why the flash schedule cannot run this region; None when it can."""
+    if region.normalizer != "softmax":
+        return f"the flash schedule normalises with a softmax, not with {region.normalizer!r}"
+    for operand in region.operands:
+        if operand.dtype not in OPERAND_DTYPES:
+            return f"operand {operand.name!r} is {operand.dtype}, which the kernel does not load"
+    if region.out_dtype not in OUT_DTYPES:
+        return f"the result is {region.out_dtype}; the kernel accumulates in float32"
+    if region.mask == FALSE:
+        return "the mask keeps nothing"
+    for root in region.expressions:
+        for node in root.walk():
+            if isinstance(node, Reduce):
+                return f"a reduction ({node.op}) over axis {node.axis.name!r} stands inside the region"
+            if node.dtype == "float64":
+                return "a part of it is computed in float64"
+    return _axes_problem(region) or _width_problem(region)
+
+
+def _axes_problem(region: Region) -> str | None:
+    batch, row = set(region.batch), {*region.batch, region.query}
+    pair = row | {region.key}
+    parts: list[tuple[str, Expr, set[Axis]]] = [
+        ("the score", region.score, pair), ("the mask", region.mask, pair), ("the fills", region.logits, pair),
+        ("the gate", region.gate, pair), ("the values", region.values, batch | {region.key, *region.value}),
+        *(("an extra logit", extra, row) for extra in region.extra),
+    ]  # fmt: skip
+    for dot in all_dots(region):
+        parts.append(("the query side of a product", dot.query, row | set(dot.over)))
+        parts.append(("the key side of a product", dot.key, {*batch, region.key, *dot.over}))
+        if any(isinstance(n, Dot) for side in dot.children for n in side.walk()):
+            return "a product stands inside another"
+    for what, expr, allowed in parts:
+        foreign = sorted(a.name for a in expr.axes - allowed)
+        if foreign:
+            return f"{what} depends on axis {', '.join(map(repr, foreign))}"
+    if any(isinstance(n, Dot) for e in (region.values, *region.extra) for n in e.walk()):
+        return "the values or an extra logit hold a product of their own"
+    return None
+
+
+def _width_problem(region: Region) -> str | None:
+    lanes = [("the values", region.value), *(("a product of query and key", d.over) for d in all_dots(region))]
+    owner: dict[Axis, tuple[Axis, ...]] = {}
+    for what, axes in lanes:
+        total = width(axes)
+        if total is None:
+            return f"the width of {what} is not known at compile time"
+        if total > WIDEST:
+            return f"{what} is {total} wide; the kernel holds {WIDEST} at most"
+        if any(owner.setdefault(a, axes) != axes for a in axes):
+            return "two products sum over the same axis in different ways"
+    return None
+
+
+def default_plan(region: Region) -> Plan:
+    """Tile sizes that spill no registers on sm_80 and sm_90 (tests/test_triton_aot.py), by width and dtype."""
+    widest = max([padded(width(region.value) or 1), *(padded(width(d.over) or 1) for d in all_dots(region))])
+    return Plan("triton", "flash", 64, 64 if widest <= 128 else 32, 4, 2)

@@ -1,0 +1,98 @@
+"""Running a generated kernel: pointers, strides and sizes, a grid, and an output to fill."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refocus.codegen.cache import load_module
+from refocus.codegen.interpreter import interpreted, mend
+from refocus.codegen.plan import Plan
+from refocus.codegen.printer import Argument
+from refocus.evaluate import size_of
+from refocus.ir import Call, Const, Region
+from refocus.simplify import bounds, substitute
+
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel in a file: the function `name` of the module at `path`, and how to call it."""
+
+    name: str
+    source: str
+    path: Path
+    key: str
+    region: Region
+    plan: Plan
+    arguments: tuple[Argument, ...]
+
+
+def launch(kernel: Kernel, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """The region's result (*batch, query, *value), contiguous, of `region.out_dtype`, on the operands' device."""
+    region, plan = kernel.region, kernel.plan
+    shape, keys = _shape(region, tuple(sizes))
+    out = torch.empty(shape, dtype=getattr(torch, region.out_dtype), device=operands[0].device)
+    if out.numel() == 0:
+        return out
+    if keys == 0:
+        return out.zero_()  # a sum of nothing
+    programs = -(-shape[len(region.batch)] // plan.block_q) * prod(shape[: len(region.batch)])
+    values = [_value(argument, operands, sizes, out) for argument in kernel.arguments]
+    if interpreted():
+        mend()
+    function = getattr(load_module(kernel.path), kernel.name)
+    with _on(out.device):
+        function[(programs,)](*values, num_warps=plan.num_warps, num_stages=plan.num_stages)
+    return out
+
+
+def needs_wide(region: Region, operands: Sequence[Tensor], sizes: Sequence[int]) -> bool:
+    """Whether an address or an index of this call may exceed 31 bits."""
+    spans = (sum((s - 1) * abs(t) for s, t in zip(x.shape, x.stride())) for x in operands if x.numel())
+    return max(spans, default=0) > INT32_MAX or _indices_wide(region, tuple(sizes))
+
+
+@lru_cache(maxsize=1024)
+def _indices_wide(region: Region, sizes: tuple[int, ...]) -> bool:
+    if prod(_shape(region, sizes)[0]) > INT32_MAX:
+        return True
+    known = {sym: Const(value) for sym, value in zip(region.syms, sizes)}
+    for node in {n for root in region.expressions for n in root.walk()}:
+        if isinstance(node, Call) and node.is_int and node.op in ("add", "mul"):
+            low, high = bounds(substitute(node, known))
+            if (low or 0) < -INT32_MAX or (high or 0) > INT32_MAX:
+                return True
+    return False
+
+
+@lru_cache(maxsize=1024)
+def _shape(region: Region, sizes: tuple[int, ...]) -> tuple[list[int], int]:
+    numbers = dict(zip(region.syms, sizes, strict=True))
+    shape = [size_of(a.size, numbers) for a in (*region.batch, region.query, *region.value)]
+    return shape, size_of(region.key.size, numbers)
+
+
+def _value(argument: Argument, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor) -> Any:
+    if argument.kind == "tensor":
+        return operands[argument.index]
+    if argument.kind == "stride":
+        return operands[argument.index].stride(argument.dim)
+    return sizes[argument.index] if argument.kind == "size" else out
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    if device.type == "cpu":
+        return nullcontext()
+    context: AbstractContextManager[Any] = torch.get_device_module(device).device(device)
+    return context

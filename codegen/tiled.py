@@ -1,0 +1,196 @@
+"""The portable engine: a region interpreted tile by tile in ATen operations, on any device.
+
+Online softmax over tiles of `plan.block_q` queries by `plan.block_k` keys, all batch axes at once (in chunks, where
+they are many). Tiles that the mask empties are skipped, and in full ones the mask is not evaluated. Statistics and sums
+are float32 (float64 for float64 operands). Peak memory is the result plus a few tiles: linear in the sequence.
+
+This is also what the other engines are compared with, so it is kept close to the definition in `refocus.ir.Region`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from refocus import grid as grids
+from refocus.codegen.plan import Plan
+from refocus.evaluate import Scope, arange_env, size_of
+from refocus.grid import Term, contract
+from refocus.ir import TRUE, Axis, Call, Const, Expr, Region, Sym
+from refocus.masks import EMPTY, FULL, PARTIAL, TileMap, classify
+
+# Scores alive at once, at most (4 MiB of float32): beyond this a batch axis is cut into chunks, which is also what
+# keeps a tile in cache.
+TILE_ELEMENTS = 1 << 20
+
+
+def run(region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[int] = ()) -> Tensor:
+    """The region's result: contiguous (*batch, query, *value) of dtype `region.out_dtype`.
+
+    `operands` in the order of `region.operands`, `sizes` in that of `region.syms`.
+    """
+    tensors = {o.name: t for o, t in zip(region.operands, operands, strict=True)}
+    return _Run(region, plan, tensors, dict(zip(region.syms, sizes, strict=True))).result()
+
+
+class _Run:
+    """One call. Dimensions of every value, from the left: batch axes (split ones several), query, key, value axes."""
+
+    def __init__(self, region: Region, plan: Plan, tensors: Mapping[str, Tensor], sizes: Mapping[Sym, int]) -> None:
+        self.region, self.plan, self.sizes = region, plan, sizes
+        self.batch = [size_of(a.size, sizes) for a in region.batch]
+        self.queries, self.keys = size_of(region.query.size, sizes), size_of(region.key.size, sizes)
+        self.value = [size_of(a.size, sizes) for a in region.value]
+        self.block_q, self.block_k = min(plan.block_q, self.queries) or 1, min(plan.block_k, self.keys) or 1
+        self.parts = {a: factors(a, n, region.expressions) for a, n in zip(region.batch, self.batch)}
+        device = next((t.device for t in tensors.values()), torch.device("cpu"))
+        env = arange_env((*region.batch, region.query, region.key, *region.value), sizes, device, self.parts)
+        self.key_dim = -1 - len(region.value)
+        self.query_dim = self.key_dim - 1
+        del env[region.query], env[region.key]
+        depth = sum(len(p) for p in self.parts.values()) + 2 + len(region.value)
+        self.scope = Scope(env, tensors, sizes, depth=depth)
+        self.tiles = -(-self.keys // self.block_k)
+        self.map: TileMap | None = None
+        if region.mask != TRUE and (self.tiles > 1 or self.block_q < self.queries):
+            self.map = classify(
+                region.mask, region.batch, region.query, region.key, self.block_q, self.block_k, tensors, sizes, device
+            )
+        self.gated = region.gate != Const(1.0, region.gate.dtype)
+
+    def result(self) -> Tensor:
+        lead = [n for a in self.region.batch for n in self.parts[a]]
+        dtype = getattr(torch, self.region.out_dtype)
+        out = torch.empty([*lead, self.queries, *self.value], dtype=dtype, device=self.scope.device)
+        if self.keys == 0:
+            out.zero_()
+        elif out.numel():
+            scores = math.prod(self.batch) * self.block_q * self.block_k
+            whole = [a for a in self.region.batch if len(self.parts[a]) == 1]
+            for scope, target in self._chunks(self.scope, out, whole, scores):
+                states = self._states(scope)
+                for row, start in enumerate(range(0, self.queries, self.block_q)):
+                    length = min(self.block_q, self.queries - start)
+                    rows = scope.child({self.region.query: grids.grid(start, (Term(self.query_dim, length, 1),))})
+                    tile = target.narrow(len(lead), start, length)
+                    tile.copy_(self._rows(rows, states[row], tile))
+        return out.reshape([*self.batch, self.queries, *self.value])
+
+    def _chunks(self, scope: Scope, out: Tensor, axes: Sequence[Axis], scores: int) -> Iterator[tuple[Scope, Tensor]]:
+        """Ranges of batch axes, outermost first, such that a tile has no more than `TILE_ELEMENTS` of `scores`."""
+        if scores <= TILE_ELEMENTS or not axes:
+            yield scope, out
+            return
+        axis, size = axes[0], self.parts[axes[0]][0]
+        position = sum(len(self.parts[a]) for a in self.region.batch[: self.region.batch.index(axis)])
+        dim = position - (out.dim() + 1)  # scores have a key dimension more than the result
+        step = max(1, size * TILE_ELEMENTS // scores)
+        for start in range(0, size, step):
+            length = min(step, size - start)
+            part = scope.child({axis: grids.grid(start, (Term(dim, length, 1),), scope.device)})
+            yield from self._chunks(part, out.narrow(position, start, length), axes[1:], -(-scores * step // size))
+
+    def _states(self, scope: Scope) -> list[list[int]]:
+        """The state of each (query tile, key tile), over all batch positions of this scope."""
+        if self.map is None:
+            state = FULL if self.region.mask == TRUE else PARTIAL
+            return [[state] * self.tiles] * -(-self.queries // self.block_q)
+        state_of = self.map.state
+        for k, axis in enumerate(self.map.axes):
+            position = scope.axes[axis]
+            if len(self.parts[axis]) == 1 and not isinstance(position, Tensor):
+                first, last = position.bounds() or (0, 0) if isinstance(position, grids.Grid) else (position, position)
+                state_of = state_of.narrow(k, first, last - first + 1)
+        flat = state_of.reshape(-1, *state_of.shape[-2:])
+        low, high = flat.amin(0), flat.amax(0)
+        return torch.where(low == high, low, PARTIAL).tolist()  # type: ignore[no-any-return]
+
+    # ------------------------------------------------------------------------------------------------ rows
+
+    def _rows(self, rows: Scope, states: Sequence[int], like: Tensor) -> Tensor:
+        """The result for one range of queries, shaped as `like`."""
+        region = self.region
+        out, kept = self._online(rows, like, region.score, states, region.empty_row != "never")
+        if kept is not None and not bool(kept.all()):
+            if region.empty_row == "zero":
+                other: Tensor | float = 0.0
+            else:
+                # What a mask with finite fills does to an emptied row is in the logits, over all keys.
+                other, _ = self._online(rows, like, region.logits, [FULL] * self.tiles, False)
+            out = torch.where(kept, out, other)
+        return out.squeeze(self.key_dim)
+
+    def _online(
+        self, rows: Scope, like: Tensor, score: Expr, states: Sequence[int], watch: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Softmax of `score` where the mask keeps it, times values; and, if `watch`, which rows keep any key."""
+        region, key_dim, dtype = self.region, self.key_dim, rows.float_dtype
+        lead = list(like.shape[: like.dim() - len(self.value)])
+        ones = [1] * len(self.value)
+        top = torch.full([*lead, 1, *ones], -torch.inf, dtype=dtype, device=like.device)
+        total = torch.zeros_like(top)
+        acc = torch.zeros([*lead, 1, *self.value], dtype=dtype, device=like.device)
+        kept: Tensor | None = torch.zeros(1, dtype=torch.bool, device=like.device) if watch else None
+        for column, start in enumerate(range(0, self.keys, self.block_k)):
+            if states[column] == EMPTY:
+                continue
+            length = min(self.block_k, self.keys - start)
+            tile = rows.child({region.key: grids.grid(start, (Term(key_dim, length, 1),))})
+            logits = tile.tensor(score)
+            if states[column] == PARTIAL:
+                keep = tile.tensor(region.mask)
+                if kept is not None:
+                    kept = kept | spread(keep, key_dim, length).any(key_dim, keepdim=True)
+                logits = torch.where(keep, logits, -torch.inf)
+            elif kept is not None:
+                kept = torch.ones_like(kept)
+            logits = spread(logits, key_dim, length)
+            higher = torch.maximum(top, logits.amax(key_dim, keepdim=True))
+            base = torch.where(higher == -torch.inf, 0.0, higher)  # nothing yet: exp(-inf - 0) = 0, not NaN
+            weight = torch.sub(logits, base).exp_()
+            shrink = torch.sub(top, base).exp_()
+            total.mul_(shrink).add_(weight.sum(key_dim, keepdim=True))
+            if self.gated:
+                weight = weight * tile.tensor(region.gate)
+            acc.mul_(shrink).add_(contract(weight, tile.tensor(region.values), {key_dim: length}))
+            top = higher
+        for extra in region.extra:
+            logit = rows.tensor(extra)
+            higher = torch.maximum(top, logit)
+            base = torch.where(higher == -torch.inf, 0.0, higher)
+            shrink = torch.sub(top, base).exp_()
+            total.mul_(shrink).add_(torch.sub(logit, base).exp_())
+            acc.mul_(shrink)
+            top = higher
+        return acc / total, kept
+
+
+def spread(t: Tensor, dim: int, length: int) -> Tensor:
+    """Make a value as long as the keys, even if it is the same for all of them."""
+    if t.dim() < -dim:
+        t = t.reshape((1,) * (-dim - t.dim()) + tuple(t.shape))
+    if t.shape[dim] == length:
+        return t
+    shape = list(t.shape)
+    shape[dim] = length
+    return t.expand(shape)
+
+
+def factors(axis: Axis, size: int, expressions: Sequence[Expr]) -> tuple[int, ...]:
+    """Lengths, outermost first, into which a batch axis is split so that `axis // c` (grouped heads) is a view."""
+    divisors: set[int] = set()
+    for root in expressions:
+        for node in root.walk():
+            if isinstance(node, Call) and node.op in ("floordiv", "mod") and node.args[0] == axis:
+                by = node.args[1]
+                if isinstance(by, Const) and 1 < by.value < size:
+                    divisors.add(int(by.value))
+    parts, rest = [], size
+    for divisor in sorted(divisors, reverse=True):
+        if rest % divisor == 0:
+            parts.append(rest // divisor)
+            rest = divisor
+    return (*parts, rest)

@@ -1,0 +1,53 @@
+"""The `triton` engine: a kernel generated for the region, in a file, compiled by Triton for the device at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from refocus.codegen import cache, flash
+from refocus.codegen.flash_fit import default_plan, supports
+from refocus.codegen.interpreter import interpreted
+from refocus.codegen.launch import Kernel, launch, needs_wide
+from refocus.codegen.plan import Plan
+from refocus.errors import EngineUnavailable
+from refocus.ir import Region
+
+__all__ = ["available", "default_plan", "emit", "run", "supports"]
+
+
+def available(device: torch.device | str) -> str | None:
+    """Why kernels cannot run on tensors of this device; None when they can."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "Triton is not installed"
+    kind = torch.device(device).type
+    if interpreted() or kind in ("cuda", "xpu"):  # ROCm calls itself cuda
+        return None
+    return f"Triton has no target for {kind} tensors"
+
+
+@lru_cache(maxsize=512)
+def emit(region: Region, plan: Plan, wide: bool = False) -> Kernel:
+    """The kernel of a region, its source saved. Needs neither a GPU nor Triton. Raises `EngineUnavailable`."""
+    reason = supports(region)
+    if plan.schedule != "flash":
+        reason = f"there is no schedule {plan.schedule!r}"
+    if reason is not None:
+        raise EngineUnavailable("the triton engine cannot run this region", got=reason, todo="use engine='tiled'")
+    source = flash.write(region, plan, wide)
+    key = cache.key_of(region, plan, wide)
+    return Kernel(source.name, source.text, cache.save(source.text, key), key, region, plan, source.arguments)
+
+
+def run(region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """The region's result; see `launch.launch`. Raises `EngineUnavailable`."""
+    device = operands[0].device if operands else torch.device("cpu")
+    reason = available(device)
+    if reason is not None:
+        raise EngineUnavailable("the triton engine cannot run here", got=reason, todo="use engine='tiled'")
+    return launch(emit(region, plan, needs_wide(region, operands, sizes)), operands, sizes)

@@ -1,0 +1,1 @@
+"""What counts as an attention region: one family a file."""

@@ -1,0 +1,278 @@
+"""Softmax over keys, however it is spelled.
+
+    before   weights[i, j] = exp(x[i,j] - m[i]) * g[i,j] / sum_r exp(x[i,r] - m[i])      (any stable shift m)
+    after    Softmax(logits=x, gate=g)
+
+Recognition is arithmetic on factors and exponents, not a list of spellings: the weight is split into exponents,
+factors and divisors; exponents without a key cancel between numerator and denominator; what is left must agree. A
+denominator that runs over more columns than the weight (a sink column dropped after the softmax) gives `extra` logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from refocus import simplify as s
+from refocus.ir import TRUE, Axis, Call, Const, Dot, Expr, Reduce
+from refocus.patterns.declined import Declined
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """weights = gate * exp(logits) / (sum_key exp(logits) + sum exp(extra))."""
+
+    logits: Expr
+    extra: tuple[Expr, ...]
+    gate: Expr
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of a weight that is linear in normalised weights: sum over `mixed` of factor * core."""
+
+    mixed: tuple[Axis, ...]
+    factor: Expr
+    core: Expr
+
+
+@dataclass
+class _Split:
+    """A product taken apart: exp(sum of exponents) * factors / divisors where all conditions hold, else 0."""
+
+    exponents: list[tuple[int, Expr]]
+    factors: list[Expr]
+    divisors: list[Expr]
+    conditions: list[Expr]
+
+    def invert(self) -> _Split:
+        return _Split([(-sign, e) for sign, e in self.exponents], self.divisors, self.factors, self.conditions)
+
+    def times(self, other: _Split) -> _Split:
+        return _Split(
+            self.exponents + other.exponents,
+            self.factors + other.factors,
+            self.divisors + other.divisors,
+            self.conditions + other.conditions,
+        )
+
+
+def holds_scores(value: Expr) -> bool:
+    return any(isinstance(n, Dot) for n in value.walk())
+
+
+def terms_of(weights: Expr, key: Axis) -> tuple[list[Term], Expr]:
+    """Write a weight as a sum of terms around normalised cores, and a rest without key (talking heads' bias)."""
+    dtype = weights.dtype
+    one = Const(1.0, dtype)
+
+    def go(e: Expr, mixed: tuple[Axis, ...], factor: Expr) -> tuple[list[Term], Expr]:
+        if key not in e.axes:
+            rest = s.call("mul", factor, e, dtype=dtype)
+            for axis in reversed(mixed):
+                rest = Reduce("sum", axis, rest, dtype)
+            return [], rest
+        if isinstance(e, Reduce) and e.op == "sum" and not isinstance(e.body, Dot):
+            return go(e.body, (*mixed, e.axis), factor)
+        if isinstance(e, Call):
+            if e.op in ("add", "sub"):
+                left, rest_left = go(e.args[0], mixed, factor)
+                sign = factor if e.op == "add" else s.call("mul", factor, Const(-1.0, dtype), dtype=dtype)
+                right, rest_right = go(e.args[1], mixed, sign)
+                return left + right, s.call("add", rest_left, rest_right, dtype=dtype)
+            if e.op == "neg":
+                return go(e.args[0], mixed, s.call("mul", factor, Const(-1.0, dtype), dtype=dtype))
+            if e.op in ("mul", "div"):
+                for a, b in ((e.args[0], e.args[1]), (e.args[1], e.args[0])):
+                    if key not in b.axes and not holds_scores(b) and (e.op == "mul" or b is e.args[1]):
+                        return go(a, mixed, s.call(e.op, factor, b, dtype=dtype))
+        return [Term(mixed, factor, e)], Const(0.0, dtype)
+
+    found, rest = go(weights, (), one)
+    return found, rest
+
+
+def match(core: Expr, key: Axis) -> Softmax | Declined:
+    """Read `core` as a softmax over `key`, or say which part is not."""
+    top = _split(core)
+    dtype = core.dtype
+    sums = [d for d in top.divisors if holds_scores(d)]
+    if not sums:
+        return Declined("the weights are not normalised over the keys")
+    if len(sums) > 1:
+        return Declined("the weights are normalised more than once")
+    total = sums[0]
+    extras: list[Expr] = []
+    while isinstance(total, Call) and total.op == "add":  # a sink added to the sum by hand
+        plain = [a for a in total.args if not isinstance(a, Reduce) and not any(isinstance(n, Reduce) for n in a.walk() if n is not a)]
+        rest = [a for a in total.args if a not in plain]
+        if len(rest) != 1 or not all(isinstance(p, Call) and p.op == "exp" for p in plain):
+            return Declined("something other than an exponential is added to the normaliser", "add")
+        extras += [p.args[0] for p in plain]  # type: ignore[attr-defined]
+        total = rest[0]
+    if not isinstance(total, Reduce):
+        return Declined("the normaliser is changed after the sum", total.op if isinstance(total, Call) else None)
+    if total.op != "sum":
+        return Declined(f"the normaliser is a {total.op}, not a sum", total.op)
+    if total.axis.size == key.size and key not in core.axes:
+        return Declined("the softmax does not run over the keys")
+    surplus = s.sub(total.axis.size, key.size)
+    if not isinstance(surplus, Const) or not 0 <= surplus.value <= 64:
+        return Declined("the softmax runs over another axis than the keys")
+    for offset in dict.fromkeys((0, int(surplus.value))):
+        found = _match_at(top, total, key, offset, int(surplus.value), extras, dtype)
+        if found is not None:
+            return found
+    return Declined("the exponents of the weights and of the normaliser differ")
+
+
+def _match_at(top: _Split, total: Reduce, key: Axis, offset: int, surplus: int, extras: list[Expr], dtype: str) -> Softmax | None:
+    main = _split(s.substitute(total.body, {total.axis: s.add(key, offset)}))
+    if main.divisors:
+        return None
+    mine, my_rows = _by_key(top.exponents, key)
+    theirs, their_rows = _by_key(main.exponents, key)
+    if Counter(mine) != Counter(theirs) or Counter(my_rows) != Counter(their_rows):
+        return None
+    factors, conditions = Counter(top.factors), Counter(top.conditions)
+    if Counter(main.factors) - factors or Counter(main.conditions) - conditions:
+        return None
+    if any(key in f.axes for f in main.factors):
+        return None  # exp(x) * w / sum exp(x) * w with a general w
+    logits = _total(mine, dtype)
+    if main.conditions:
+        logits = s.where(s.and_(*main.conditions), logits, Const(-math.inf, dtype))
+    gate: Expr = Const(1.0, "float32")
+    for factor in (factors - Counter(main.factors)).elements():
+        gate = s.call("mul", gate, factor, dtype=dtype)
+    for divisor in top.divisors:
+        if not holds_scores(divisor):
+            gate = s.call("div", gate, divisor, dtype=dtype)
+    for condition in (conditions - Counter(main.conditions)).elements():
+        gate = s.where(condition, gate, Const(0.0, dtype))
+    found: list[Expr] = []
+    for column in (*range(offset), *range(offset, surplus)):
+        at: Expr = Const(column) if column < offset else s.add(key.size, column)
+        part = _split(s.substitute(total.body, {total.axis: at}))
+        if part.divisors or part.factors or part.conditions:
+            return None
+        rows = Counter(their_rows)
+        rest = [t for t in part.exponents if not _take(rows, t)]
+        if any(key in e.axes or holds_scores(e) for _, e in rest):
+            return None
+        found.append(_total(rest, dtype))
+    for e in extras:
+        rows = Counter(their_rows)
+        rest = [t for t in _additive(e, 1) if not _take(rows, t)]
+        if any(rows.values()):
+            return None
+        found.append(_total(rest, dtype))
+    return Softmax(logits, tuple(found), gate)
+
+
+def _take(rows: Counter[tuple[int, Expr]], term: tuple[int, Expr]) -> bool:
+    if rows[term] > 0:
+        rows[term] -= 1
+        return True
+    return False
+
+
+def _by_key(terms: list[tuple[int, Expr]], key: Axis) -> tuple[list[tuple[int, Expr]], list[tuple[int, Expr]]]:
+    return [t for t in terms if key in t[1].axes], [t for t in terms if key not in t[1].axes]
+
+
+def _total(terms: list[tuple[int, Expr]], dtype: str) -> Expr:
+    out: Expr | None = None
+    for sign, e in terms:
+        if out is None:
+            out = e if sign > 0 else s.call("neg", e, dtype=dtype)
+        else:
+            out = s.call("add" if sign > 0 else "sub", out, e, dtype=dtype)
+    return Const(0.0, dtype) if out is None else out
+
+
+def _additive(e: Expr, sign: int) -> list[tuple[int, Expr]]:
+    if isinstance(e, Call) and e.is_float:
+        if e.op == "add":
+            return [t for a in e.args for t in _additive(a, sign)]
+        if e.op == "sub":
+            return _additive(e.args[0], sign) + _additive(e.args[1], -sign)
+        if e.op == "neg":
+            return _additive(e.args[0], -sign)
+    return [(sign, e)]
+
+
+def _split(e: Expr) -> _Split:
+    if isinstance(e, Const) and e.value == 1.0:
+        return _Split([], [], [], [])
+    if isinstance(e, Call):
+        if e.op == "mul":
+            out = _split(e.args[0])
+            for a in e.args[1:]:
+                out = out.times(_split(a))
+            return out
+        if e.op == "div":
+            return _split(e.args[0]).times(_split(e.args[1]).invert())
+        if e.op == "reciprocal":
+            return _split(e.args[0]).invert()
+        if e.op in ("exp", "exp2"):
+            scale = e.args[0] if e.op == "exp" else s.call("mul", e.args[0], Const(math.log(2.0), e.dtype), dtype=e.dtype)
+            out = _Split([], [], [], [])
+            for sign, term in _additive(scale, 1):
+                if isinstance(term, Call) and term.op == "log":
+                    part = _split(term.args[0])
+                    out = out.times(part if sign > 0 else part.invert())
+                else:
+                    out.exponents.append((sign, term))
+            return out
+        if e.op == "where":
+            cond, a, b = e.args
+            if isinstance(b, Const) and b.value == 0:
+                return _Split([], [], [], [cond]).times(_split(a))
+            if isinstance(a, Const) and a.value == 0:
+                return _Split([], [], [], [s.not_(cond)]).times(_split(b))
+        if e.op == "add" and all(isinstance(a, Const) and a.value == 0 or a is e.args[0] for a in e.args):
+            return _split(e.args[0])
+    return _Split([], [e], [], [])
+
+
+# ---------------------------------------------------------------------------------------------------- masks
+
+# A finite fill this low removes a key in every row that keeps one: exp(fill + 88) is 0 in every float dtype unless
+# scores differ by thousands. Softer fills (Swin's -100) stay in the score as they are.
+MASK_FILL = -1.0e4
+
+
+def separate_mask(logits: Expr, scale: float = 1.0) -> tuple[Expr, Expr]:
+    """(score, mask): fills and additive masks become a predicate, everything else stays. `scale` is what the result
+    is multiplied with later.
+
+        where(p, x, -inf) + bias        ->  x + bias,  p
+        x + where(p, 0.0, finfo.min)    ->  x,         p
+    """
+    if not (isinstance(logits, Call) and logits.is_float):
+        return logits, TRUE
+    args = logits.args
+    if logits.op == "where":
+        for cond, kept, fill in ((args[0], args[1], args[2]), (s.not_(args[0]), args[2], args[1])):
+            if isinstance(fill, Const) and fill.value * scale <= MASK_FILL:
+                score, mask = separate_mask(kept, scale)
+                return score, s.and_(cond, mask)
+    elif logits.op == "add":
+        parts = [separate_mask(a, scale) for a in args]
+        score = parts[0][0]
+        for part, _ in parts[1:]:
+            score = s.call("add", score, part, dtype=logits.dtype)
+        return score, s.and_(*(m for _, m in parts))
+    elif logits.op == "sub":
+        score, mask = separate_mask(args[0], scale)
+        return s.call("sub", score, args[1], dtype=logits.dtype), mask
+    elif logits.op in ("mul", "div"):
+        for inner, factor in ((args[0], args[1]), (args[1], args[0])):
+            if isinstance(factor, Const) and factor.value > 0 and (logits.op == "mul" or factor is args[1]):
+                ratio = factor.value if logits.op == "mul" else 1 / factor.value
+                score, mask = separate_mask(inner, scale * ratio)
+                pair = (score, factor) if inner is args[0] else (factor, score)
+                return s.call(logits.op, *pair, dtype=logits.dtype), mask
+    return logits, TRUE

@@ -1,0 +1,124 @@
+"""The two calls most people need: `optimize` and `explain`."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from os import PathLike
+from typing import Any, TypeVar
+
+import torch
+from torch import fx
+
+from refocus.backend import compile_graph, inductor
+from refocus.errors import CannotExplain, RefocusError, UnknownOption
+from refocus.options import Options
+from refocus.report import Report
+
+Model = TypeVar("Model", bound=Callable[..., Any])
+
+
+def optimize(
+    model: Model,
+    *,
+    engine: str | None = None,
+    verify: str | None = None,
+    require: bool = False,
+    dynamic: bool | None = None,
+    report: Callable[[Report], None] | str | PathLike[str] | None = None,
+) -> Model:
+    """A model that computes the same with its attention fused.
+
+    The result shares parameters, buffers and submodules with `model`, which itself stays as it was; `state_dict`
+    keys, hooks, methods and signature are the same. A plain function is accepted too. Graphs are compiled on first
+    use, by Inductor, with regions replaced.
+
+    engine    run every recognised region through "triton", "cpp", "tiled" or "sdpa"; None lets the plan choose, which
+              may leave a region as it is where that is faster
+    verify    "first": compare with eager code on the first call of each shape; "always": on every call
+    require   raise RegionNotFused if any attention is left alone
+    dynamic   as in `torch.compile`: True compiles for all sequence lengths at once
+    report    called with the Report of each graph, or a path to write it to (.json, .html, or text)
+
+    Raises UnknownOption now; EngineUnavailable, RegionNotFused or VerificationFailed on a call.
+    """
+    options = Options.of({"engine": engine, "verify": verify, "require": require, "report": report})
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return compile_graph(gm, example_inputs, options, inductor)
+
+    if isinstance(model, torch.nn.Module):
+        twin = copy.copy(model)
+        compiled = torch.compile(twin._call_impl, backend=backend, dynamic=dynamic)
+        twin._compiled_call_impl = _plain_errors(compiled)  # type: ignore[assignment]
+        return twin
+    if not callable(model):
+        raise UnknownOption("optimize takes a module or a function", expected="a callable", got=type(model).__name__, todo="pass the model")
+    return functools.wraps(model)(_plain_errors(torch.compile(model, backend=backend, dynamic=dynamic)))  # type: ignore[return-value]
+
+
+def _plain_errors(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Dynamo wraps what a backend raises; our own errors are for the caller to see."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return compiled(*args, **kwargs)
+        except torch._dynamo.exc.BackendCompilerFailed as problem:
+            if isinstance(problem.inner_exception, RefocusError):
+                raise problem.inner_exception from None
+            raise
+
+    return call
+
+
+def explain(model: Callable[..., Any], *args: Any, engine: str | None = None, **kwargs: Any) -> Report:
+    """Every attention site of a model run on these inputs: what it computes, how it would be run, or why it is left.
+
+    The model is captured and rewritten but not lowered: it runs once, eagerly, under `torch.no_grad()`. `engine` is as
+    in `optimize`. Raises CannotExplain if the model does not run on these inputs.
+    """
+    found: list[Report] = []
+    options = Options.of({"engine": engine, "report": found.append})
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        def unlowered(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            return gm.forward
+
+        return compile_graph(gm, example_inputs, options, unlowered)
+
+    target = model._call_impl if isinstance(model, torch.nn.Module) else model
+    # A cache of its own: what was compiled for other calls of this model neither answers here nor is thrown away.
+    run = torch.compile(_fresh(target), backend=backend, dynamic=False)
+    try:
+        with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
+            run(*args, **kwargs)
+    except torch._dynamo.exc.BackendCompilerFailed as problem:
+        if isinstance(problem.inner_exception, RefocusError):
+            raise problem.inner_exception from None
+        raise CannotExplain("the model could not be captured", got=problem, todo="run the model once without refocus") from problem
+    except RefocusError:
+        raise
+    except Exception as problem:
+        raise CannotExplain(
+            "the model does not run on these inputs",
+            expected="inputs that the model itself accepts",
+            got=f"{type(problem).__name__}: {problem}",
+            todo="call model(*args, **kwargs) with the same arguments first",
+        ) from problem
+    sites = [site for report in found for site in report.sites]
+    named = tuple(_renamed(site, k) for k, site in enumerate(sites))
+    return Report(named, len(found), sum(r.seconds for r in found))
+
+
+def _fresh(target: Callable[..., Any]) -> Callable[..., Any]:
+    def explained(*args: Any, **kwargs: Any) -> Any:
+        return target(*args, **kwargs)
+
+    return explained
+
+
+def _renamed(site: Any, number: int) -> Any:
+    from dataclasses import replace
+
+    return replace(site, name=f"attention{number}")

@@ -1,0 +1,137 @@
+"""Capture: a Dynamo graph becomes an ATen graph before autograd, composite operations kept whole.
+
+The graph is re-traced under the fake mode of its own inputs, so symbolic sizes survive, every node keeps the user's
+stack trace, and `aten.einsum`, `aten.softmax.int`, `aten.linear` and `aten.scaled_dot_product_attention` stay one node
+each. In-place operations on values made in the graph are then made functional, where nothing else sees the write.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+
+class CaptureFailed(Exception):
+    """The graph holds something that cannot be re-traced; it is compiled as it was."""
+
+
+def capture(gm: fx.GraphModule) -> fx.GraphModule:
+    """Re-trace a Dynamo graph. The result has the same inputs in the same order, and the same outputs.
+
+    Raises CaptureFailed when the graph has no usable example values or re-tracing fails.
+    """
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    values = [n.meta.get("example_value", n.meta.get("val")) for n in placeholders]
+    mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
+    if mode is None:
+        raise CaptureFailed("no input carries a fake tensor")
+    try:
+        with mode, torch.fx.traceback.preserve_node_meta():
+            traced = make_fx(fx.Interpreter(gm).run, pre_dispatch=True)(*values)
+    except Exception as problem:  # anything may go wrong while tracing foreign code; the caller falls back
+        raise CaptureFailed(f"{type(problem).__name__}: {problem}") from problem
+    traced.meta.update(gm.meta)
+    for old, new in zip(placeholders, traced.graph.find_nodes(op="placeholder")):
+        for key in ("tensor_dict", "grapharg", "_dynamo_source", "example_value"):
+            if key in old.meta:
+                new.meta[key] = old.meta[key]
+        source = getattr(old, "_dynamo_source", None)
+        if source is not None:
+            new._dynamo_source = source  # type: ignore[attr-defined]
+    for node in traced.graph.nodes:
+        if node.op == "get_attr" and "val" not in node.meta:
+            node.meta["val"] = _attribute(traced, node)
+    make_functional(traced, mode)
+    return traced
+
+
+def _attribute(gm: fx.GraphModule, node: fx.Node) -> Any:
+    value: Any = gm
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value
+
+
+def make_functional(gm: fx.GraphModule, mode: Any) -> None:
+    """Replace in-place operations on values that only the graph sees by their functional forms.
+
+        scores.masked_fill_(mask, v); use(scores)    ->    new = masked_fill(scores, mask, v); use(new)
+
+    A write through a view, to an input, or to something that was viewed before and is read through that view later
+    is left as it is (the lift never reads across it).
+    """
+    order = {n: k for k, n in enumerate(gm.graph.nodes)}
+    for node in list(gm.graph.nodes):
+        functional = _functional_overload(node)
+        if functional is None:
+            continue
+        target = node.args[0]
+        if not isinstance(target, fx.Node) or not _made_here(target) or _shared(target, node, order):
+            continue
+        before = target.meta.get("val")
+        with mode:
+            try:
+                args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+                after = functional(*args, **kwargs)
+            except (RuntimeError, TypeError):
+                continue
+        if not isinstance(after, torch.Tensor) or after.dtype != before.dtype or after.shape != before.shape:
+            continue
+        with gm.graph.inserting_before(node):
+            new = gm.graph.call_function(functional, node.args, dict(node.kwargs))
+        new.meta.update(node.meta)
+        new.meta["val"] = after
+        position = order[node]
+        order[new] = position
+        target.replace_all_uses_with(new, delete_user_cb=lambda user, at=position: order[user] > at)
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+
+
+_FRESH_ALIASING = {"view", "reshape", "permute", "transpose", "expand", "slice", "select", "unsqueeze", "squeeze", "t", "detach",
+                   "alias", "contiguous", "to", "split", "chunk", "unbind", "getitem", "flatten", "as_strided", "diagonal"}  # fmt: skip
+
+
+def _functional_overload(node: fx.Node) -> Any:
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    namespace, name = node.target._schema.name.split("::")
+    if namespace != "aten" or not name.endswith("_") or name.endswith("__") or name.startswith("_"):
+        return None
+    packet = getattr(torch.ops.aten, name[:-1], None)
+    return getattr(packet, node.target._overloadname, None) if packet is not None else None
+
+
+def _name(node: fx.Node) -> str:
+    return node.target._schema.name.split("::")[1] if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
+
+
+def _made_here(node: fx.Node) -> bool:
+    """Whether a value has storage of its own, made in this graph."""
+    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and _name(node) not in _FRESH_ALIASING and not any(
+        r.alias_info is not None for r in node.target._schema.returns
+    )
+
+
+def _shared(target: fx.Node, write: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether a view of `target`, made before the write, is read after it."""
+    stack, seen = [target], set()
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            if user in seen or user is write or user.op != "call_function":
+                if user.op == "output" and node is not target:
+                    return True
+                continue
+            aliasing = not isinstance(user.target, torch._ops.OpOverload) or _name(user) in _FRESH_ALIASING or any(
+                r.alias_info is not None for r in user.target._schema.returns
+            )
+            if aliasing and order[user] < order[write]:
+                seen.add(user)
+                if any(order.get(u, 0) > order[write] for u in user.users):
+                    return True
+                stack.append(user)
+    return False

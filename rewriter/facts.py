@@ -1,0 +1,274 @@
+"""What is known about a captured graph before anything is lifted: candidates, taint, purity, writes, constants.
+
+All of it is one forward pass over the nodes, shared by every site of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import fx
+
+from refocus.lift import dtype_of, is_tensor, op_name
+from refocus.lift_reductions import CONTRACTIONS
+from refocus.lift_tables import MOVES, OPERATIONS
+
+NORMALISERS = ("softmax", "_softmax", "_safe_softmax", "special_softmax", "exp", "exp2", "log_softmax", "_log_softmax")
+ATTENTION_OPS = ("scaled_dot_product_attention",)
+_FOLD_LIMIT = 1 << 22  # elements; larger constants are not worth evaluating while compiling
+
+
+@dataclass
+class Facts:
+    """Forward facts about every node of one graph."""
+
+    graph: fx.Graph
+    order: dict[fx.Node, int] = field(default_factory=dict)
+    nodes: dict[str, fx.Node] = field(default_factory=dict)
+    pure: set[fx.Node] = field(default_factory=set)
+    closed: set[fx.Node] = field(default_factory=set)
+    needs_grad: set[fx.Node] = field(default_factory=set)
+    grad_enabled: dict[fx.Node, bool] = field(default_factory=dict)
+    writes: list[tuple[int, int]] = field(default_factory=list)  # (position, storage id)
+    storage: dict[fx.Node, int] = field(default_factory=dict)
+    _constants: dict[fx.Node, torch.Tensor | None] = field(default_factory=dict)
+
+    # ------------------------------------------------------------------------------------------------ constants
+
+    def constant(self, node: fx.Node) -> torch.Tensor | None:
+        """The value of a closed node (one that depends on no input), evaluated once; None where that is not possible."""
+        if node not in self.closed:
+            return None
+        if node not in self._constants:
+            self._constants[node] = self._evaluate(node)
+        return self._constants[node]
+
+    def _evaluate(self, node: fx.Node) -> torch.Tensor | None:
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor) or any(isinstance(d, torch.SymInt) for d in value.shape):
+            return None
+        if value.numel() > _FOLD_LIMIT:
+            return None
+        with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
+            try:
+                return self._compute(node, {})
+            except (RuntimeError, TypeError, ValueError, KeyError, IndexError):
+                return None
+
+    def _compute(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        for step in sorted(_ancestors(node), key=self.order.__getitem__):
+            if step.op == "get_attr":
+                value: Any = self.graph.owning_module
+                for part in str(step.target).split("."):
+                    value = getattr(value, part)
+                env[step] = value.detach() if isinstance(value, torch.Tensor) else value
+            else:
+                args, kwargs = fx.map_arg((step.args, dict(step.kwargs)), lambda n: env[n])
+                if "device" in kwargs:
+                    kwargs["device"] = torch.device("cpu")
+                env[step] = step.target(*args, **kwargs)  # type: ignore[operator]
+        return env[node]
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        n = stack.pop()
+        if n not in found:
+            found.add(n)
+            stack.extend(n.all_input_nodes)
+    return found
+
+
+def gather_facts(gm: fx.GraphModule) -> Facts:
+    """One pass over the graph."""
+    facts = Facts(gm.graph)
+    grad = torch.is_grad_enabled()
+    ids = iter(range(1 << 30))
+    written: set[int] = set()
+    for position, node in enumerate(gm.graph.nodes):
+        facts.order[node] = position
+        facts.nodes[node.name] = node
+        if node.op == "call_function" and getattr(node.target, "__name__", "") == "_set_grad_enabled":
+            grad = bool(node.args[0])
+        facts.grad_enabled[node] = grad
+        inputs = [n for n in node.all_input_nodes if is_tensor(n) or "val" not in n.meta or not isinstance(n.meta["val"], int)]
+        value = node.meta.get("val")
+        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        if node.op == "placeholder":
+            if isinstance(value, torch.Tensor) and not floating:
+                facts.pure.add(node)
+            if floating and node.meta.get("requires_grad", value.requires_grad):
+                facts.needs_grad.add(node)
+        elif node.op == "get_attr":
+            facts.closed.add(node)
+            facts.pure.add(node)
+        elif node.op == "call_function":
+            name = op_name(node)
+            if all(n in facts.pure or not is_tensor(n) for n in inputs) and (name in MOVES or name in OPERATIONS):
+                facts.pure.add(node)
+            if all(n in facts.closed for n in node.all_input_nodes) and _deterministic(node):
+                facts.closed.add(node)
+            if grad and any(n in facts.needs_grad for n in node.all_input_nodes) and (floating or not isinstance(value, torch.Tensor)):
+                facts.needs_grad.add(node)
+        facts.storage[node] = _storage_of(node, facts, ids)
+        for target in _written(node):
+            facts.writes.append((position, facts.storage.get(target, -1)))
+            written.add(facts.storage.get(target, -1))
+    # what is written in place is neither constant nor pure from any reader's point of view
+    for node in list(facts.closed | facts.pure):
+        if facts.storage[node] in written:
+            facts.closed.discard(node)
+            facts.pure.discard(node)
+    _spread_unclosed(facts)
+    return facts
+
+
+def _spread_unclosed(facts: Facts) -> None:
+    for node in facts.order:
+        if node.op == "call_function":
+            if node in facts.closed and not all(n in facts.closed for n in node.all_input_nodes):
+                facts.closed.discard(node)
+
+
+def _deterministic(node: fx.Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return op_name(node) == "getitem"
+    return torch.Tag.nondeterministic_seeded not in target.tags and not target._schema.is_mutable
+
+
+def _written(node: fx.Node) -> Iterator[fx.Node]:
+    """The tensors an operation writes to."""
+    if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+        for k, arg in enumerate(node.target._schema.arguments):
+            if arg.alias_info is not None and arg.alias_info.is_write:
+                value = node.args[k] if k < len(node.args) else node.kwargs.get(arg.name)
+                if isinstance(value, fx.Node):
+                    yield value
+                elif isinstance(value, list | tuple):
+                    yield from (v for v in value if isinstance(v, fx.Node))
+
+
+_MAYBE_VIEWS = {"reshape", "contiguous", "to", "type_as", "flatten", "expand_as", "getitem", "broadcast_to"}
+
+
+def _storage_of(node: fx.Node, facts: Facts, ids: Iterator[int]) -> int:
+    """Nodes with equal numbers may share memory."""
+    if node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
+        target = node.target
+        shares = op_name(node) in _MAYBE_VIEWS
+        if isinstance(target, torch._ops.OpOverload):
+            returns = target._schema.returns
+            shares = shares or any(r.alias_info is not None for r in returns) or op_name(node) in MOVES and op_name(node) not in _COPIES
+        if shares:
+            return facts.storage[node.args[0]]
+    return next(ids)
+
+
+_COPIES = {"cat", "concat", "concatenate", "stack", "repeat", "tile", "repeat_interleave", "index", "index_select", "gather",
+           "take_along_dim", "embedding", "flip", "roll", "pad", "constant_pad_nd", "clone", "_to_copy", "lift_fresh_copy"}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- candidates
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A place where attention may be: the contraction with values, which operand is the weights, the normaliser."""
+
+    root: fx.Node
+    weights: int
+    normaliser: fx.Node
+
+
+def candidates(facts: Facts) -> list[list[Candidate]]:
+    """For every normaliser that reads a score product: the contractions it may flow into, nearest first."""
+    flow = nx.DiGraph()
+    for node in facts.order:
+        flow.add_edges_from((source, node) for source in node.all_input_nodes)
+    groups: list[list[Candidate]] = []
+    covered: set[fx.Node] = set()
+    for node in facts.order:
+        if node.op != "call_function" or not is_tensor(node) or node in facts.pure:
+            continue
+        name = op_name(node)
+        if name in ATTENTION_OPS:
+            groups.append([Candidate(node, -1, node)])
+        elif name in NORMALISERS and node not in covered:
+            group = list(_reached(node, facts, covered))
+            if group and taint_of(node, facts):
+                groups.append(group)
+    return groups
+
+
+def _reached(normaliser: fx.Node, facts: Facts, covered: set[fx.Node]) -> Iterator[Candidate]:
+    queue: list[tuple[fx.Node, int]] = [(normaliser, 0)]
+    seen = {normaliser}
+    while queue:
+        node, mixes = queue.pop(0)
+        for user in sorted(node.users, key=facts.order.__getitem__):
+            if user in seen or user.op != "call_function":
+                continue
+            name = op_name(user)
+            if name in CONTRACTIONS or (name == "sum" and _is_product_sum(user)):
+                for k, operand in enumerate(contraction_operands(user)):
+                    if operand is node or name == "sum" and operand in seen:
+                        yield Candidate(user, k, normaliser)
+                if mixes < 1 and name != "sum":
+                    seen.add(user)
+                    queue.append((user, mixes + 1))
+                if name != "sum":
+                    continue
+            if name in NORMALISERS and name not in ("exp", "exp2"):
+                continue
+            if name in MOVES or name in OPERATIONS:
+                seen.add(user)
+                if name in NORMALISERS:
+                    covered.add(user)
+                queue.append((user, mixes))
+
+
+def _is_product_sum(node: fx.Node) -> bool:
+    source = node.args[0]
+    return isinstance(source, fx.Node) and op_name(source) in ("mul", "multiply")
+
+
+def contraction_operands(node: fx.Node) -> list[fx.Node]:
+    """The multiplied operands of a contraction, in order."""
+    name = op_name(node)
+    if name == "einsum":
+        return list(node.args[1])
+    if name in ("baddbmm", "addmm"):
+        return list(node.args[1:3])
+    if name == "sum":
+        source = node.args[0]
+        return [a for a in source.args[:2] if isinstance(a, fx.Node)]
+    return [a for a in node.args[:2] if isinstance(a, fx.Node)]
+
+
+def taint_of(node: fx.Node, facts: Facts) -> frozenset[fx.Node]:
+    """The contractions (and unknown operations) whose results reach `node` through operations the lift knows."""
+    found: set[fx.Node] = set()
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        n = stack.pop()
+        if n in seen:
+            continue
+        seen.add(n)
+        name = op_name(n)
+        if name in CONTRACTIONS:
+            found.add(n)
+        elif n.op == "call_function" and (name in MOVES or name in OPERATIONS) and n not in facts.pure:
+            stack.extend(a for a in n.all_input_nodes if is_tensor(a) or op_name(a) in ("split", "chunk", "unbind", "max", "min", "topk", "sort"))
+    return frozenset(found)
+
+
+def dtype_is_float(node: fx.Node) -> bool:
+    return dtype_of(node).startswith(("float", "bfloat"))

@@ -1,0 +1,317 @@
+"""Lift ATen values to index notation, on demand.
+
+`Lifter.at(node, index)` is the value of `node` at a position: views and gathers rewrite the position, pointwise
+operations become scalar operations, a contraction becomes a `Dot`, a softmax becomes exp(x) / sum exp(x). What each
+operation does is in the tables of `lift_views`, `lift_pointwise` and `lift_reductions`; an operation in no table is a leaf.
+
+The rule of the cut decides where lifting stops: an operation belongs inside the region iff its iteration space holds
+both a query and a key axis. Anything smaller is a `Load` of a value that the rest of the graph computes as always.
+Integers, booleans and what is made of nothing else are always followed to their source, for masks must be seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from refocus import simplify as s
+from refocus.ir import BOOL, INT, Axis, Call, Const, Dot, Expr, Load, Reduce
+from refocus.polynomial import to_poly
+from refocus.sizes import hint, shape_of, size_expr
+
+Index = tuple[Expr, ...]
+Handler = Callable[["Lifter", fx.Node, Index], "Expr | None"]
+
+
+def op_name(node: fx.Node) -> str:
+    """`add` for aten.add.Tensor; the bare name for anything else."""
+    if node.op != "call_function":
+        return node.op
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.split("::")[1]
+    return getattr(target, "__name__", str(target))
+
+
+def dtype_of(node: fx.Node) -> str:
+    return str(node.meta["val"].dtype).removeprefix("torch.")
+
+
+def is_tensor(value: Any) -> bool:
+    return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
+
+
+def kind_of(dtype: str) -> str:
+    """The dtype an expression gets: floats keep theirs, integers are all int64."""
+    return dtype if dtype.startswith(("float", "bfloat")) else BOOL if dtype == BOOL else INT
+
+
+def is_mixed_radix(value: Expr) -> bool:
+    """Whether an index is a flattening (like 64*i + j): distinct positions give distinct values, and no div or mod hides."""
+    terms = []
+    for mono, coef in to_poly(value).items():
+        if not mono:
+            continue
+        axes = [a for a in mono if isinstance(a, Axis)]
+        if len(axes) != 1 or any(a.axes for a in mono if not isinstance(a, Axis)) or coef < 0:
+            return False
+        stride = s.mul(coef, *(a for a in mono if not isinstance(a, Axis)))
+        terms.append((stride, axes[0]))
+    sizes = {s.mul(stride, axis.size) for stride, axis in terms}
+    strides = [stride for stride, _ in terms]
+    # every stride but the smallest (1) is the extent of another term
+    return all(stride == Const(1) or stride in sizes for stride in strides) and len(set(strides)) == len(strides)
+
+
+@dataclass
+class Lifter:
+    """Lifts values of one graph for one attention site.
+
+    `key_axes` / `query_axes` are what the cut looks at; softmax-like handlers add the axes they reduce over to the key
+    axes. `tainted(node)` says whether a node may hold scores of this site, `pure(node)` whether it is made of integers
+    and literals only, `constants(node)` gives its value where that is known. `visited` collects every node lifted
+    through, `blame` is the first operation that stopped a value which may hold scores.
+    """
+
+    key_axes: set[Axis]
+    query_axes: set[Axis]
+    nodes: dict[str, fx.Node]
+    tainted: Callable[[fx.Node], bool]
+    pure: Callable[[fx.Node], bool]
+    constants: Callable[[fx.Node], torch.Tensor | None] = lambda node: None
+    visited: set[fx.Node] = field(default_factory=set)
+    blame: fx.Node | None = None
+    budget: int = 20_000
+    _memo: dict[tuple[fx.Node, Index], Expr] = field(default_factory=dict)
+
+    # ------------------------------------------------------------------------------------------------ the entry
+
+    def at(self, node: fx.Node, index: Iterable[Expr]) -> Expr:
+        """The value of a tensor node at a position (one integer expression for each dimension)."""
+        index = tuple(index)
+        key = (node, index)
+        if key not in self._memo:
+            self.budget -= 1
+            self._memo[key] = self._at(node, index) if self.budget > 0 else self.leaf(node, index)
+        return self._memo[key]
+
+    def _at(self, node: fx.Node, index: Index) -> Expr:
+        from refocus.lift_reductions import CONTRACTIONS  # the tables' functions take a Lifter
+        from refocus.lift_tables import MOVES, OPERATIONS
+
+        if node.op == "get_attr" or node.op == "placeholder":
+            return self.constant(node, index) or self.leaf(node, index)
+        name = op_name(node)
+        move = MOVES.get(name)
+        if move is not None:
+            value = move(self, node, index)
+            if value is None:
+                return self.leaf(node, index)
+            self.visited.add(node)
+            return self._choose(node, index, value)
+        handler = OPERATIONS.get(name)
+        if handler is None or not is_tensor(node):
+            return self.constant(node, index) or self._stop(node, index)
+        floating = kind_of(dtype_of(node)) not in (INT, BOOL)
+        if not floating or self.pure(node):
+            value = handler(self, node, index)
+            if value is not None and not (floating and any(x.is_float for x in _loads(value))):
+                self.visited.add(node)
+                return value
+            return self.constant(node, index) or self.leaf(node, index)
+        inside = self.inside(index)
+        if not inside and (not self.tainted(node) or name in CONTRACTIONS):
+            return self.leaf(node, index)
+        value = handler(self, node, index)
+        if value is None:
+            return self._stop(node, index)
+        if not inside and not holds_scores(value):
+            return self.leaf(node, index)
+        self.visited.add(node)
+        return value
+
+    # ------------------------------------------------------------------------------------------------ the cut
+
+    def inside(self, index: Index) -> bool:
+        """Whether a position spans a query and a key axis, each in a dimension of its own (or flattened together).
+        A value gathered at a mixture (c2p at clamp(i - j)) has a smaller iteration space, and is loaded."""
+        has_key = has_query = False
+        for entry in index:
+            key, query = bool(entry.axes & self.key_axes), bool(entry.axes & self.query_axes)
+            if key and query:
+                if is_mixed_radix(entry):
+                    return True
+            elif key:
+                has_key = True
+            elif query:
+                has_query = True
+        return has_key and has_query
+
+    def leaf(self, node: fx.Node, index: Index) -> Load:
+        """Stop here: the region loads this value."""
+        dtype = kind_of(dtype_of(node)) if kind_of(dtype_of(node)) == BOOL else dtype_of(node)
+        return Load(node.name, index, dtype)
+
+    def _stop(self, node: fx.Node, index: Index) -> Expr:
+        if self.blame is None and self.inside(index) and self.tainted(node):
+            self.blame = node
+        return self.leaf(node, index)
+
+    def constant(self, node: fx.Node, index: Index) -> Expr | None:
+        """A folded constant all of whose elements are equal is that number."""
+        value = self.constants(node)
+        if value is None or value.numel() == 0:
+            return None
+        first = value.reshape(-1)[0]
+        if value.numel() == 1 or bool((value == first).all()):
+            kind = kind_of(dtype_of(node))
+            number = first.item()
+            return Const(bool(number), BOOL) if kind == BOOL else Const(number if kind == INT else float(number), kind)
+        return _affine(value, index)
+
+    def _choose(self, node: fx.Node, index: Index, below: Expr) -> Expr:
+        """After a view: load here, or from what is viewed? The simpler index wins, then the smaller tensor."""
+        if not is_tensor(node) or not below.is_float or self.inside(index):
+            return below
+        if isinstance(below, Load):
+            here = _complexity(index)
+            there = _complexity(below.index)
+            if here != there:
+                return self.leaf(node, index) if here < there else below
+            source = self.nodes[below.tensor]
+            smaller = (_numel(source), source.meta["val"].dim()) < (_numel(node), node.meta["val"].dim())
+            return below if smaller else self.leaf(node, index)
+        if holds_scores(below) or self.pure(node) or isinstance(below, Const):
+            return below
+        return self.leaf(node, index)
+
+
+    # ------------------------------------------------------------------------------------------------ for handlers
+
+    def bound(self, node: fx.Node, which: int, size: Any) -> Axis:
+        """The axis a node sums over. Its name follows from the node, so that one value lifted at two positions
+        compares equal; a node is never its own ancestor, so the name is never captured."""
+        return Axis(f"{node.name}.{which}", size if isinstance(size, Expr) else size_expr(size))
+
+    def broadcast(self, value: Any, index: Index, dtype: str | None = None) -> Expr:
+        """An operand of a pointwise operation at the position of its result: right-aligned, size-1 dimensions at 0."""
+        if is_tensor(value):
+            shape = shape_of(value)
+            tail = index[len(index) - len(shape) :] if shape else ()
+            return self.at(value, tuple(Const(0) if d == Const(1) else x for d, x in zip(shape, tail)))
+        return self.scalar(value, dtype)
+
+    def scalar(self, value: Any, dtype: str | None = None) -> Expr:
+        """A Python number, or a node that holds one."""
+        if isinstance(value, fx.Node):
+            source = value.args[0] if value.args else None
+            if op_name(value) in ("item", "_local_scalar_dense") and is_tensor(source):
+                return self.at(source, ())  # type: ignore[arg-type]
+            value = value.meta["val"]
+        if isinstance(value, bool):
+            return Const(value, BOOL)
+        if isinstance(value, torch.SymInt | int):
+            return size_expr(value)
+        if isinstance(value, torch.SymFloat | torch.SymBool) or not isinstance(value, float):
+            raise Unliftable(f"scalar {value}")
+        return Const(value, dtype if dtype and dtype.startswith(("float", "bfloat")) else "float32")
+
+
+class Unliftable(Exception):
+    """A value that has no index notation; the node is a leaf."""
+
+
+def holds_scores(value: Expr) -> bool:
+    return any(isinstance(n, Dot) for n in value.walk())
+
+
+def _loads(value: Expr) -> Iterable[Load]:
+    return value.loads if not isinstance(value, Load) else (value,)
+
+
+def _complexity(index: Index) -> int:
+    cost = 0
+    for entry in index:
+        if isinstance(entry, Const | Axis):
+            continue
+        simple = isinstance(entry, Call) and entry.op == "floordiv" and isinstance(entry.args[0], Axis) and isinstance(entry.args[1], Const)
+        cost += 1 if simple else 4
+    axes = [a for a in index if isinstance(a, Axis)]
+    return (cost // 4) + (len(axes) - len(set(axes)))
+
+
+def _numel(node: fx.Node) -> int:
+    total = 1
+    for size in node.meta["val"].shape:
+        total *= hint(size)
+    return total
+
+
+def _affine(value: torch.Tensor, index: Index) -> Expr | None:
+    """A folded integer tensor that is linear in its position (a kept arange) is an index expression."""
+    if value.dtype not in (torch.int64, torch.int32) or value.numel() > 1 << 22:
+        return None
+    origin = value[(0,) * value.dim()]
+    total = origin.clone()
+    terms: list[Expr] = [Const(int(origin))]
+    for dim, size in enumerate(value.shape):
+        if size > 1:
+            at = [0] * value.dim()
+            at[dim] = 1
+            step = int(value[tuple(at)] - origin)
+            shape = [1] * value.dim()
+            shape[dim] = size
+            total = total + step * torch.arange(size, dtype=value.dtype).reshape(shape)
+            terms.append(s.mul(step, index[dim]))
+    return s.add(*terms) if bool((total == value).all()) else None
+
+
+def contract(axes: tuple[Axis, ...], factors: list[Expr], lifter: Lifter, dtype: str) -> Expr:
+    """sum over `axes` of a product: a `Dot` with its query and key sides told apart.
+
+    A mixture of scores over heads (talking heads: one factor has no key, the other holds scores) is again one Dot
+    over both axes, for sum_c w_c * sum_d q_cd k_cd = sum_(c,d) (w_c q_cd) k_cd.
+    """
+    scores = [f for f in factors if holds_scores(f)]
+    if scores:
+        weight = _product([f for f in factors if not holds_scores(f)], dtype)
+        return _mix(axes, weight, _product(scores, dtype), dtype)
+    key = [f for f in factors if f.axes & lifter.key_axes]
+    query = [f for f in factors if not f.axes & lifter.key_axes]
+    if not axes:
+        return _product(factors, dtype)
+    if not key or any(f.axes & lifter.query_axes for f in key):
+        return _summed(axes, _product(factors, dtype), dtype)
+    return Dot(axes, _product(query, dtype), _product(key, dtype), dtype)
+
+
+def _product(factors: list[Expr], dtype: str) -> Expr:
+    out: Expr = Const(1.0, dtype)
+    for factor in factors:
+        out = s.call("mul", out, factor, dtype=dtype)
+    return out
+
+
+def _summed(axes: tuple[Axis, ...], body: Expr, dtype: str) -> Expr:
+    for axis in reversed(axes):
+        body = Reduce("sum", axis, body, dtype)
+    return body
+
+
+def _mix(axes: tuple[Axis, ...], weight: Expr, scores: Expr, dtype: str) -> Expr:
+    if isinstance(scores, Dot) and not holds_scores(weight):
+        return Dot((*axes, *scores.over), s.call("mul", weight, scores.query, dtype=dtype), scores.key, dtype)
+    if isinstance(scores, Call) and scores.op == "add":
+        return s.call("add", *(_mix(axes, weight, a, dtype) for a in scores.args), dtype=dtype)
+    if isinstance(scores, Call) and scores.op in ("mul", "div"):
+        a, b = scores.args
+        if not holds_scores(b) and holds_scores(a):
+            factor = b if scores.op == "mul" else s.call("reciprocal", b, dtype=dtype)
+            return _mix(axes, s.call("mul", weight, factor, dtype=dtype), a, dtype)
+        if scores.op == "mul" and not holds_scores(a):
+            return _mix(axes, s.call("mul", weight, a, dtype=dtype), b, dtype)
+    return _summed(axes, s.call("mul", weight, scores, dtype=dtype), dtype)

@@ -1,0 +1,236 @@
+"""Pointwise operations: the same scalar operation at the same position, operands broadcast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from refocus import simplify as s
+from refocus.ir import BOOL, INT, Const, Expr
+from refocus.lift import Handler, Index, Lifter, dtype_of, is_tensor, kind_of
+from refocus.sizes import shape_of
+
+
+def _kind(node: fx.Node) -> str:
+    return kind_of(dtype_of(node))
+
+
+def _plain(op: str) -> Handler:
+    def handler(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+        kind = _kind(node)
+        args = [lift.broadcast(a, index, kind) for a in node.args[: 2 if op in _BINARY else 1]]
+        if kind not in (INT, BOOL):
+            args = [s.cast(a, kind) if a.dtype == BOOL else a for a in args]
+        return s.call(op, *args, dtype=kind)
+
+    return handler
+
+
+_BINARY = {"mul", "min", "max", "pow", "logaddexp", "fmod"}
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _add_sub(op: str, swapped: bool = False) -> Handler:
+    def handler(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+        kind = _kind(node)
+        a, b = (lift.broadcast(x, index, kind) for x in node.args[:2])
+        alpha = _argument(node, 2, "alpha", 1)
+        a, b = (s.cast(x, kind) if x.dtype == BOOL else x for x in (a, b))
+        if swapped:
+            a, b = b, a
+        if alpha != 1:
+            factor = Const(alpha) if isinstance(alpha, int) else Const(float(alpha), kind)
+            b = s.call("mul", b, factor, dtype=kind)
+        return s.call(op, a, b, dtype=kind)
+
+    return handler
+
+
+def _div(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    kind = _kind(node)
+    a, b = (lift.broadcast(x, index, kind) for x in node.args[:2])
+    mode = node.kwargs.get("rounding_mode")
+    if mode == "floor":
+        return s.call("floordiv", a, b, dtype=kind)
+    if mode == "trunc":
+        if a.is_int and b.is_int and s.is_nonneg(a) and s.is_nonneg(s.sub(b, 1)):
+            return s.floordiv(a, b)
+        return None
+    if a.dtype == BOOL:
+        a = s.cast(a, kind)
+    return s.call("div", a, b, dtype=kind)
+
+
+def _floordiv(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    a, b = (lift.broadcast(x, index, _kind(node)) for x in node.args[:2])
+    return s.call("floordiv", a, b, dtype=_kind(node))
+
+
+def _remainder(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    a, b = (lift.broadcast(x, index, _kind(node)) for x in node.args[:2])
+    return s.call("mod", a, b, dtype=_kind(node))
+
+
+def _compare(op: str, flip: bool = False) -> Handler:
+    def handler(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+        a, b = (lift.broadcast(x, index) for x in node.args[:2])
+        if BOOL in (a.dtype, b.dtype) and a.dtype != b.dtype:
+            a, b = (s.where(x, Const(1), Const(0)) if x.dtype == BOOL else x for x in (a, b))
+        if flip:
+            a, b = b, a
+        return s.call(op, a, b, dtype=BOOL)
+
+    return handler
+
+
+def _logic(op: str) -> Handler:
+    def handler(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+        if _kind(node) != BOOL:
+            return None
+        args = [s.as_bool(lift.broadcast(a, index)) for a in node.args[: 1 if op == "not" else 2]]
+        return s.call(op, *args, dtype=BOOL)
+
+    return handler
+
+
+def _where(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    if len(node.args) < 3:
+        return None
+    kind = _kind(node)
+    cond = s.as_bool(lift.broadcast(node.args[0], index))
+    a, b = (lift.broadcast(x, index, kind) for x in node.args[1:3])
+    return s.where(cond, s.cast(a, kind), s.cast(b, kind))
+
+
+def _masked_fill(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    kind = _kind(node)
+    source, mask, value = node.args[:3]
+    cond = s.as_bool(lift.broadcast(mask, index))
+    return s.where(cond, s.cast(lift.broadcast(value, index, kind), kind), lift.broadcast(source, index))
+
+
+def _clamp(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    kind = _kind(node)
+    value = lift.broadcast(node.args[0], index, kind)
+    for op, bound in (("max", _argument(node, 1, "min")), ("min", _argument(node, 2, "max"))):
+        if bound is not None:
+            value = s.call(op, value, lift.broadcast(bound, index, kind), dtype=kind)
+    return value
+
+
+def _clamp_one(op: str, name: str) -> Handler:
+    def handler(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+        kind = _kind(node)
+        return s.call(op, lift.broadcast(node.args[0], index), lift.broadcast(_argument(node, 1, name), index, kind), dtype=kind)
+
+    return handler
+
+
+def _max_or_min(op: str) -> Handler:
+    """max(x, y); the reductions of the same name are in `lift_reductions`."""
+
+    def handler(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+        if len(node.args) == 2 and is_tensor(node.args[1]):
+            return _plain(op)(lift, node, index)
+        return None
+
+    return handler
+
+
+def _dropout(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    source, p, train = node.args[0], _argument(node, 1, "p"), _argument(node, 2, "train")
+    if train is False or (isinstance(p, int | float) and p == 0):
+        return lift.at(source, index)
+    return None
+
+
+def _triangle(lower: bool) -> Handler:
+    def handler(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+        offset = lift.scalar(_argument(node, 1, "diagonal", 0))
+        row, column = index[-2], index[-1]
+        edge = s.add(row, offset)
+        keep = s.le(column, edge) if lower else s.ge(column, edge)
+        kind = _kind(node)
+        zero = Const(False, BOOL) if kind == BOOL else Const(0) if kind == INT else Const(0.0, kind)
+        return s.where(keep, lift.at(node.args[0], index), zero)
+
+    return handler
+
+
+def _silu(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    x = lift.broadcast(node.args[0], index)
+    return s.call("mul", x, s.call("sigmoid", x, dtype=_kind(node)), dtype=_kind(node))
+
+
+def _square(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    kind = _kind(node)
+    base, power = (lift.broadcast(x, index, kind) for x in node.args[:2])
+    if isinstance(power, Const) and power.value == 2 and base.is_float:
+        return s.call("square", base, dtype=kind)
+    return s.call("pow", base, power, dtype=kind)
+
+
+def _cumsum(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    """A running sum of something that does not change along the way is a multiple of the position."""
+    source, dim = node.args[0], _argument(node, 1, "dim")
+    rank = len(index)
+    dim = dim + rank if dim < 0 else dim
+    step = lift.bound(node, 0, shape_of(source)[dim])
+    body = lift.at(source, index[:dim] + (step,) + index[dim + 1 :])
+    if step in body.axes or body.is_float:
+        return None
+    return s.mul(s.cast(body, INT), s.add(index[dim], 1))
+
+
+def _diff(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    source = node.args[0]
+    n, dim = _argument(node, 1, "n", 1), _argument(node, 2, "dim", -1)
+    before, after = _argument(node, 3, "prepend"), _argument(node, 4, "append")
+    rank = len(index)
+    dim = dim + rank if dim < 0 else dim
+    kind = _kind(node)
+    if n != 1 or after is not None or kind == BOOL:
+        return None
+
+    def read(tensor: fx.Node, at: Expr) -> Expr:
+        return lift.at(tensor, index[:dim] + (at,) + index[dim + 1 :])
+
+    def minus(a: Expr, b: Expr) -> Expr:
+        return s.call("sub", a, b, dtype=kind)
+
+    here = index[dim]
+    if before is None:
+        return minus(read(source, s.add(here, 1)), read(source, here))
+    if shape_of(before)[dim] != Const(1):
+        return None
+    first = minus(read(source, Const(0)), read(before, Const(0)))
+    later = minus(read(source, here), read(source, s.sub(here, 1)))
+    return s.where(s.le(here, 0), first, later)
+
+
+POINTWISE: dict[str, Handler] = {
+    **{name: _plain(name) for name in (
+        "neg", "abs", "exp", "exp2", "log", "log2", "log1p", "expm1", "sqrt", "rsqrt", "reciprocal", "tanh", "sigmoid",
+        "relu", "erf", "sin", "cos", "floor", "ceil", "round", "trunc", "sign", "softplus", "isnan", "isinf", "square",
+        "mul", "logaddexp", "atan")},
+    **dict.fromkeys(("add",), _add_sub("add")), **dict.fromkeys(("sub", "subtract"), _add_sub("sub")),
+    "rsub": _add_sub("sub", swapped=True), "multiply": _plain("mul"), "negative": _plain("neg"),
+    **dict.fromkeys(("div", "true_divide", "divide"), _div), "floor_divide": _floordiv, "remainder": _remainder,
+    **dict.fromkeys(("le", "less_equal"), _compare("le")), **dict.fromkeys(("lt", "less"), _compare("lt")),
+    **dict.fromkeys(("ge", "greater_equal"), _compare("le", flip=True)),
+    **dict.fromkeys(("gt", "greater"), _compare("lt", flip=True)), "eq": _compare("eq"), "ne": _compare("ne"),
+    "not_equal": _compare("ne"),
+    **dict.fromkeys(("bitwise_and", "logical_and", "__and__"), _logic("and")),
+    **dict.fromkeys(("bitwise_or", "logical_or", "__or__"), _logic("or")),
+    **dict.fromkeys(("bitwise_xor", "logical_xor", "__xor__"), _logic("xor")),
+    **dict.fromkeys(("bitwise_not", "logical_not"), _logic("not")),
+    "where": _where, "masked_fill": _masked_fill, "clamp": _clamp, "clip": _clamp,
+    "clamp_min": _clamp_one("max", "min"), "clamp_max": _clamp_one("min", "max"),
+    "minimum": _plain("min"), "maximum": _plain("max"), "max": _max_or_min("max"), "min": _max_or_min("min"),
+    "pow": _square, "dropout": _dropout, "feature_dropout": _dropout, "tril": _triangle(True), "triu": _triangle(False),
+    "silu": _silu, "cumsum": _cumsum, "diff": _diff,
+}  # fmt: skip

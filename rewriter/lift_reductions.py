@@ -1,0 +1,234 @@
+"""Operations that sum over an axis: contractions become `Dot`, softmax becomes exp(x) / sum exp(x).
+
+The maximum that a stable softmax subtracts is left out here: it cancels over the reals.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from refocus import simplify as s
+from refocus.ir import BOOL, INT, Axis, Const, Expr, Reduce
+from refocus.lift import Handler, Index, Lifter, contract, dtype_of, kind_of
+from refocus.sizes import shape_of
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+# ---------------------------------------------------------------------------------------------------- reductions
+
+
+def reduced_axis(lift: Lifter, node: fx.Node, which: int, size: Expr, index: Index) -> Axis:
+    """The axis a reduction runs over. At a position without key axis it is a key axis itself (row maximum, row sum);
+    at one that has a key it is the width of a dot product written as multiply and sum."""
+    axis = lift.bound(node, which, size)
+    if not any(entry.axes & lift.key_axes for entry in index):
+        lift.key_axes.add(axis)
+    return axis
+
+
+def reduce_over(
+    lift: Lifter, node: fx.Node, source: fx.Node, dims: list[int] | None, keep: bool, index: Index, op: str, dtype: str
+) -> Expr:
+    shape = shape_of(source)
+    rank = len(shape)
+    gone = sorted({d % rank for d in (range(rank) if not dims else dims)})
+    axes = {d: reduced_axis(lift, node, d, shape[d], index) for d in gone}
+    rest = iter(x for k, x in enumerate(index) if not keep or k not in axes)
+    position = tuple(axes[d] if d in axes else next(rest) for d in range(rank))
+    return reduction(lift, op, tuple(axes.values()), lift.at(source, position), dtype)
+
+
+def reduction(lift: Lifter, op: str, axes: tuple[Axis, ...], body: Expr, dtype: str) -> Expr:
+    if op == "sum" and not any(a in lift.key_axes for a in axes):
+        return contract(axes, _factors(body), lift, dtype)
+    for axis in reversed(axes):
+        body = Reduce(op, axis, body, dtype)
+    return body
+
+
+def _factors(body: Expr) -> list[Expr]:
+    from refocus.ir import Call
+
+    if isinstance(body, Call) and body.op == "mul" and body.is_float:
+        return [f for a in body.args for f in _factors(a)]
+    return [body]
+
+
+def _reducing(op: str) -> Handler:
+    def handler(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+        kind = kind_of(dtype_of(node))
+        if kind in (INT, BOOL):
+            return None
+        dims, keep = _argument(node, 1, "dim"), bool(_argument(node, 2, "keepdim", False))
+        dims = [dims] if isinstance(dims, int) else list(dims) if dims else None
+        return reduce_over(lift, node, node.args[0], dims, keep, index, op, kind)
+
+    return handler
+
+
+def _mean(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    total = _reducing("sum")(lift, node, index)
+    if total is None:
+        return None
+    count: Expr = Const(1)
+    shape = shape_of(node.args[0])
+    dims = _argument(node, 1, "dim")
+    for d in [dims] if isinstance(dims, int) else dims or range(len(shape)):
+        count = s.mul(count, shape[d])
+    return s.call("div", total, count, dtype=kind_of(dtype_of(node)))
+
+
+def _logsumexp(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    dims, keep = _argument(node, 1, "dim"), bool(_argument(node, 2, "keepdim", False))
+    shape = shape_of(node.args[0])
+    dims = [dims] if isinstance(dims, int) else list(dims)
+    if len(dims) != 1:
+        return None
+    dim = dims[0] % len(shape)
+    axis = reduced_axis(lift, node, dim, shape[dim], index)
+    position = list(index)
+    if keep:
+        position[dim] = axis
+    else:
+        position.insert(dim, axis)
+    kind = kind_of(dtype_of(node))
+    body = s.call("exp", lift.at(node.args[0], position), dtype=kind)
+    return s.call("log", Reduce("sum", axis, body, kind), dtype=kind)
+
+
+def _softmax(log: bool) -> Handler:
+    def handler(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+        source, dim = node.args[0], _argument(node, 1, "dim")
+        kind = kind_of(dtype_of(node))
+        rank = len(index)
+        if rank == 0:
+            return None
+        dim = dim % rank
+        axis = lift.bound(node, 0, shape_of(source)[dim])
+        lift.key_axes.add(axis)
+        here = lift.at(source, index)
+        along = lift.at(source, index[:dim] + (axis,) + index[dim + 1 :])
+        total = Reduce("sum", axis, s.call("exp", along, dtype=kind), kind)
+        if log:
+            return s.call("sub", here, s.call("log", total, dtype=kind), dtype=kind)
+        return s.call("div", s.call("exp", here, dtype=kind), total, dtype=kind)
+
+    return handler
+
+
+# ---------------------------------------------------------------------------------------------------- contractions
+
+
+def operands_at(lift: Lifter, node: fx.Node, index: Index) -> tuple[tuple[Axis, ...], list[tuple[fx.Node, Index]]] | None:
+    """The summed axes of a contraction and where its operands are read for one element of the result."""
+    name = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
+    if name in ("matmul", "mm", "bmm", "mv", "dot", "linalg_matmul"):
+        return _matmul_at(lift, node, node.args[0], node.args[1], index)
+    if name in ("baddbmm", "addmm", "addbmm"):
+        return None if name == "addbmm" else _matmul_at(lift, node, node.args[1], node.args[2], index)
+    if name == "linear":
+        axis = lift.bound(node, 0, shape_of(node.args[1])[-1])
+        weight: Index = (index[-1], axis) if len(shape_of(node.args[1])) == 2 else (axis,)
+        lead = index[:-1] if len(shape_of(node.args[1])) == 2 else index
+        return (axis,), [(node.args[0], (*lead, axis)), (node.args[1], weight)]
+    if name == "einsum":
+        return _einsum_at(lift, node, index)
+    return None
+
+
+def _matmul_at(
+    lift: Lifter, node: fx.Node, left: fx.Node, right: fx.Node, index: Index
+) -> tuple[tuple[Axis, ...], list[tuple[fx.Node, Index]]]:
+    ls, rs = shape_of(left), shape_of(right)
+    axis = lift.bound(node, 0, ls[-1])
+    rest = list(index)
+    column = (rest.pop(),) if len(rs) > 1 else ()
+    row = (rest.pop(),) if len(ls) > 1 else ()
+
+    def batch(shape: Index, keep: int) -> Index:
+        lead = shape[: len(shape) - keep]
+        return tuple(Const(0) if d == Const(1) else x for d, x in zip(lead, rest[len(rest) - len(lead) :]))
+
+    return (axis,), [(left, (*batch(ls, len(row) + 1), *row, axis)), (right, (*batch(rs, len(column) + 1), axis, *column))]
+
+
+def _einsum_at(lift: Lifter, node: fx.Node, index: Index) -> tuple[tuple[Axis, ...], list[tuple[fx.Node, Index]]] | None:
+    equation, operands = node.args[0], list(node.args[1])
+    inputs, labels = parse_einsum(equation, [len(shape_of(o)) for o in operands])
+    at: dict[str, Expr] = dict(zip(labels, index))
+    summed: list[Axis] = []
+    reads: list[tuple[fx.Node, Index]] = []
+    sizes: dict[str, Expr] = {}
+    for operand, names in zip(operands, inputs):
+        for label, size in zip(names, shape_of(operand)):
+            if sizes.get(label, Const(1)) == Const(1):
+                sizes[label] = size
+    for operand, names in zip(operands, inputs):
+        if len(set(names)) != len(names):
+            return None  # a diagonal
+        for label in names:
+            if label not in at:
+                axis = lift.bound(node, len(summed), sizes[label])
+                at[label] = axis
+                summed.append(axis)
+        reads.append((operand, tuple(Const(0) if d == Const(1) else at[n] for n, d in zip(names, shape_of(operand)))))
+    return tuple(summed), reads
+
+
+def parse_einsum(equation: str, ranks: list[int]) -> tuple[list[list[str]], list[str]]:
+    """Labels of each operand and of the result; the dimensions of `...` are named "...0", "...1" from the right."""
+    left, _, right = equation.replace(" ", "").partition("->")
+
+    def spread(term: str, rank: int) -> list[str]:
+        head, dots, tail = term.partition("...")
+        if not dots:
+            return list(term)
+        extra = rank - len(head) - len(tail)
+        return [*head, *(f"...{extra - 1 - k}" for k in range(extra)), *tail]
+
+    inputs = [spread(t, r) for t, r in zip(left.split(","), ranks)]
+    if "->" in equation:
+        widest = max((sum(n.startswith("...") for n in names) for names in inputs), default=0)
+        output = spread(right, widest + len(right.replace("...", "")))
+    else:
+        flat = [n for names in inputs for n in names]
+        dots = sorted({n for n in flat if n.startswith("...")}, reverse=True)
+        output = [*dots, *sorted(n for n in set(flat) if flat.count(n) == 1 and not n.startswith("..."))]
+    return inputs, output
+
+
+def _contraction(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    found = operands_at(lift, node, index)
+    if found is None:
+        return None
+    axes, reads = found
+    kind = kind_of(dtype_of(node))
+    value = contract(axes, [lift.at(n, i) for n, i in reads], lift, kind)
+    name = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
+    if name in ("baddbmm", "addmm"):
+        beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
+        if alpha != 1:
+            value = s.call("mul", value, Const(float(alpha), kind), dtype=kind)
+        if beta != 0:
+            extra = lift.broadcast(node.args[0], index)
+            if beta != 1:
+                extra = s.call("mul", extra, Const(float(beta), kind), dtype=kind)
+            value = s.call("add", value, extra, dtype=kind)
+    if name == "linear" and _argument(node, 2, "bias") is not None:
+        value = s.call("add", value, lift.broadcast(_argument(node, 2, "bias"), index), dtype=kind)
+    return value
+
+
+CONTRACTIONS = ("matmul", "mm", "bmm", "mv", "dot", "baddbmm", "addmm", "linear", "einsum", "linalg_matmul")
+
+REDUCTIONS: dict[str, Handler] = {
+    "sum": _reducing("sum"), "amax": _reducing("max"), "amin": _reducing("min"), "mean": _mean, "logsumexp": _logsumexp,
+    **dict.fromkeys(("softmax", "_softmax", "_safe_softmax", "special_softmax"), _softmax(False)),
+    **dict.fromkeys(("log_softmax", "_log_softmax", "special_log_softmax"), _softmax(True)),
+    **dict.fromkeys(CONTRACTIONS, _contraction),
+}  # fmt: skip

@@ -1,0 +1,464 @@
+"""Operations that move elements without computing: each rewrites the position it is read at.
+
+    transpose(x)[i, j]           ->  x[j, i]
+    x.view(a, b*c)[i, j]         ->  x[i, j // c, j % c]
+    roll(x, 3)[i]                ->  x[(i - 3) % n]
+    cat([x, y])[i]               ->  x[i] where i < len(x) else y[i - len(x)]
+    x[idx][i]                    ->  x[idx[i]]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from refocus import simplify as s
+from refocus.ir import BOOL, Const, Expr
+from refocus.lift import Handler, Index, Lifter, dtype_of, is_tensor, kind_of
+from refocus.sizes import shape_of, size_expr
+
+
+def _dim(dim: int, rank: int) -> int:
+    return dim + rank if dim < 0 else dim
+
+
+def _args(node: fx.Node, *names: str, **defaults: Any) -> list[Any]:
+    """Arguments by schema position and name."""
+    out = []
+    for k, name in enumerate(names):
+        if k < len(node.args):
+            out.append(node.args[k])
+        else:
+            out.append(node.kwargs.get(name, defaults.get(name)))
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------- shape changes
+
+
+def reindex(index: Index, out_shape: Index, in_shape: Index) -> Index:
+    """Position in `in_shape` of a position in `out_shape`, both row-major over the same elements.
+
+    Dimensions are matched in groups of equal extent first, so that no arithmetic crosses a group."""
+    result: list[Expr] = []
+    a, b = 0, 0
+    n, m = len(out_shape), len(in_shape)
+    while b < m:
+        if in_shape[b] == Const(1):
+            result.append(Const(0))
+            b += 1
+            continue
+        while a < n and out_shape[a] == Const(1):
+            a += 1
+        outs, ins = [a], [b]
+        a, b = a + 1, b + 1
+        extent_out, extent_in = out_shape[outs[0]], in_shape[ins[0]]
+        while extent_out != extent_in:
+            if b < m and (a >= n or s.is_nonneg(s.sub(extent_out, extent_in))):
+                extent_in = s.mul(extent_in, in_shape[b])
+                ins.append(b)
+                b += 1
+            elif a < n:
+                extent_out = s.mul(extent_out, out_shape[a])
+                outs.append(a)
+                a += 1
+            else:
+                break
+        flat: Expr = Const(0)
+        for k in outs:
+            flat = s.add(s.mul(flat, out_shape[k]), index[k])
+        if len(ins) == 1:
+            result.append(flat)
+            continue
+        stride: Expr = Const(1)
+        group: list[Expr] = []
+        for k in reversed(ins):
+            if k == ins[0]:
+                group.append(s.floordiv(flat, stride))
+            elif in_shape[k] == Const(1):
+                group.append(Const(0))
+            else:
+                group.append(s.mod(s.floordiv(flat, stride), in_shape[k]))
+            stride = s.mul(stride, in_shape[k])
+        result.extend(reversed(group))
+    return tuple(result)
+
+
+def _reshape(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    source = node.args[0]
+    return lift.at(source, reindex(index, shape_of(node), shape_of(source)))
+
+
+def _permute(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    source, dims = _args(node, "self", "dims")
+    position: list[Expr] = [Const(0)] * len(index)
+    for k, d in enumerate(dims):
+        position[_dim(d, len(index))] = index[k]
+    return lift.at(source, position)
+
+
+def _transpose(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    source, a, b = _args(node, "self", "dim0", "dim1")
+    position = list(index)
+    if position:
+        a, b = _dim(a, len(index)), _dim(b, len(index))
+        position[a], position[b] = position[b], position[a]
+    return lift.at(source, position)
+
+
+def _t(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    return lift.at(node.args[0], index[::-1])
+
+
+def _movedim(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    source, src, dst = _args(node, "self", "source", "destination")
+    src, dst = ([v] if isinstance(v, int) else list(v) for v in (src, dst))
+    rank = len(index)
+    src, dst = [_dim(d, rank) for d in src], [_dim(d, rank) for d in dst]
+    rest = iter(d for d in range(rank) if d not in src)
+    order = [src[dst.index(k)] if k in dst else next(rest) for k in range(rank)]
+    position: list[Expr] = [Const(0)] * rank
+    for k, d in enumerate(order):
+        position[d] = index[k]
+    return lift.at(source, position)
+
+
+def _expand(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    return lift.broadcast(node.args[0], index)
+
+
+def _unsqueeze(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    source, dim = _args(node, "self", "dim")
+    dim = _dim(dim, len(index))
+    return lift.at(source, index[:dim] + index[dim + 1 :])
+
+
+def _squeeze(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    source, dims = _args(node, "self", "dim")
+    shape = shape_of(source)
+    rank = len(shape)
+    chosen = range(rank) if dims is None else [dims] if isinstance(dims, int) else dims
+    gone = {_dim(d, rank) for d in chosen if shape[_dim(d, rank)] == Const(1)}
+    rest = iter(index)
+    return lift.at(source, [Const(0) if k in gone else next(rest) for k in range(rank)])
+
+
+def _same(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    return lift.at(node.args[0], index)
+
+
+def _repeat(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    source = node.args[0]
+    shape = shape_of(source)
+    tail = index[len(index) - len(shape) :]
+    return lift.at(source, [Const(0) if d == Const(1) else s.mod(x, d) for d, x in zip(shape, tail)])
+
+
+def _repeat_interleave(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    source, repeats, dim = _args(node, "self", "repeats", "dim")
+    if not isinstance(repeats, int):
+        return None
+    if dim is None:
+        return lift.at(source, reindex((s.floordiv(index[0], repeats),), (size_expr(source.meta["val"].numel()),), shape_of(source)))
+    dim = _dim(dim, len(index))
+    return lift.at(source, [s.floordiv(x, repeats) if k == dim else x for k, x in enumerate(index)])
+
+
+# ---------------------------------------------------------------------------------------------------- selections
+
+
+def _start(value: Any, size: Expr) -> Expr:
+    if value is None:
+        return Const(0)
+    start = size_expr(value)
+    if isinstance(start, Const) and start.value < 0:
+        return s.maximum(s.add(start, size), 0)
+    return start
+
+
+def _slice(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    source, dim, start, _, step = _args(node, "self", "dim", "start", "end", "step", dim=0, step=1)
+    dim = _dim(dim, len(index))
+    first = s.minimum(_start(start, shape_of(source)[dim]), shape_of(source)[dim])
+    return lift.at(source, [s.add(first, s.mul(x, size_expr(step))) if k == dim else x for k, x in enumerate(index)])
+
+
+def _narrow(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    source, dim, start, _ = _args(node, "self", "dim", "start", "length")
+    dim = _dim(dim, len(index))
+    first = _start(start, shape_of(source)[dim])
+    return lift.at(source, [s.add(first, x) if k == dim else x for k, x in enumerate(index)])
+
+
+def _select(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    source, dim, at = _args(node, "self", "dim", "index")
+    shape = shape_of(source)
+    dim = _dim(dim, len(shape))
+    return lift.at(source, index[:dim] + (_start(at, shape[dim]),) + index[dim:])
+
+
+def _getitem(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    """One of several results: a part of a split, one of an unbind, the values of max(dim)."""
+    from refocus.lift import op_name
+
+    producer, which = node.args
+    if not isinstance(producer, fx.Node) or producer.op != "call_function":
+        return None
+    name = op_name(producer)
+    source = producer.args[0]
+    if name == "unbind":
+        dim = _dim(_args(producer, "self", "dim", dim=0)[1], len(index) + 1)
+        return lift.at(source, index[:dim] + (Const(which),) + index[dim:])
+    if name in ("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"):
+        dim = _dim(_args(producer, "self", "n", "dim", dim=0)[2], len(index))
+        before = s.add(0, *(size_expr(part.shape[dim]) for part in producer.meta["val"][:which]))
+        return lift.at(source, [s.add(before, x) if k == dim else x for k, x in enumerate(index)])
+    if name in ("max", "min") and which == 0:
+        from refocus.lift_reductions import reduce_over
+
+        _, dim, keep = _args(producer, "self", "dim", "keepdim", keepdim=False)
+        return reduce_over(lift, node, source, [dim], keep, index, name, dtype_of(node))
+    if name in ("broadcast_tensors", "meshgrid"):
+        return _broadcast_many(lift, producer, which, index)
+    return None
+
+
+def _broadcast_many(lift: Lifter, producer: fx.Node, which: int, index: Index) -> Expr | None:
+    tensors = producer.args[0]
+    if producer.target in (torch.ops.aten.meshgrid.default, torch.ops.aten.meshgrid.indexing):
+        indexing = producer.kwargs.get("indexing", producer.args[1] if len(producer.args) > 1 else "ij")
+        at = which
+        if indexing == "xy" and which < 2:
+            at = 1 - which
+        return lift.at(tensors[which], (index[at],) if shape_of(tensors[which]) else ())
+    return lift.broadcast(tensors[which], index)
+
+
+def _advanced(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    """x[idx0, :, idx1]: the broadcast dimensions stand where the adjacent indices stood, or in front."""
+    source, indices = _args(node, "self", "indices")
+    shape = shape_of(source)
+    entries = list(indices) + [None] * (len(shape) - len(indices))
+    used = [k for k, e in enumerate(entries) if e is not None]
+    if any(kind_of(dtype_of(entries[k])) == BOOL for k in used):
+        return None
+    rank = max(len(shape_of(entries[k])) for k in used)
+    adjacent = used == list(range(used[0], used[-1] + 1))
+    front = used[0] if adjacent else 0
+    position = index[front : front + rank]
+    rest = iter(index[:front] + index[front + rank :])
+    return lift.at(source, [next(rest) if e is None else _wrap(lift.broadcast(e, position), d) for e, d in zip(entries, shape)])
+
+
+def _wrap(value: Expr, size: Expr) -> Expr:
+    """A stored index may count from the end."""
+    low, _ = s.bounds(value)
+    if low is not None and low >= 0:
+        return value
+    if value.loads or low is None:
+        # proof that a loaded index is not negative is not to be had; aten's rule is kept
+        return s.where(s.lt(value, 0), s.add(value, size), value)
+    return s.where(s.lt(value, 0), s.add(value, size), value)
+
+
+def _index_select(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    source, dim, which = _args(node, "self", "dim", "index")
+    dim = _dim(dim, len(index))
+    at = lift.at(which, (index[dim],) if shape_of(which) else ())
+    return lift.at(source, index[:dim] + (at,) + index[dim + 1 :])
+
+
+def _gather(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    source, dim, which = _args(node, "self", "dim", "index")
+    at = lift.at(which, index)
+    dim = _dim(dim, len(index))
+    return lift.at(source, index[:dim] + (at,) + index[dim + 1 :])
+
+
+def _take_along_dim(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    source, which, dim = _args(node, "self", "indices", "dim")
+    if dim is None:
+        return None
+    dim = _dim(dim, len(index))
+    at = lift.broadcast(which, index)
+    position = [Const(0) if d == Const(1) else x for d, x in zip(shape_of(source), index)]
+    position[dim] = at
+    return lift.at(source, position)
+
+
+def _embedding(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    table, which = node.args[:2]
+    return lift.at(table, (lift.at(which, index[:-1]), index[-1]))
+
+
+# ---------------------------------------------------------------------------------------------------- moving whole rows
+
+
+def _flip(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    source, dims = _args(node, "self", "dims")
+    shape = shape_of(source)
+    flipped = {_dim(d, len(index)) for d in dims}
+    return lift.at(source, [s.sub(s.sub(shape[k], 1), x) if k in flipped else x for k, x in enumerate(index)])
+
+
+def _roll(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    source, shifts, dims = _args(node, "self", "shifts", "dims", dims=[])
+    shifts, dims = ([v] if isinstance(v, int | fx.Node) else list(v) for v in (shifts, dims))
+    if not dims:
+        return None
+    shape = shape_of(source)
+    position = list(index)
+    for shift, dim in zip(shifts, dims):
+        d = _dim(dim, len(index))
+        position[d] = s.mod(s.sub(position[d], size_expr(shift)), shape[d])
+    return lift.at(source, position)
+
+
+def _cat(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    tensors, dim = _args(node, "tensors", "dim", dim=0)
+    dim = _dim(dim, len(index))
+    parts = [t for t in tensors if not (len(shape_of(t)) == 1 and shape_of(t)[0] == Const(0) and len(index) > 1)]
+    sizes = [shape_of(t)[dim] for t in parts]
+    start: Expr = Const(0)
+    pieces: list[tuple[Expr, Expr]] = []  # (end, value)
+    for tensor, size in zip(parts, sizes):
+        local = s.sub(index[dim], start)
+        end = s.add(start, size)
+        reached = s.lt(index[dim], end) if tensor is not parts[-1] else Const(True, BOOL)
+        begun = s.ge(index[dim], start)
+        if begun != Const(False, BOOL) and reached != Const(False, BOOL):
+            facts = {**s.assume(s.and_(begun, reached))}
+            at = Const(0) if size == Const(1) else s.under(local, facts)
+            pieces.append((reached, lift.at(tensor, index[:dim] + (at,) + index[dim + 1 :])))
+            if reached == Const(True, BOOL):
+                break
+        start = end
+    value = pieces[-1][1]
+    for reached, piece in reversed(pieces[:-1]):
+        value = s.where(reached, piece, value)
+    return value
+
+
+def _stack(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    tensors, dim = _args(node, "tensors", "dim", dim=0)
+    dim = _dim(dim, len(index))
+    rest = index[:dim] + index[dim + 1 :]
+    value = lift.at(tensors[-1], rest)
+    for k in reversed(range(len(tensors) - 1)):
+        value = s.where(s.eq(index[dim], k), lift.at(tensors[k], rest), value)
+    return value
+
+
+def _pad(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    source, pads, *_ = _args(node, "self", "pad")
+    mode = node.args[2] if len(node.args) > 2 and isinstance(node.args[2], str) else node.kwargs.get("mode", "constant")
+    value = node.kwargs.get("value", node.args[-1] if len(node.args) > 2 and not isinstance(node.args[-1], str) else None)
+    if mode != "constant":
+        return None
+    shape = shape_of(source)
+    position = list(index)
+    ok: Expr = Const(True, BOOL)
+    for k in range(len(pads) // 2):
+        dim = len(index) - 1 - k
+        position[dim] = s.sub(index[dim], size_expr(pads[2 * k]))
+        ok = s.and_(ok, s.ge(position[dim], 0), s.lt(position[dim], shape[dim]))
+    facts = s.assume(ok)
+    dtype = kind_of(dtype_of(node))
+    fill = Const(False, BOOL) if dtype == BOOL else lift.scalar(value or (0 if dtype == "int64" else 0.0), dtype)
+    return s.where(ok, lift.at(source, [s.under(p, facts) for p in position]), s.cast(fill, dtype) if dtype != "int64" else fill)
+
+
+def _diagonal(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    source, offset, a, b = _args(node, "self", "offset", "dim1", "dim2", offset=0, dim1=0, dim2=1)
+    rank = len(shape_of(source))
+    a, b = _dim(a, rank), _dim(b, rank)
+    rest = iter(index[:-1])
+    position = []
+    for k in range(rank):
+        if k == a:
+            position.append(s.add(index[-1], max(-offset, 0)))
+        elif k == b:
+            position.append(s.add(index[-1], max(offset, 0)))
+        else:
+            position.append(next(rest))
+    return lift.at(source, position)
+
+
+def _unfold(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    source, dim, _, step = _args(node, "self", "dimension", "size", "step")
+    dim = _dim(dim, len(index) - 1)
+    return lift.at(source, [s.add(s.mul(x, size_expr(step)), index[-1]) if k == dim else x for k, x in enumerate(index[:-1])])
+
+
+def _as_typed(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    """A cast moves nothing either; between floats it is the identity over the reals."""
+    return s.cast(lift.at(node.args[0], index), kind_of(dtype_of(node)))
+
+
+VIEWS: dict[str, Handler] = {
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as"), _reshape),
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _transpose),
+    **dict.fromkeys(("t", "numpy_T"), _t),
+    **dict.fromkeys(("movedim", "moveaxis"), _movedim),
+    **dict.fromkeys(("mT", "matrix_H", "adjoint"), lambda l, n, i: l.at(n.args[0], (*i[:-2], i[-1], i[-2]))),
+    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
+    **dict.fromkeys(("repeat", "tile"), _repeat),
+    **dict.fromkeys(("contiguous", "clone", "alias", "detach", "lift_fresh", "lift_fresh_copy", "positive", "resolve_conj"), _same),
+    **dict.fromkeys(("squeeze", "squeeze_copy"), _squeeze),
+    **dict.fromkeys(("cat", "concat", "concatenate"), _cat),
+    **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
+    **dict.fromkeys(("to", "_to_copy", "type_as", "float", "half", "bfloat16", "double"), _as_typed),
+    "permute": _permute, "unsqueeze": _unsqueeze, "repeat_interleave": _repeat_interleave, "slice": _slice,
+    "narrow": _narrow, "select": _select, "getitem": _getitem, "index": _advanced, "index_select": _index_select,
+    "gather": _gather, "take_along_dim": _take_along_dim, "embedding": _embedding, "flip": _flip, "roll": _roll,
+    "stack": _stack, "diagonal": _diagonal, "unfold": _unfold,
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- creations
+
+
+def _arange(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    args = [a for a in node.args]
+    start, step = (args[0], args[2] if len(args) > 2 else 1) if len(args) > 1 else (0, 1)
+    if any(isinstance(v, float) and not v.is_integer() for v in (start, step)):
+        return s.call("add", lift.scalar(start), s.call("mul", lift.scalar(step), index[0], dtype="float32"), dtype="float32")
+    whole = [size_expr(int(v)) if isinstance(v, float) else size_expr(v) for v in (start, step)]
+    return s.add(whole[0], s.mul(whole[1], index[0]))
+
+
+def _filled(value: Any) -> Handler:
+    def handler(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+        return _number(lift, value, kind_of(dtype_of(node)))
+
+    return handler
+
+
+def _number(lift: Lifter, value: Any, kind: str) -> Expr | None:
+    if is_tensor(value):
+        return s.cast(lift.at(value, ()), kind) if not shape_of(value) else None
+    number = lift.scalar(value, kind)
+    return s.cast(number, kind)
+
+
+def _full(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    value = node.kwargs.get("fill_value", node.args[-1])
+    return _number(lift, value, kind_of(dtype_of(node)))
+
+
+def _scalar_tensor(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    return _number(lift, node.args[0], kind_of(dtype_of(node)))
+
+
+def _eye(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    return s.cast(s.eq(index[0], index[1]), kind_of(dtype_of(node)))
+
+
+CREATIONS: dict[str, Handler] = {
+    **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), _filled(0)),
+    **dict.fromkeys(("ones", "ones_like", "new_ones"), _filled(1)),
+    **dict.fromkeys(("full", "full_like", "new_full", "fill"), _full),
+    "arange": _arange, "scalar_tensor": _scalar_tensor, "eye": _eye,
+}  # fmt: skip

@@ -1,0 +1,218 @@
+"""Give a matched attention its final form: roles and names for the axes, canonical operands, mask apart from score.
+
+Equal layers come out as equal regions, so that they share one kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from refocus import simplify as s
+from refocus.facts import Facts
+from refocus.ir import BOOL, TRUE, Axis, Call, Const, Dot, Expr, Load, Operand, Reduce, Region, rewrite
+from refocus.lift import dtype_of, holds_scores, kind_of
+from refocus.masks import never_empty
+from refocus.patterns.declined import Declined
+from refocus.patterns.softmax import Softmax, separate_mask
+from refocus.sizes import hint, shape_of
+
+
+@dataclass(frozen=True)
+class Hoisted:
+    """An operand that is computed outside the region: `value` over `axes` (its dimensions), from loads of nodes."""
+
+    value: Expr
+    axes: tuple[Axis, ...]
+
+
+Binding = fx.Node | Hoisted
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A softmax with the axes of its site: `free` are the result's axes, `mixed` those summed after the region."""
+
+    free: list[Axis]
+    mixed: tuple[Axis, ...]
+    key: Axis
+    softmax: Softmax
+    values: Expr
+
+
+class NoRole(Exception):
+    """The axes cannot be told apart; carries the reason."""
+
+    def __init__(self, declined: Declined) -> None:
+        self.declined = declined
+
+
+BATCH_NAMES = ("b", "h", "g", "r", "s", "t", "u", "w")
+
+
+def finish(draft: Draft, facts: Facts, out_dtype: str, zero_rows: bool) -> tuple[Region, tuple[Binding, ...], tuple[Axis, ...]]:
+    """The region, what its operands are bound to, and the site's axes in the order of the region's result."""
+    from refocus.recognize import _Stop
+
+    soft, key = draft.softmax, draft.key
+    score, mask = separate_mask(soft.logits)
+    weight_axes = frozenset().union(soft.logits.axes, soft.gate.axes, *(e.axes for e in soft.extra))
+    all_axes = [*draft.free, *draft.mixed]
+    value = [a for a in draft.free if a in draft.values.axes and a not in weight_axes]
+    rest = [a for a in all_axes if a not in value]
+    query_like = [a for a in rest if a in weight_axes and a not in draft.values.axes]
+    if any(a in draft.values.axes for a in _query_side(score, key)) and not query_like:
+        both = _gathered(score, draft.values, key)
+        if both:
+            raise _Stop(Declined("keys and values are gathered for each query; index maps over keys are not read yet", both))
+    query = _choose_query(query_like, score, mask, key)
+    if query is None:
+        query = Axis("one", Const(1))
+        batch = rest
+    else:
+        batch = [a for a in rest if a is not query]
+    for dot in (n for n in soft.logits.walk() if isinstance(n, Dot)):
+        if query in dot.key.axes:
+            raise _Stop(Declined("a key depends on the query", None))
+    if any(isinstance(n, Reduce) for e in (soft.logits, soft.gate, *soft.extra) for n in e.walk()):
+        raise _Stop(Declined("a sum that is not a product of queries and keys stands in the scores"))
+    if query in draft.values.axes:
+        raise _Stop(Declined("the values depend on the query"))
+    order = [*batch, *([query] if query.name != "one" else []), *value]
+    names = _axis_names(batch, query, key, value, [soft.logits, soft.gate, *soft.extra, draft.values])
+    builder = _Operands(facts, names)
+    logits_, values_ = builder.canonical(soft.logits), builder.values(draft.values)
+    score_, mask_, gate_ = (builder.canonical(e) for e in (score, mask, soft.gate))
+    extra_ = tuple(builder.canonical(e) for e in soft.extra)
+    region = Region(
+        batch=tuple(names[a] for a in batch),
+        query=names[query],
+        key=names[key],
+        value=tuple(names[a] for a in value),
+        score=score_,
+        mask=mask_,
+        logits=logits_,
+        values=values_,
+        operands=tuple(builder.operands.values()),
+        out_dtype=out_dtype,
+        extra=extra_,
+        gate=gate_,
+        empty_row="zero" if zero_rows else "logits",
+    )
+    if never_empty(region.mask, region.batch, region.query, region.key):
+        region = Region(**{**{f: getattr(region, f) for f in region.__dataclass_fields__}, "empty_row": "never"})
+    return region, tuple(builder.bindings.values()), tuple(order)
+
+
+def _query_side(score: Expr, key: Axis) -> frozenset[Axis]:
+    return frozenset(a for n in score.walk() if isinstance(n, Dot) for a in n.query.axes)
+
+
+def _gathered(score: Expr, values: Expr, key: Axis) -> str | None:
+    for load in values.loads if not isinstance(values, Load) else (values,):
+        return load.tensor
+    return None
+
+
+def _choose_query(found: list[Axis], score: Expr, mask: Expr, key: Axis) -> Axis | None:
+    """Of several axes that only the weights have (MQA: heads and positions), the one that meets the key in the mask,
+    else the longest, else the last."""
+    if not found:
+        return None
+
+    def rank(axis: Axis) -> tuple[bool, float, int]:
+        meets = any(axis in part.axes and key in part.axes for part in s.conjuncts(mask))
+        size = float(axis.size.value) if isinstance(axis.size, Const) else float("inf")
+        return meets, size, found.index(axis)
+
+    return max(found, key=rank)
+
+
+def _axis_names(batch: list[Axis], query: Axis, key: Axis, value: list[Axis], exprs: list[Expr]) -> dict[Axis, Axis]:
+    names: dict[Axis, Axis] = {}
+    for k, axis in enumerate(batch):
+        names[axis] = Axis(BATCH_NAMES[k] if k < len(BATCH_NAMES) else f"b{k}", axis.size)
+    names[query] = Axis("i", query.size)
+    names[key] = Axis("j", key.size)
+    for k, axis in enumerate(value):
+        names[axis] = Axis("e" if k == 0 else f"e{k}", axis.size)
+    seen: dict[Axis, None] = {}
+    for e in exprs:
+        for node in e.walk():
+            if isinstance(node, Dot):
+                seen.update(dict.fromkeys(node.over))
+    for k, axis in enumerate(seen):
+        names[axis] = Axis("d" if k == 0 else f"d{k}", axis.size)
+    return names
+
+
+class _Operands:
+    """Collects the tensors a region reads, renames them, and hoists products on one side of a dot."""
+
+    def __init__(self, facts: Facts, names: dict[Axis, Axis]) -> None:
+        self.facts, self.names = facts, names
+        self.operands: dict[object, Operand] = {}
+        self.bindings: dict[object, Binding] = {}
+        self.memo: dict[Expr, Expr] = {}
+
+    def canonical(self, value: Expr) -> Expr:
+        """Rename axes and operands of a site's expression."""
+        if value not in self.memo:
+            self.memo[value] = self._go(value)
+        return self.memo[value]
+
+    def _go(self, value: Expr) -> Expr:
+        def visit(node: Expr) -> Expr | None:
+            if isinstance(node, Axis):
+                return self.names.get(node, node)
+            if isinstance(node, Dot):
+                over = tuple(self.names[a] for a in node.over)
+                query, key = (self._side(x, role) for x, role in ((node.query, "q"), (node.key, "k")))
+                return Dot(over, query, key, node.dtype)
+            if isinstance(node, Load):
+                return self._load(node, "t")
+            return None
+
+        if isinstance(value, Load) and not self._known(value) and value.is_float and not holds_scores(value):
+            return self._load(value, "t")
+        return rewrite(value, visit, s.rebuild)
+
+    def values(self, value: Expr) -> Expr:
+        return self._side(value, "v")
+
+    def _known(self, load: Load) -> bool:
+        return load.tensor in self.operands
+
+    def _load(self, load: Load, role: str) -> Load:
+        node = self.facts.nodes[load.tensor]
+        name = self._name(load.tensor, role, dtype_of(node), shape_of(node), node)
+        return Load(name, tuple(self.canonical(x) for x in load.index), load.dtype)
+
+    def _name(self, tag: object, role: str, dtype: str, shape: tuple[Expr, ...], binding: Binding) -> str:
+        if tag not in self.operands:
+            taken = sum(o.name.rstrip("0123456789") == role for o in self.operands.values())
+            name = role if taken == 0 and role != "t" else f"{role}{taken}"
+            self.operands[tag] = Operand(name, dtype, shape)
+            self.bindings[tag] = binding
+        return self.operands[tag].name
+
+    def _side(self, value: Expr, role: str) -> Expr:
+        """One side of a dot product: a load stays one, anything else is computed outside and loaded."""
+        if isinstance(value, Load):
+            return self._load(value, role)
+        axes = tuple(sorted(value.axes, key=lambda a: list(self.names).index(a)))
+        dtype = next((x.dtype for x in value.loads if x.is_float), value.dtype)
+        tag = ("hoisted", value)
+        name = self._name(tag, role, dtype, tuple(a.size for a in axes), Hoisted(value, axes))
+        return Load(name, tuple(self.names[a] for a in axes), dtype)
+
+
+def numel_hint(node: fx.Node) -> int:
+    total = 1
+    for d in node.meta["val"].shape:
+        total *= hint(d)
+    return total
+
+
+__all__ = ["BOOL", "TRUE", "Binding", "Call", "Draft", "Hoisted", "finish", "kind_of"]

@@ -1,0 +1,360 @@
+"""Find attention: lift a candidate, read its weight as a softmax over keys, name the axes, build the region.
+
+    candidate   matmul(P, V) whose P descends from a normaliser
+    lift        P[b,h,i,j] and V[b,h,j,e] in index notation            (refocus.lift)
+    match       P = sum over mixed of factor * softmax_j(logits)        (refocus.patterns.softmax)
+    axes        key: the summed axis; value: in V and the result only; query: the axis that meets the key in the
+                scores; everything else is batch
+    split       an axis that is only ever used as a // c and a % c is two axes
+    close       no value that holds scores may be read elsewhere, and nothing it reads may be written meanwhile
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from refocus import simplify as s
+from refocus.facts import Candidate, Facts, candidates, contraction_operands, taint_of
+from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Region, Sym
+from refocus.lift import Lifter, Unliftable, dtype_of, is_tensor, op_name
+from refocus.lift_reductions import CONTRACTIONS, operands_at
+from refocus.normal_form import Binding, Draft, finish
+from refocus.patterns.declined import Declined
+from refocus.patterns.sdpa import lift_sdpa
+from refocus.patterns.softmax import Softmax, match, terms_of
+from refocus.polynomial import to_poly
+from refocus.sizes import shape_of
+
+
+@dataclass(frozen=True)
+class Part:
+    """One region of a site with what it reads, in operand order."""
+
+    region: Region
+    bindings: tuple[Binding, ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A recognised attention: `root` is replaced by `epilogue`, an expression over the results of the parts.
+
+    A part's result is loaded as Load("part0", (*batch, query, *value)). `plain`: the epilogue is that load itself.
+    `dims` are the axes of each dimension of the root (flattened when several)."""
+
+    root: fx.Node
+    normaliser: fx.Node
+    parts: tuple[Part, ...]
+    epilogue: Expr
+    plain: bool
+    dims: tuple[tuple[Axis, ...], ...]
+    axes: tuple[tuple[Axis, ...], ...]  # per part: the site's axes in the order of the part's result
+    operands: tuple[tuple[str, fx.Node], ...] = ()
+    interior: frozenset[fx.Node] = frozenset()
+    family: str = "softmax"
+
+
+@dataclass(frozen=True)
+class Left:
+    """Attention that was seen and left alone."""
+
+    root: fx.Node
+    normaliser: fx.Node
+    declined: Declined
+
+
+@dataclass
+class _Axes:
+    """The result's axes: one list for each dimension of the root (split axes make several)."""
+
+    dims: list[list[Axis]] = field(default_factory=list)
+
+    def index(self) -> tuple[Expr, ...]:
+        out = []
+        for axes in self.dims:
+            flat: Expr = Const(0)
+            for axis in axes:
+                flat = s.add(s.mul(flat, axis.size), axis)
+            out.append(flat)
+        return tuple(out)
+
+    def flat(self) -> list[Axis]:
+        return [a for axes in self.dims for a in axes]
+
+
+def recognize(facts: Facts) -> list[Site | Left]:
+    """All attention sites of a graph, in graph order."""
+    found: list[Site | Left] = []
+    roots: set[fx.Node] = set()
+    for group in candidates(facts):
+        best: Left | None = None
+        for candidate in group:
+            if candidate.root in roots:
+                best = None
+                break
+            outcome = recognize_one(candidate, facts)
+            if isinstance(outcome, Site):
+                found.append(outcome)
+                roots.add(candidate.root)
+                best = None
+                break
+            best = best or outcome
+        if best is not None:
+            found.append(best)
+    taken = {site.normaliser for site in found if isinstance(site, Site)} | {n for site in found if isinstance(site, Site) for n in site.interior}
+    return [f for f in found if isinstance(f, Site) or f.normaliser not in taken]
+
+
+def recognize_one(candidate: Candidate, facts: Facts) -> Site | Left:
+    """Try one candidate."""
+
+    def left(declined: Declined) -> Left:
+        return Left(candidate.root, candidate.normaliser, declined)
+
+    try:
+        axes = _Axes([[] if d == Const(1) else [Axis(f"o{k}", d)] for k, d in enumerate(shape_of(candidate.root))])
+        outcome = _attempt(candidate, facts, axes)
+        for _ in range(3):
+            if isinstance(outcome, Declined):
+                return left(outcome)
+            split = _split_axis(outcome, axes)
+            if split is None:
+                break
+            again = _attempt(candidate, facts, split)
+            if isinstance(again, Declined) or _untidy(again) > _untidy(outcome):
+                break
+            outcome, axes = again, split
+        if isinstance(outcome, Declined):
+            return left(outcome)
+        return _close(candidate, facts, axes, outcome) or left(Declined("is not closed"))
+    except Unliftable as problem:
+        return left(Declined(f"cannot be put in index notation: {problem}"))
+    except _Stop as stop:
+        return left(stop.declined)
+
+
+class _Stop(Exception):
+    def __init__(self, declined: Declined) -> None:
+        self.declined = declined
+
+
+@dataclass
+class _Lifted:
+    """A candidate in index notation, before its axes have roles."""
+
+    key: Axis
+    values: Expr
+    terms: list[tuple[tuple[Axis, ...], Expr, Softmax]]  # (mixed, factor, softmax)
+    rest: Expr
+    lifter: Lifter
+    zero_rows: bool
+
+
+def _attempt(candidate: Candidate, facts: Facts, axes: _Axes) -> _Lifted | Declined:
+    root = candidate.root
+    index = axes.index()
+    lifter = Lifter(set(), set(), facts.nodes, lambda n: False, facts.pure.__contains__, facts.constant)
+    if candidate.weights < 0:
+        found = lift_sdpa(lifter, root, index)
+        if isinstance(found, Declined):
+            return found
+        return _Lifted(found.key, found.values, [((), Const(1.0, "float32"), found.softmax)], Const(0.0, "float32"), lifter, found.zero_rows)
+    reads = _reads(lifter, root, index)
+    if reads is None:
+        return Declined("the product with the values has no index notation", op_name(root))
+    summed, operands = reads
+    if len(operands) != 2:
+        return Declined("the weights meet more than one operand", op_name(root))
+    weights_node, weights_index = operands[candidate.weights]
+    values_node, values_index = operands[1 - candidate.weights]
+    if candidate.root is values_node:
+        return Declined("the weights meet themselves", op_name(root))
+    keys = [a for a in summed if any(a in e.axes for e in weights_index) and any(a in e.axes for e in values_index)]
+    if len(keys) != 1 or len(summed) != 1:
+        return Declined("the values are not summed over one key axis", op_name(root))
+    key = keys[0]
+    lifter.key_axes.add(key)
+    taint = taint_of(weights_node, facts)
+    reach = {n: bool(taint_of(n, facts) & taint) for n in ()}
+
+    def tainted(node: fx.Node) -> bool:
+        if node not in reach:
+            reach[node] = bool(taint_of(node, facts) & taint)
+        return reach[node]
+
+    values = lifter.at(values_node, values_index)
+    value_axes = values.axes
+    lifter.query_axes = {a for a in axes.flat() if a not in value_axes}
+    lifter.tainted = tainted
+    weights = lifter.at(weights_node, weights_index)
+    if key not in weights.axes:
+        return Declined("the weights do not depend on the key", op_name(root))
+    if isinstance(weights, Load):
+        blame = lifter.blame or facts.nodes[weights.tensor]
+        return Declined(f"`{op_name(blame)}` is not understood", blame.name)
+    if not any(isinstance(n, Dot) for n in weights.walk()):
+        return Declined("the weights hold no product of queries and keys", (lifter.blame or candidate.normaliser).name)
+    parts, rest = terms_of(weights, key)
+    cores: list[tuple[tuple[Axis, ...], Expr, Softmax]] = []
+    for part in parts:
+        read = match(part.core, key)
+        if isinstance(read, Declined):
+            if lifter.blame is not None:
+                return Declined(f"{read.reason} (`{op_name(lifter.blame)}` is not understood)", lifter.blame.name)
+            return read
+        cores.append((part.mixed, part.factor, read))
+    if not cores:
+        return Declined("the weights are not normalised over the keys")
+    safe = any(op_name(n) == "_safe_softmax" for n in lifter.visited)
+    return _Lifted(key, values, cores, rest, lifter, safe)
+
+
+def _reads(lifter: Lifter, root: fx.Node, index: tuple[Expr, ...]) -> tuple[tuple[Axis, ...], list[tuple[fx.Node, tuple[Expr, ...]]]] | None:
+    if op_name(root) in CONTRACTIONS:
+        if op_name(root) in ("baddbmm", "addmm") or (op_name(root) == "linear" and len(root.args) > 2 and root.args[2] is not None):
+            return None
+        return operands_at(lifter, root, index)
+    # sum(p * v): a contraction spelled as multiply and sum
+    product = root.args[0]
+    dims = root.args[1] if len(root.args) > 1 else None
+    keep = bool(root.args[2]) if len(root.args) > 2 else bool(root.kwargs.get("keepdim", False))
+    assert isinstance(product, fx.Node)
+    shape = shape_of(product)
+    gone = {int(d) % len(shape) for d in ([dims] if isinstance(dims, int) else dims or range(len(shape)))}  # type: ignore[union-attr, arg-type, call-overload]
+    axes = {d: lifter.bound(root, d, shape[d]) for d in sorted(gone)}
+    rest = iter(x for k, x in enumerate(index) if not keep or k not in axes)
+    position = tuple(axes[d] if d in axes else next(rest) for d in range(len(shape)))
+
+    def aligned(node: fx.Node) -> tuple[Expr, ...]:
+        own = shape_of(node)
+        tail = position[len(position) - len(own) :]
+        return tuple(Const(0) if d == Const(1) else x for d, x in zip(own, tail))
+
+    operands = contraction_operands(root)
+    return tuple(axes.values()), [(o, aligned(o)) for o in operands]
+
+
+# ---------------------------------------------------------------------------------------------------- splitting axes
+
+
+def _expressions(lifted: _Lifted) -> list[Expr]:
+    out = [lifted.values, lifted.rest]
+    for _, factor, soft in lifted.terms:
+        out += [factor, soft.logits, soft.gate, *soft.extra]
+    return out
+
+
+def _untidy(lifted: _Lifted) -> int:
+    """How many index entries of loads are neither an axis, a constant, nor an axis over a constant."""
+    from refocus.lift import _complexity
+
+    return sum(_complexity(load.index) for e in _expressions(lifted) for load in (e.loads if not isinstance(e, Load) else (e,)))
+
+
+def _split_axis(lifted: _Lifted, axes: _Axes) -> _Axes | None:
+    """An axis a whose uses include a // c and a % c becomes (a // c, a % c)."""
+    for d, group in enumerate(axes.dims):
+        for k, axis in enumerate(group):
+            by: dict[Expr, None] = {}
+            for e in _expressions(lifted):
+                for node in e.walk():
+                    if isinstance(node, Call) and node.op == "mod" and node.args[0] == axis:
+                        by[node.args[1]] = None
+                    elif isinstance(node, Call) and node.op == "floordiv" and node.args[0] == axis:
+                        by[node.args[1]] = None
+            for inner in by:
+                outer = s.floordiv(axis.size, inner)
+                if outer == Const(1) or s.mul(outer, inner) != axis.size or any(isinstance(a, Call) for m in to_poly(outer) for a in m):
+                    continue
+                halves = [Axis(f"{axis.name}a", outer), Axis(f"{axis.name}b", inner)]
+                dims = [list(g) for g in axes.dims]
+                dims[d] = group[:k] + halves + group[k + 1 :]
+                return _Axes(dims)
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------- closing a site
+
+
+def _close(candidate: Candidate, facts: Facts, axes: _Axes, lifted: _Lifted) -> Site | None:
+    root = candidate.root
+    interior = _interior(candidate, facts, lifted)
+    for node in interior:
+        for user in node.users:
+            if user not in interior and user is not root and op_name(user) not in ("sym_size", "sym_numel", "sym_stride"):
+                what = "the probabilities are" if _after(node, candidate.normaliser, facts) else "a score is"
+                raise _Stop(Declined(f"{what} read elsewhere (by `{op_name(user)}`)", node.name))
+    first = min((facts.order[n] for n in interior | lifted.lifter.visited | {root}), default=0)
+    last = facts.order[root]
+    touched = {facts.storage[facts.nodes[x.tensor]] for e in _expressions(lifted) for x in (e.loads if not isinstance(e, Load) else (e,))}
+    touched |= {facts.storage[n] for n in lifted.lifter.visited}
+    for position, storage in facts.writes:
+        if first < position < last and storage in touched:
+            raise _Stop(Declined("a tensor it reads is written in place before it is used"))
+    drafts = [Draft(axes.flat(), mixed, lifted.key, soft, lifted.values) for mixed, _, soft in lifted.terms]
+    parts, orders = [], []
+    epilogue: Expr | None = None
+    dtype = dtype_of(root)
+    for k, (draft, (mixed, factor, _)) in enumerate(zip(drafts, lifted.terms)):
+        region, bindings, order = finish(draft, facts, dtype, lifted.zero_rows)
+        parts.append(Part(region, bindings))
+        orders.append(order)
+        term: Expr = Load(f"part{k}", tuple(order), dtype)
+        plain_factor = isinstance(factor, Const) and factor.value == 1.0
+        if not plain_factor:
+            term = s.call("mul", factor, term, dtype="float32")
+        for axis in reversed(mixed):
+            term = _sum(axis, factor, Load(f"part{k}", tuple(order), dtype), term)
+        epilogue = term if epilogue is None else s.call("add", epilogue, term, dtype="float32")
+    assert epilogue is not None
+    plain = isinstance(epilogue, Load)
+    if not (isinstance(lifted.rest, Const) and lifted.rest.value == 0):
+        from refocus.ir import Reduce
+
+        epilogue = s.call("add", epilogue, s.call("mul", lifted.rest, Reduce("sum", lifted.key, lifted.values, "float32"), dtype="float32"), dtype="float32")
+        plain = False
+    return Site(root, candidate.normaliser, tuple(parts), epilogue, plain, tuple(tuple(g) for g in axes.dims), tuple(orders), (), frozenset(interior))
+
+
+def _sum(axis: Axis, factor: Expr, part: Load, term: Expr) -> Expr:
+    from refocus.ir import Reduce
+
+    return Dot((axis,), factor, part, "float32") if axis in factor.axes and isinstance(term, Call) else Reduce("sum", axis, term, "float32")
+
+
+def _interior(candidate: Candidate, facts: Facts, lifted: _Lifted) -> set[fx.Node]:
+    """Nodes whose value holds scores: from the score products forward to the root."""
+    if candidate.weights < 0:
+        return set()
+    scores = {n for n in lifted.lifter.visited if op_name(n) in CONTRACTIONS or _sums_product(n)}
+    below: set[fx.Node] = set()
+    stack = [candidate.root]
+    stop = facts.order
+    while stack:
+        node = stack.pop()
+        for source in node.all_input_nodes:
+            if source in lifted.lifter.visited and source not in below and source in stop:
+                below.add(source)
+                stack.append(source)
+    forward: set[fx.Node] = set()
+    stack = [n for n in scores if n in below]
+    while stack:
+        node = stack.pop()
+        if node in forward or node not in below:
+            continue
+        forward.add(node)
+        stack.extend(u for u in node.users if u in below)
+    return {n for n in forward if is_tensor(n) or op_name(n) in ("split", "chunk", "unbind", "max")}
+
+
+def _sums_product(node: fx.Node) -> bool:
+    source = node.args[0] if node.args else None
+    return op_name(node) == "sum" and isinstance(source, fx.Node) and op_name(source) == "mul"
+
+
+def _after(node: fx.Node, normaliser: fx.Node, facts: Facts) -> bool:
+    return facts.order[node] >= facts.order[normaliser]
+
+
+__all__ = ["Left", "Part", "Site", "Sym", "recognize", "recognize_one"]

@@ -1,0 +1,70 @@
+"""Sizes: from what a traced graph carries (ints, SymInts, nodes) to expressions over `Sym`."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from refocus import simplify as s
+from refocus.ir import Const, Expr, Sym
+
+
+def size_expr(size: Any) -> Expr:
+    """A size as an expression: an int, a SymInt, or a node that holds either."""
+    if isinstance(size, fx.Node):
+        size = size.meta["val"]
+    if isinstance(size, torch.SymInt):
+        node = size.node
+        concrete = node.maybe_as_int()
+        return Const(int(concrete)) if concrete is not None else _convert(node.expr, getattr(node, "shape_env", None))
+    return Const(int(size))
+
+
+def shape_of(node: fx.Node) -> tuple[Expr, ...]:
+    """The shape of a tensor node."""
+    return tuple(size_expr(d) for d in node.meta["val"].shape)
+
+
+def hint(size: Any, default: int = 1024) -> int:
+    """A concrete stand-in for a size, for cost decisions only."""
+    if isinstance(size, torch.SymInt):
+        value = getattr(size.node, "hint", None)
+        return default if value is None else int(value)
+    return int(size)
+
+
+def _low(symbol: sympy.Symbol, shape_env: Any) -> int:
+    ranges = getattr(shape_env, "var_to_range", {})
+    bound = ranges.get(symbol)
+    try:
+        return max(0, int(bound.lower)) if bound is not None else 0
+    except (TypeError, OverflowError, ValueError):
+        return 0
+
+
+def _convert(value: sympy.Expr, shape_env: Any) -> Expr:
+    if value.is_Integer:
+        return Const(int(value))
+    if value.is_Symbol:
+        return Sym(str(value), _low(value, shape_env))
+    args = [_convert(a, shape_env) for a in value.args]
+    name = type(value).__name__
+    if value.is_Add:
+        return s.add(*args)
+    if value.is_Mul and all(a.is_int for a in args) and not any(a.is_Rational and not a.is_Integer for a in value.args):
+        return s.mul(*args)
+    if value.is_Pow and isinstance(args[1], Const) and 0 <= args[1].value <= 4:
+        return s.mul(1, *(args[0],) * int(args[1].value))
+    if name in ("FloorDiv", "CleanDiv"):
+        return s.floordiv(*args)
+    if name in ("Mod", "PythonMod"):
+        return s.mod(*args)
+    if name == "Min":
+        return s.minimum(*args)
+    if name == "Max":
+        return s.maximum(*args)
+    return Sym("u_" + re.sub(r"\W+", "_", str(value)), 0)

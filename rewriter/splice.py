@@ -1,0 +1,238 @@
+"""Splice: put the fused form of a site where its root was.
+
+What replaces a root is written as one Python function over the tensors that the site reads: hoisted operands, the
+regions (an operator call, or plain operations for engines that are expressed in the graph), the epilogue, and the
+layout of the root. The function is traced once for equal sites and inlined into the graph; shapes, dtype and strides
+of the root are kept, so that every later view works as before.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from refocus.codegen import operator
+from refocus.codegen.plan import Plan
+from refocus.evaluate import arange_env, evaluate, size_of
+from refocus.facts import Facts
+from refocus.ir import Axis, Expr, Load, Sym
+from refocus.normal_form import Binding, Hoisted
+from refocus.recognize import Site
+from refocus.sizes import hint, shape_of
+
+# Engines that are written into the graph, for Inductor to compile; the others are one operator call.
+IN_GRAPH = {"cpp": "refocus.codegen.cpp", "sdpa": "refocus.codegen.sdpa"}
+
+
+class CannotSplice(Exception):
+    """The site cannot be put into the graph; the reason is its text."""
+
+
+@dataclass
+class Splicer:
+    """Replaces roots in one graph. Equal sites share one traced body."""
+
+    gm: fx.GraphModule
+    facts: Facts
+    mode: Any
+    _bodies: dict[Any, fx.GraphModule] = field(default_factory=dict)
+
+    def replace(self, site: Site, plans: Sequence[Plan]) -> None:
+        """Put the fused form of `site` in place of its root. Raises CannotSplice before anything is changed."""
+        inputs = list(dict.fromkeys(n for p in site.parts for b in p.bindings for n in _nodes(b, self.facts)))
+        inputs += [n for n in _loads_of(site.epilogue, self.facts) if n not in inputs]
+        syms = _syms_of(site)
+        sym_nodes = [self._sym_node(sym, site.root) for sym in syms]
+        values = [n.meta["val"] for n in inputs]
+        key = _body_key(site, plans, inputs)
+        body = self._bodies.get(key)
+        if body is None:
+            function = _function(site, plans, inputs, syms)
+            with self.mode, torch.fx.traceback.preserve_node_meta(False), torch.no_grad():
+                body = make_fx(function, pre_dispatch=True)(values, [n.meta["val"] for n in sym_nodes])
+            _drop_grad_switches(body)
+            self._bodies[key] = body
+        self._inline(body, [*inputs, *sym_nodes], site.root)
+
+    def _sym_node(self, sym: Sym, root: fx.Node) -> fx.Node:
+        """A node of the graph that holds a symbolic size: an input, or the size of an earlier tensor."""
+        for node in self.gm.graph.nodes:
+            if node is root:
+                break
+            value = node.meta.get("val")
+            if isinstance(value, torch.SymInt) and str(value.node.expr) == sym.name:
+                return node
+        for node in self.gm.graph.nodes:
+            if node is root:
+                break
+            value = node.meta.get("val")
+            if isinstance(value, Tensor):
+                for dim, size in enumerate(value.shape):
+                    if isinstance(size, torch.SymInt) and str(size.node.expr) == sym.name:
+                        with self.gm.graph.inserting_after(node):
+                            new = self.gm.graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
+                        new.meta["val"] = size
+                        return new
+        raise CannotSplice(f"the size {sym.name} is not at hand in the graph")
+
+    def _inline(self, body: fx.GraphModule, inputs: list[fx.Node], root: fx.Node) -> None:
+        graph = self.gm.graph
+        env: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
+        trace = root.meta.get("stack_trace")
+        result: Any = None
+        with graph.inserting_before(root):
+            for node in body.graph.nodes:
+                if node.op == "placeholder":
+                    continue
+                if node.op == "output":
+                    result = env[_only(node.args[0])]
+                    continue
+                if node.op == "get_attr":
+                    env[node] = graph.get_attr(self._attribute(body, str(node.target)))
+                else:
+                    env[node] = graph.node_copy(node, env.__getitem__)
+                env[node].meta = dict(node.meta)
+                if trace:
+                    env[node].meta["stack_trace"] = trace
+        assert isinstance(result, fx.Node)
+        old = root.meta["val"]
+        result.meta["val"] = result.meta.get("val", old)
+        root.replace_all_uses_with(result)
+
+    def _attribute(self, body: fx.GraphModule, target: str) -> str:
+        value: Any = body
+        for part in target.split("."):
+            value = getattr(value, part)
+        for name, held in (*self.gm.named_children(), *self.gm.named_buffers(recurse=False)):
+            if held is value:
+                return name
+        name = base = "refocus_" + target.replace(".", "_")
+        count = 0
+        while hasattr(self.gm, name):
+            count += 1
+            name = f"{base}_{count}"
+        if isinstance(value, torch.nn.Module):
+            self.gm.add_module(name, value)
+        elif isinstance(value, Tensor):
+            self.gm.register_buffer(name, value, persistent=False)
+        else:
+            setattr(self.gm, name, value)
+        return name
+
+
+def _only(value: Any) -> fx.Node:
+    return value[0] if isinstance(value, list | tuple) else value
+
+
+def _drop_grad_switches(body: fx.GraphModule) -> None:
+    for node in list(body.graph.nodes):
+        if getattr(node.target, "__name__", "") == "_set_grad_enabled":
+            body.graph.erase_node(node)
+    body.graph.eliminate_dead_code()
+
+
+def _loads(value: Expr) -> tuple[Load, ...]:
+    return (value,) if isinstance(value, Load) and not value.loads else value.loads
+
+
+def _loads_of(value: Expr, facts: Facts) -> list[fx.Node]:
+    return [facts.nodes[x.tensor] for x in _loads(value) if x.tensor in facts.nodes]
+
+
+def _nodes(binding: Binding, facts: Facts) -> list[fx.Node]:
+    return _loads_of(binding.value, facts) if isinstance(binding, Hoisted) else [binding]
+
+
+def _syms_of(site: Site) -> list[Sym]:
+    found: set[Sym] = set()
+    for part in site.parts:
+        found.update(part.region.syms)
+    exprs = [*shape_of(site.root), site.epilogue, *(a.size for g in site.dims for a in g)]
+    for part in site.parts:
+        exprs += [b.value for b in part.bindings if isinstance(b, Hoisted)]
+    for e in exprs:
+        for node in e.walk():
+            if isinstance(node, Sym):
+                found.add(node)
+            elif isinstance(node, Axis):
+                found.update(n for n in node.size.walk() if isinstance(n, Sym))
+    return sorted(found, key=lambda x: x.name)
+
+
+def _body_key(site: Site, plans: Sequence[Plan], inputs: list[fx.Node]) -> Any:
+    """Sites with equal keys have equal bodies: everything that the function closes over, with inputs by position."""
+    where = {n.name: k for k, n in enumerate(inputs)}
+
+    def text(value: Any) -> str:
+        out = repr(value)
+        for name in sorted(where, key=len, reverse=True):
+            out = out.replace(f"'{name}'", f"<{where[name]}>")
+        return out
+
+    bindings = tuple(
+        tuple(where[b.name] if isinstance(b, fx.Node) else text(b.value) for b in p.bindings) for p in site.parts
+    )
+    metas = tuple((tuple(map(str, n.meta["val"].shape)), tuple(map(str, n.meta["val"].stride())), n.meta["val"].dtype) for n in inputs)
+    root = site.root.meta["val"]
+    layout = (tuple(map(str, root.shape)), tuple(map(str, root.stride())), root.dtype)
+    regions = tuple(p.region for p in site.parts)
+    # axes of the result carry the root's own position, not its name, so equal layers agree
+    return regions, tuple(plans), bindings, metas, layout, text(site.epilogue), site.dims, site.axes
+
+
+def _function(site: Site, plans: Sequence[Plan], inputs: list[fx.Node], syms: list[Sym]) -> Callable[[list[Tensor], list[int]], Tensor]:
+    """What stands in for the root, as a function of the tensors that it reads and the symbolic sizes."""
+    root = site.root.meta["val"]
+    shape = shape_of(site.root)
+    order = sorted(range(root.dim()), key=lambda d: (-hint(root.stride(d), 1), d))
+    flat = [a for group in site.dims for a in group]
+
+    def replacement(tensors: list[Tensor], numbers: list[int]) -> Tensor:
+        named = {n.name: t for n, t in zip(inputs, tensors)}
+        sizes = dict(zip(syms, numbers))
+        results: dict[str, Tensor] = {}
+        for k, (part, plan, axes) in enumerate(zip(site.parts, plans, site.axes)):
+            operands = [_operand(b, named, sizes) for b in part.bindings]
+            out = _attend(part.region, plan, operands, [sizes[x] for x in part.region.syms])
+            results[f"part{k}"] = out if any(a.name == "one" for a in axes) else _without_dummy(out, part.region, axes)
+        if site.plain:
+            axes = list(site.axes[0])
+            value = results["part0"].permute([axes.index(a) for a in flat])
+        else:
+            value = evaluate(site.epilogue, arange_env(flat, sizes), {**named, **results}, sizes)
+            value = value.expand([size_of(a.size, sizes) for a in flat])
+        value = value.to(root.dtype).reshape([size_of(d, sizes) for d in shape])
+        return value.permute(order).contiguous().permute(sorted(range(len(order)), key=order.__getitem__))
+
+    return replacement
+
+
+def _without_dummy(out: Tensor, region: Any, axes: Sequence[Axis]) -> Tensor:
+    """A region always has a query dimension; drop the one that stands for none."""
+    return out if out.dim() == len(axes) else out.squeeze(len(region.batch))
+
+
+def _operand(binding: Binding, named: dict[str, Tensor], sizes: dict[Sym, int]) -> Tensor:
+    if isinstance(binding, Hoisted):
+        value = evaluate(binding.value, arange_env(binding.axes, sizes), named, sizes)
+        return value.expand([size_of(a.size, sizes) for a in binding.axes]).to(_dtype(binding)).contiguous()
+    return named[binding.name]
+
+
+def _dtype(binding: Hoisted) -> torch.dtype:
+    floats = [x.dtype for x in binding.value.loads if x.is_float]
+    found: torch.dtype = getattr(torch, floats[0] if floats else binding.value.dtype)
+    return found
+
+
+def _attend(region: Any, plan: Plan, operands: list[Tensor], sizes: list[int]) -> Tensor:
+    if plan.engine in IN_GRAPH:
+        result: Tensor = importlib.import_module(IN_GRAPH[plan.engine]).attend(region, plan, operands, sizes)
+        return result
+    return operator.call(region, plan, operands, sizes)

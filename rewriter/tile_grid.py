@@ -1,0 +1,435 @@
+"""What an index expression can be on a tile of (query, key) positions: interval arithmetic on whole grids of tiles.
+
+`TileGrid.interval(expr)` gives an `Interval` whose ends are tensors over (*batch, query tile, key tile), with
+dimensions of size one where the expression does not vary. Each end is a proof: no position of the tile is below `lo`
+or above `hi`.
+
+Three rules keep the ends tight:
+
+  * an expression of the query axis alone (or the key axis alone) is exact: either it is monotone and its ends are
+    those of the axis, or it is evaluated at all N positions and reduced over each tile, loads included;
+  * a sum is split into its query part, its key part and what mixes both; query and key are independent, so the
+    ends of the first two add exactly, and a comparison is decided on the difference of its sides;
+  * a load at [.., i, j] is reduced over tiles where it lies: O(N^2) read once, nothing of size N^2 kept.
+
+Everything is plain tensor operations without a look at any value, so it can be traced with symbolic sizes.
+Floats are trusted only where no rounding is involved (loads, constants, comparisons, min, max, ...): a computed
+float may round differently in a kernel, so it proves nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refocus import intervals as iv
+from refocus import simplify
+from refocus.evaluate import Scope, arange_env, size_of
+from refocus.intervals import MAYBE, UNKNOWN, End, Interval
+from refocus.ir import BOOL, Axis, Call, Const, Expr, Load, Reduce, Sym
+from refocus.polynomial import Poly, from_poly, poly_add, poly_scale, to_poly
+from refocus.simplify import bounds, conjuncts
+
+QUERY, KEY = 1, 2
+
+# Operations on floats that do not round; all operations on integers and booleans are exact anyway.
+_EXACT_ON_FLOATS = frozenset(
+    ("neg", "abs", "min", "max", "where", "eq", "ne", "le", "lt", "isnan", "isinf", "cast", "floor", "ceil", "trunc",
+     "round", "sign", "relu")
+)  # fmt: skip
+
+
+@dataclass
+class TileGrid:
+    """The grid of tiles of one (batch, query, key) space and the tensors its predicates read.
+
+    `batch` names the leading dimensions of every end. The last tile of a row may be short: positions past the end
+    of an axis are not part of any tile. `sizes` may hold traced (symbolic) integers.
+    """
+
+    batch: tuple[Axis, ...]
+    query: Axis
+    key: Axis
+    block_q: int
+    block_k: int
+    tensors: Mapping[str, Tensor]
+    sizes: Mapping[Sym, int]
+    device: torch.device | str = "cpu"
+    _memo: dict[Expr, Interval] = field(default_factory=dict)
+    _scopes: dict[tuple[Axis, ...], Scope] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.n_query, self.n_key = self.size(self.query.size), self.size(self.key.size)
+        self.q_tiles = (self.n_query + self.block_q - 1) // self.block_q
+        self.k_tiles = (self.n_key + self.block_k - 1) // self.block_k
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*(self.size(b.size) for b in self.batch), self.q_tiles, self.k_tiles)
+
+    def states(self, mask: Expr) -> Tensor:
+        """int8 [*batch, query tiles, key tiles]: 0 no pair is allowed, 1 perhaps some, 2 all are."""
+        found = self.interval(mask)
+        if not isinstance(found.lo, Tensor) and not isinstance(found.hi, Tensor):
+            return torch.full(self.shape, int(found.lo) + int(found.hi), dtype=torch.int8, device=self.device)
+        lo, hi = (torch.as_tensor(end, device=self.device).to(torch.int8) for end in (found.lo, found.hi))
+        return (lo + hi).expand(self.shape).contiguous()
+
+    # -------------------------------------------------------------------------------------------- expressions
+
+    def interval(self, expr: Expr) -> Interval:
+        found = self._memo.get(expr)
+        if found is None:
+            found = self._memo[expr] = self._interval(expr)
+        return found
+
+    def _interval(self, expr: Expr) -> Interval:
+        if isinstance(expr, Const):
+            return Interval(expr.value, expr.value)
+        if isinstance(expr, Axis) and expr in (self.query, self.key):
+            return self._axis(self.sides(expr))
+        sides = self.sides(expr)
+        if not expr.axes and not expr.loads and expr.is_int:
+            value = self.size(expr)
+            return Interval(value, value)
+        if sides == 0:
+            return self._on_batch(expr)
+        if sides != QUERY | KEY and not self._ends_are_exact(expr) and is_exact(expr):
+            return self._reduced(expr, sides)
+        if isinstance(expr, Load):
+            return self._load(expr)
+        if isinstance(expr, Call):
+            return self._predicate(expr) if expr.dtype == BOOL else self._number(expr)
+        return _nothing_known(expr)
+
+    def sides(self, expr: Expr) -> int:
+        """Which of the two tiled axes an expression depends on: a set of QUERY and KEY."""
+        return (QUERY if self.query in expr.axes else 0) | (KEY if self.key in expr.axes else 0)
+
+    def size(self, expr: Expr) -> int:
+        """The value of an expression of sizes, as a number (or traced number)."""
+        return size_of(expr, self.sizes)
+
+    def _axis(self, side: int) -> Interval:
+        _, block, size = self._side(side)
+        count, shape = (self.q_tiles, (-1, 1)) if side == QUERY else (self.k_tiles, (1, -1))
+        first = torch.arange(count, device=self.device).reshape(shape) * block
+        return Interval(first, iv.least(first + (block - 1), size - 1))
+
+    def _on_batch(self, expr: Expr) -> Interval:
+        """An expression that is one number on a tile."""
+        if not is_exact(expr):
+            return _nothing_known(expr)
+        value = self._scope().tensor(expr)[..., None, None]
+        return Interval(value, value)
+
+    def _reduced(self, expr: Expr, side: int) -> Interval:
+        """An expression of one tiled axis, evaluated at each of its positions."""
+        axis, block, size = self._side(side)
+        values = self._scope(axis).tensor(expr)
+        # Where ranges decide it, the value does not vary after all.
+        values = (values if values.dim() else values.reshape(1)).expand(*values.shape[:-1], size)
+        dim = -1 if side == QUERY else -2
+        reads = {values.dim() - 1: _Reads(side, block, size)}
+        return Interval(*(_reduce_tiles(values, reads, upper).unsqueeze(dim) for upper in (False, True)))
+
+    def _scope(self, *axis: Axis) -> Scope:
+        """Where expressions are evaluated at every position of the batch axes and of one tiled axis."""
+        if axis not in self._scopes:
+            env = arange_env((*self.batch, *axis), self.sizes, torch.device(self.device))
+            self._scopes[axis] = Scope(env, self.tensors, self.sizes)
+        return self._scopes[axis]
+
+    def _side(self, side: int) -> tuple[Axis, int, int]:
+        """Axis, block and size of the query or of the key."""
+        return (self.query, self.block_q, self.n_query) if side == QUERY else (self.key, self.block_k, self.n_key)
+
+    def _ends_are_exact(self, expr: Expr) -> bool:
+        """Whether interval arithmetic loses nothing on an expression of one tiled axis: it is monotone in it."""
+        if isinstance(expr, Axis) or not self.sides(expr):
+            return True
+        if not isinstance(expr, Call):
+            return False
+        if expr.op == "le" and expr.args[0].is_int and expr.args[1].is_int:
+            return self._separated(expr) and all(self._ends_are_exact(a) for a in expr.args)
+        moving = [a for a in expr.args if self.sides(a)]
+        if len(moving) > 1 or expr.op not in ("add", "mul", "floordiv", "min", "max"):
+            return False
+        if expr.op == "floordiv" and (self.sides(expr.args[1]) or not _positive(expr.args[1])):
+            return False
+        return expr.is_int and self._ends_are_exact(moving[0])
+
+    # ------------------------------------------------------------------------------------------------ numbers
+
+    def _number(self, expr: Call) -> Interval:
+        if expr.op == "where":
+            cond, yes, no = (self.interval(a) for a in expr.args)
+            return iv.choose(cond, yes, no)
+        if expr.op in ("min", "max"):
+            a, b = (self.interval(x) for x in expr.args)
+            if expr.op == "min":  # either upper end is one of the minimum, too
+                return Interval(iv.least(a.lo, b.lo), iv.least(a.hi, b.hi, either=True))
+            return Interval(iv.most(a.lo, b.lo, either=True), iv.most(a.hi, b.hi))
+        if not expr.is_int:
+            return UNKNOWN
+        if expr.op == "add":
+            return self._sum(to_poly(expr))
+        if expr.op == "mul":
+            total = self.interval(expr.args[0])
+            for arg in expr.args[1:]:
+                total = iv.times(total, self.interval(arg))
+            return total
+        if expr.op == "abs":
+            a = self.interval(expr.args[0])
+            if a.lo is None or a.hi is None:
+                return Interval(0, None)
+            return Interval(iv.most(iv.most(a.lo, -a.hi), 0), iv.most(-a.lo, a.hi))
+        if expr.op in ("floordiv", "mod") and _positive(expr.args[1]) and not self.sides(expr.args[1]):
+            a, size = self.interval(expr.args[0]), self.interval(expr.args[1]).lo
+            if expr.op == "floordiv":
+                return Interval(*(None if end is None else end // size for end in (a.lo, a.hi)))
+            if a.lo is None or a.hi is None:
+                return Interval(0, size - 1)
+            inside = iv.as_tensor(a.lo // size) == iv.as_tensor(a.hi // size)  # no multiple of the size is crossed
+            return Interval(torch.where(inside, a.lo % size, 0), torch.where(inside, a.hi % size, size - 1))
+        return UNKNOWN
+
+    def _sum(self, poly: Poly) -> Interval:
+        """Ends of a polynomial: exact for its query part and its key part, monomial by monomial for the rest."""
+        total: Interval | None = None
+        for part in self._parts(poly):
+            one = self.interval(from_poly(part)) if len(part) > 1 else self._monomial(part)
+            total = one if total is None else iv.plus(total, one)
+        return total or Interval(0, 0)
+
+    def _monomial(self, part: Poly) -> Interval:
+        [(atoms, coef)] = part.items()
+        whole = from_poly({atoms: 1})
+        if len(atoms) > 1 and is_exact(whole) and self.sides(whole) not in (0, QUERY | KEY):
+            return iv.times(Interval(coef, coef), self.interval(whole))
+        total = Interval(coef, coef)
+        for atom in atoms:
+            total = iv.times(total, self.interval(atom))
+        return total
+
+    def _parts(self, poly: Poly) -> list[Poly]:
+        """The query part and the key part, where their ends can be exact; the rest of them monomial by monomial."""
+        groups: dict[int, Poly] = {QUERY: {}, KEY: {}}
+        rest: list[Poly] = []
+        for atoms, coef in poly.items():
+            sides = 0
+            for atom in atoms:
+                sides |= self.sides(atom)
+            if sides in groups and all(is_exact(a) for a in atoms):
+                groups[sides][atoms] = coef
+            else:
+                rest.append({atoms: coef})
+        return [g for g in groups.values() if g] + rest
+
+    # --------------------------------------------------------------------------------------------- predicates
+
+    def _predicate(self, expr: Call) -> Interval:
+        if expr.op in ("and", "or"):
+            return self._chain(expr)
+        if expr.op == "not":
+            a = self.interval(expr.args[0])
+            return Interval(iv.not_(a.hi), iv.not_(a.lo))
+        if expr.op == "xor":
+            a, b = (self.interval(x) for x in expr.args)
+            lo = iv.or_(iv.and_(a.lo, iv.not_(b.hi)), iv.and_(iv.not_(a.hi), b.lo))
+            return Interval(lo, iv.not_(iv.or_(iv.and_(a.lo, b.lo), iv.and_(iv.not_(a.hi), iv.not_(b.hi)))))
+        if expr.op in ("le", "lt", "eq", "ne"):
+            found = self._comparison(expr)
+            return Interval(iv.not_(found.hi), iv.not_(found.lo)) if expr.op == "ne" else found
+        return MAYBE
+
+    def _chain(self, expr: Call) -> Interval:
+        """and / or: the parts of one tiled axis are taken together, because they are exact together."""
+        groups: dict[int, list[Expr]] = {QUERY: [], KEY: []}
+        parts: list[Expr] = []
+        for part in conjuncts(expr, expr.op):
+            groups.get(self.sides(part), parts).append(part)
+        for group in groups.values():
+            joined = (simplify.and_ if expr.op == "and" else simplify.or_)(*group)
+            if all(is_exact(p) for p in group) and len(group) > 1 and joined != expr:
+                parts.append(joined)
+            else:
+                parts.extend(group)
+        join = iv.and_ if expr.op == "and" else iv.or_
+        total = Interval(expr.op == "and", expr.op == "and")
+        for part in parts:
+            one = self.interval(part)
+            total = Interval(join(total.lo, one.lo), join(total.hi, one.hi))
+        return total
+
+    def _separated(self, expr: Call) -> bool:
+        """One side of a comparison moves with the query at most, the other one with the key at most."""
+        left, right = (self.sides(a) for a in expr.args)
+        return not left & right and QUERY | KEY not in (left, right)
+
+    def _comparison(self, expr: Call) -> Interval:
+        left, right = expr.args
+        if left.is_float or right.is_float:
+            if not (is_exact(left) and is_exact(right)):
+                return MAYBE
+            return iv.compare(expr.op, self.interval(left), self.interval(right), floats=True)
+        if left.dtype == BOOL or right.dtype == BOOL:
+            return MAYBE
+        if self._separated(expr):
+            # No subtraction: it could overflow for loads near the ends of int64.
+            return iv.compare(expr.op, self.interval(left), self.interval(right))
+        difference = poly_add(to_poly(right), poly_scale(to_poly(left), -1))
+        found = iv.compare(expr.op, Interval(0, 0), self._sum(difference))
+        if expr.op in ("eq", "ne"):
+            hit = self._residue_hit(difference)
+            found = Interval(found.lo, iv.and_(found.hi, hit))
+        return found
+
+    def _residue_hit(self, poly: Poly) -> End:
+        """For x % m + c == 0 with c constant: whether x passes a place where that holds (a stride across a tile)."""
+        atoms = [a for a in poly if a]
+        if len(atoms) != 1 or len(atoms[0]) != 1 or abs(poly[atoms[0]]) != 1:
+            return True
+        atom = atoms[0][0]
+        if not (isinstance(atom, Call) and atom.op == "mod") or self.sides(atom.args[1]) or not _positive(atom.args[1]):
+            return True
+        wanted = -poly.get((), 0) * poly[atoms[0]]
+        x, size = self.interval(atom.args[0]), self.interval(atom.args[1]).lo
+        if x.lo is None or x.hi is None:
+            return True
+        return iv.as_tensor((x.hi - wanted) // size) > iv.as_tensor((x.lo - 1 - wanted) // size)
+
+    # -------------------------------------------------------------------------------------------------- loads
+
+    def _load(self, load: Load) -> Interval:
+        """A load at [.., query index, key index]: the tensor is reduced over tiles first, then read by tile."""
+        reads: dict[int, _Reads] = {}
+        for dim, index in enumerate(load.index):
+            sides = self.sides(index)
+            if sides:
+                one = None if sides == QUERY | KEY else self._tile_reads(index, sides)
+                if one is None or any(sides == other.side for other in reads.values()):
+                    return _nothing_known(load)
+                reads[dim] = one
+            elif not is_exact(index):
+                return _nothing_known(load)
+        tensor = self.tensors[load.tensor]
+        lo, hi = _reduce_tiles(tensor, reads, False), _reduce_tiles(tensor, reads, True)
+        at: list[Any] = []
+        if all(isinstance(i, Const) for d, i in enumerate(load.index) if d not in reads):
+            at = [slice(None) if d in reads else i.value for d, i in enumerate(load.index)]  # type: ignore[attr-defined]
+            lo, hi = lo[tuple(at)], hi[tuple(at)]
+            if next(iter(reads.values())).side == KEY:
+                lo, hi = lo.mT, hi.mT
+        else:
+            for dim, index in enumerate(load.index):
+                if dim in reads:
+                    query = reads[dim].side == QUERY
+                    tiles = torch.arange(self.q_tiles if query else self.k_tiles, device=self.device)
+                    at.append(tiles.reshape((-1, 1) if query else (1, -1)))
+                else:
+                    value = self.interval(index).lo
+                    at.append(value if isinstance(value, Tensor) else torch.full((), value, device=self.device))
+            lo, hi = lo[tuple(at)], hi[tuple(at)]
+        return Interval(lo.to(torch.int64), hi.to(torch.int64)) if load.is_int else Interval(lo, hi)
+
+    def _tile_reads(self, index: Expr, side: int) -> _Reads | None:
+        """How the tiles of one side read a dimension at `index`: a run of it, or blocks of it (`i // 16`)."""
+        axis, block, size = self._side(side)
+        start = from_poly(poly_add(to_poly(index), {(axis,): -1}))
+        if not start.axes and not start.loads:
+            return _Reads(side, block, size, start=self.size(start))
+        if index.axes != {axis} or index.loads or not self._ends_are_exact(index):
+            return None
+        if not (isinstance(index, Call) and index.op == "floordiv" and isinstance(index.args[1], Const)):
+            return None
+        slope = to_poly(index.args[0]).get((axis,))
+        if slope is None:
+            return None
+        ends = self.interval(index)
+        ahead = torch.arange(abs(slope) * (block - 1) // int(index.args[1].value) + 2, device=self.device)
+        return _Reads(side, block, size, rows=torch.minimum(ends.lo.reshape(-1, 1) + ahead, ends.hi.reshape(-1, 1)))
+
+
+@dataclass(frozen=True)
+class _Reads:
+    """Which elements of a dimension each tile of one side reads: `block` in a row from `start`, or `rows`."""
+
+    side: int
+    block: int
+    size: int
+    start: int = 0
+    rows: Tensor | None = None  # [tiles, reads]
+
+
+def tile_states(
+    mask: Expr,
+    batch: Iterable[Axis],
+    query: Axis,
+    key: Axis,
+    block_q: int,
+    block_k: int,
+    tensors: Mapping[str, Tensor],
+    sizes: Mapping[Sym, int],
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """int8 [*batch axes the mask depends on, query tiles, key tiles]: 0 empty, 1 partial, 2 full.
+
+    Only plain tensor operations on `tensors`: traceable, with symbolic `sizes` too. Empty and full are proofs.
+    """
+    if device is None:
+        device = next((tensors[load.tensor].device for load in mask.loads), torch.device("cpu"))
+    used = tuple(b for b in batch if b in mask.axes)
+    return TileGrid(used, query, key, block_q, block_k, tensors, sizes, device).states(mask)
+
+
+@lru_cache(maxsize=4096)
+def is_exact(expr: Expr) -> bool:
+    """Whether evaluating `expr` gives the same bits everywhere: nothing in it rounds."""
+    if isinstance(expr, Call):
+        floats = expr.is_float or any(a.is_float for a in expr.args)
+        return (not floats or expr.op in _EXACT_ON_FLOATS) and all(is_exact(a) for a in expr.args)
+    if isinstance(expr, Reduce):
+        return (not expr.is_float or expr.op in ("min", "max")) and is_exact(expr.body)
+    return isinstance(expr, (Const, Sym, Axis)) or (isinstance(expr, Load) and all(is_exact(i) for i in expr.index))
+
+
+@lru_cache(maxsize=4096)
+def _positive(expr: Expr) -> bool:
+    low = bounds(expr)[0]
+    return low is not None and low > 0
+
+
+def _nothing_known(expr: Expr) -> Interval:
+    return MAYBE if expr.dtype == BOOL else UNKNOWN
+
+
+def _end(values: Tensor, dim: int, upper: bool) -> Tensor:
+    if values.dtype == torch.bool:
+        return values.any(dim) if upper else values.all(dim)
+    return values.amax(dim) if upper else values.amin(dim)
+
+
+def _reduce_tiles(tensor: Tensor, reads: Mapping[int, _Reads], upper: bool) -> Tensor:
+    """The least (greatest) element that each tile reads, along both its dimensions: those become tiles."""
+    for dim in sorted(reads, reverse=True):  # the contiguous one first
+        how = reads[dim]
+        if how.rows is not None:
+            picked = tensor.index_select(dim, how.rows.reshape(-1)).unflatten(dim, how.rows.shape)
+            tensor = _end(picked, dim + 1, upper)
+            continue
+        run = tensor.narrow(dim, how.start, how.size)
+        whole = how.size // how.block
+        tensor = _end(run.narrow(dim, 0, whole * how.block).unflatten(dim, (whole, how.block)), dim + 1, upper)
+        if isinstance(how.size, int) and how.size % how.block == 0:
+            continue
+        # The short last tile, with its last element repeated; where a traced size leaves none, it is cut off again.
+        last = torch.clamp(torch.arange(how.block, device=run.device) + whole * how.block, max=how.size - 1)
+        tail = _end(run.index_select(dim, last), dim, upper).unsqueeze(dim)
+        tensor = torch.cat((tensor, tail), dim).narrow(dim, 0, (how.size + how.block - 1) // how.block)
+    return tensor

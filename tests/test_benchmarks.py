@@ -1,0 +1,139 @@
+"""The benchmarks' own parts: the list of models, the measurements, the isolation of one task from the next."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import cpu, models, recognition
+from benchmarks.isolation import run_isolated
+from benchmarks.measure import geometric_mean, largest_difference, peak_memory, time_peers
+from benchmarks.peers import COMPILE, EAGER, REFOCUS, Row
+from tests import misbehaving
+
+CPU = torch.device("cpu")
+
+
+def _marked(name: str) -> Any:
+    return pytest.param(name, marks=pytest.mark.timm) if name.startswith("timm/") else name
+
+
+@pytest.mark.parametrize("name", [_marked(name) for name in models.MODELS])
+def test_both_spellings_of_a_model_agree(name: str) -> None:
+    """Eager and default attention are one function, so the inputs and weights must be the same too."""
+    outputs = {}
+    for attention in models.ATTENTIONS:
+        module, inputs = models.build(name, tokens=64, attention=attention)
+        assert not module.training
+        with torch.no_grad():
+            outputs[attention] = module(**inputs)
+    assert largest_difference(outputs["eager"], outputs["default"]) < 1e-4
+
+
+def test_waking_leaves_no_constant_weights() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))
+    models.wake(model)
+    assert all(parameter.std() > 0.05 for parameter in model.parameters())
+    assert abs(model[0].weight.std().item() - 64**-0.5) < 0.02
+
+
+def test_registry_has_every_model_twice() -> None:
+    assert len(models.REGISTRY) == 2 * len(models.MODELS) == len(models.SITES)
+
+
+# ------------------------------------------------------------------------------------------------ measurements
+
+
+def test_peak_memory_is_what_is_alive_at_the_worst_moment() -> None:
+    def call(elements: int = 4_000_000) -> torch.Tensor:
+        first = torch.ones(elements)
+        second = first * 2
+        del first
+        return (second + 1).sum()  # two tensors at a time, never three
+
+    call()
+    peak = peak_memory(call, device=CPU)
+    if peak is None:
+        pytest.skip("this system does not tell")
+    assert 2 * 16e6 * 0.9 < peak < 2 * 16e6 * 1.2
+
+
+def test_peers_take_turns() -> None:
+    calls: list[str] = []
+    peers = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    timings = time_peers(peers, device=CPU, repeats=3, warmup=1)
+    assert "".join(calls) == "abc" + "abc" + "bca" + "cab"
+    assert all(timing.calls == 3 and timing.fastest <= timing.median for timing in timings.values())
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ([1.0, 2.0], [1.5, 2.0], 0.5),
+        ([math.nan, math.inf], [math.nan, math.inf], 0.0),
+        ([1.0], [math.nan], math.inf),
+        ([1.0], [1.0, 1.0], math.inf),
+    ],
+)
+def test_largest_difference(one: list[float], other: list[float], expected: float) -> None:
+    assert largest_difference({"x": torch.tensor(one)}, {"x": torch.tensor(other)}) == expected
+
+
+def test_geometric_mean() -> None:
+    assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+    assert math.isnan(geometric_mean([]))
+
+
+# ------------------------------------------------------------------------------------------------ isolation
+
+
+def test_one_task_cannot_stop_the_others() -> None:
+    tasks = ["a", "crash", "b", "hang", "raise", "c"]
+    outcomes = {outcome.task: outcome for outcome in run_isolated(misbehaving.serve, tasks, processes=2, timeout=10)}
+    values = {task: outcome.value for task, outcome in outcomes.items() if not outcome.error}
+    assert values == {"a": "A", "b": "B", "c": "C"}
+    assert "exit code -6" in outcomes["crash"].error
+    assert "timed out" in outcomes["hang"].error
+    assert "ValueError: as asked" in outcomes["raise"].error
+
+
+# ------------------------------------------------------------------------------------------------ what is printed
+
+
+def test_recognition_counts_what_was_not_seen() -> None:
+    site = {"recognized": True, "fused": True, "reason": "", "location": "m.py:1"}
+    left = {**site, "recognized": False, "fused": False, "reason": "the probabilities escape"}
+    results = [
+        recognition.Result("one", [site, left], expected=4, error=1e-6, eager_error=1e-6, allowed=2e-6),
+        recognition.Result("two", [site], error=1.0, eager_error=1e-6, allowed=2e-6),
+        recognition.Result("three", failure="crashed (exit code -11)"),
+    ]
+    assert [result.status for result in results] == ["ok", "CHANGED", "FAILED"]
+    text = "\n".join(recognition.totals(results))
+    assert "3 models: 3 sites, 2 recognised, 2 fused, 1 left; 1 failed, 1 changed" in text
+    assert "of 4 sites known to be there, 1 recognised (25.0%)" in text
+    assert "1 x the probabilities escape" in text
+
+
+def test_nan_in_place_of_a_number_is_a_change() -> None:
+    truth = torch.ones(3)
+    error, _, allowed = recognition.worst(torch.tensor([1.0, math.nan, 1.0]), truth, truth)
+    assert recognition.Result("m", error=error, eager_error=0.0, allowed=allowed).status == "CHANGED"
+
+
+def test_cpu_results_as_a_page() -> None:
+    rows = {
+        name: Row(name, seconds, first=1.0, memory=2**20, difference=1e-6, scale=1.0)
+        for name, seconds in ((EAGER, 0.4), (COMPILE, 0.2), (REFOCUS, 0.1))
+    }
+    task = cpu.Task("hf/bert", 128, "eager", None, repeats=3, budget=1.0, threads=1)
+    good = cpu.record(cpu.Outcome(task, cpu.Measured(rows, sites=2, fused=2)))
+    bad = cpu.record(cpu.Outcome(task, error="Traceback\nValueError: no"))
+    page = cpu.markdown([good, bad], {"processor": "p", "threads": 1, "torch": "2"})
+    assert "| hf/bert:eager | 128 | 2/2 | 400.00 | 200.00 | 100.00 | 4.00 | 2.00 | 1.0 | 1.0 | 1.0 | 1.0e-06 |" in page
+    assert "2.000 against torch.compile, 4.000 against eager. Below 0.9 of torch.compile: none." in page
+    assert "- hf/bert:eager, 128 tokens: ValueError: no" in page
