@@ -15,7 +15,8 @@ brings such numbers from elsewhere: sites that were not even seen are then count
 registry the weights of `models.wake`, with which every term of the scores matters. --time also times each model
 against `torch.compile` alone (with one process and --engine plan, to mean anything).
 
-Exit status: 0, or 1 if a model crashed, timed out, changed its result or (with --time) got slower.
+Exit status: 0, or 1 if a model crashed (FAILED), timed out, changed its result, fell back to its original graph
+because something of ours failed (BROKEN), or, with --time, got slower.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -70,6 +72,7 @@ class Result:
     allowed: float | None = None
     speed: float | None = None  # torch.compile's time over refocus's
     note: str = ""
+    fallbacks: list[str] = field(default_factory=list)
     failure: str = ""
     seconds: float = 0.0
 
@@ -92,6 +95,8 @@ class Result:
             return "FAILED"
         if self.changed:
             return "CHANGED"
+        if self.fallbacks:
+            return "BROKEN"
         return "SLOWER" if self.speed is not None and self.speed < SLOWER else "ok"
 
 
@@ -139,7 +144,9 @@ def examine(task: Task) -> Result:
         began = time.perf_counter()
         reports: list[refocus.Report] = []  # one for each graph
         optimized = refocus.optimize(module, engine=task.engine, report=reports.append)
-        output = _call(optimized, kwargs)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", refocus.FallbackWarning)
+            output = _call(optimized, kwargs)
         seconds = time.perf_counter() - began
         speed = _speed(module, optimized, kwargs) if task.time else None
     random = note.startswith("the eager model's output is random")
@@ -152,6 +159,7 @@ def examine(task: Task) -> Result:
         allowed=allowed,
         speed=speed,
         note=note,
+        fallbacks=[str(w.message) for w in caught if issubclass(w.category, refocus.FallbackWarning)],
         seconds=seconds,
     )
 
@@ -225,6 +233,7 @@ def lines(result: Result) -> list[str]:
     out = [f"{head}  {result.status:<7} {error}{speed}"]
     reasons = collections.Counter((site["reason"], site["location"]) for site in result.sites if not site["fused"])
     out += [f"    {count} x {reason or 'no reason given'}  [{place}]" for (reason, place), count in reasons.items()]
+    out += [f"    fell back: {message.splitlines()[0]}" for message in result.fallbacks]
     if result.note:
         out.append(f"    note: {result.note}")
     if result.failure:
@@ -239,6 +248,7 @@ def totals(results: list[Result]) -> list[str]:
     out = [
         f"{len(results)} models: {sites} sites, {recognized} recognised, {fused} fused, {sites - fused} left; "
         f"{sum(bool(r.failure) for r in results)} failed, {sum(r.changed for r in results)} changed, "
+        f"{sum(bool(r.fallbacks) for r in results)} fell back, "
         f"{sum(r.status == 'SLOWER' for r in results)} slower"
     ]
     if known:

@@ -1,45 +1,43 @@
 """The `cpp` engine: a region as the FlexAttention operator, which Inductor lowers to its C++ flash template on CPU.
 
-`attend` is written in tensor operations and is meant to be traced (`make_fx`, symbolic sizes too) and inlined into
-the user's graph: the score becomes a score_mod, the mask a mask_mod, and which tiles are empty, partial or full is
-computed at tile granularity in the same graph. Inference only: the template has no backward.
+Each region is compiled by itself, for each layout of its operands, and kept: equal layers share one kernel. It is not
+spliced into the user's graph as an operator of its own, because there the template cannot be trusted with its
+neighbours (torch 2.11 to 2.13): a pointwise operation after it is fused and then refused ("Unsupported for
+`epilogue_nodes`"), a query or key that is a view of a buffer of other than four dimensions fails to unpack, and
+tensors that score_mod reads must not be views. Between inputs and outputs of a graph none of this can happen.
 
-What the template cannot do is expressed otherwise:
-
-  * it returns no log-sum-exp, so further logits (sinks) are further keys: zero rows after the last key, whose score
-    is the extra logit and whose value is zero;
-  * a query without any key gets zeros; where the eager code gives something else, `refocus.codegen.repair` runs;
-  * its decoding variant (one query) takes an empty partition's maximum for 0, which loses rows whose scores are all
-    far below; a partition size that no tile fits keeps it out.
+Inference only: the template has no backward and returns no log-sum-exp. A query without any key gets zeros; where the
+eager code gives something else, `refocus.codegen.repair` runs afterwards.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+import threading
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention_hop
+from torch._dynamo.source import LocalSource
+from torch._guards import TracingContext, tracing
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from refocus import simplify
-from refocus.codegen import repair
-from refocus.codegen.heads import SCORE, Fitted, fit, unflatten
+from refocus.codegen import flex, repair
+from refocus.codegen.heads import Fitted, fit
 from refocus.codegen.plan import Plan
 from refocus.errors import EngineUnavailable
-from refocus.evaluate import evaluate, size_of
-from refocus.ir import TRUE, Axis, Const, Dot, Expr, Reduce, Region, Sym
-from refocus.masks import block_lists, tile_states
+from refocus.evaluate import size_of
+from refocus.ir import TRUE, Dot, Operand, Reduce, Region, Sym
+from refocus.masks import BlockLists
 
-
-class Pairs(NamedTuple):
-    """Score and mask of every (query, key) pair of the kernel; `key` includes one position for each extra logit."""
-
-    key: Axis
-    score: Expr | None
-    mask: Expr
+# Kernels for all sizes that one kind of operands may have: each holds under its own guards (short or long queries, ..).
+_MOST_OPEN = 8
 
 
 def supports(region: Region) -> str | None:
@@ -49,12 +47,7 @@ def supports(region: Region) -> str | None:
         return fitted
     for part, expr in (("score", fitted.score), ("mask", region.mask), *(("extra logit", x) for x in region.extra)):
         if expr is not None and any(isinstance(n, (Dot, Reduce)) for n in expr.walk()):
-            return f"the {part} holds a sum or reduction that the kernel's pointwise functions cannot"
-    return machine_reason()
-
-
-def machine_reason() -> str | None:
-    """Why Inductor's CPU template does not exist here; None where it does."""
+            return f"the {part} holds a sum or reduction, and the kernel's functions are pointwise"
     if sys.platform == "darwin":
         return "Inductor's CPU attention template does not exist on macOS"
     if os.getenv("ATEN_CPU_CAPABILITY") == "default" or not torch.cpu._is_avx2_supported():
@@ -64,168 +57,187 @@ def machine_reason() -> str | None:
     return None
 
 
-def attend(region: Region, plan: Plan, tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+def run(region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     """The region's result (*batch, query, *value), contiguous, dtype `region.out_dtype`.
 
-    `tensors` in the order of `region.operands`, `sizes` in that of `region.syms`. To be traced, then compiled by
-    Inductor; run as it is, PyTorch computes the scores densely. Raises `EngineUnavailable` for what `supports` refuses.
+    Compiles on the first call for each layout (seconds), and once more, for all sizes, when a region with symbolic
+    sizes comes with other ones. Raises `EngineUnavailable` for what `supports` refuses or Inductor cannot compile.
     """
+    return _program(region, plan)(operands, sizes)
+
+
+def warm(region: Region, plan: Plan, like: Sequence[Tensor], sizes: Sequence[int]) -> None:
+    """Compile now what `run` will need for operands like these, which may be fake. Raises as `run` does."""
+    with unset_fake_temporarily(), disable_proxy_modes_tracing():
+        operands = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in like]
+        _program(region, plan).kernel(operands, sizes)
+
+
+@lru_cache(maxsize=256)
+def _program(region: Region, plan: Plan) -> _Program:
     reason, fitted = supports(region), fit(region)
     if reason is not None or isinstance(fitted, str):
         raise EngineUnavailable("the cpp engine cannot run this region", got=reason, todo="use engine='tiled'")
-    named = {o.name: t for o, t in zip(region.operands, tensors, strict=True)}
-    numbers = dict(zip(region.syms, sizes, strict=True))
-    pairs = _pairs(region, fitted)
-    query, key, value = fitted.query(named, numbers), fitted.key(named, numbers), fitted.value(named, numbers)
-    if region.extra:
-        key, value = (torch.nn.functional.pad(t, (0, 0, 0, len(region.extra))) for t in (key, value))
-
-    functions = _Functions(region, fitted, pairs, named, numbers, query.device)
-    block_mask = _block_mask(region, fitted, pairs, plan, named, numbers, functions.mask_mod, query.device)
-    options = _options(plan, skip=pairs.mask == TRUE and pairs.score is None)
-    out, _, _ = flex_attention_hop(
-        query, key, value, functions.score_mod, block_mask, fitted.scale, options, functions.score_buffers,
-        functions.mask_buffers,
-    )  # fmt: skip
-    out = fitted.result(out, named, numbers)
-    if region.empty_row == "logits" and region.mask != TRUE:
-        torch.ops.refocus.repair(out, list(tensors), list(sizes), repr(region))
-    return out
+    return _Program(fitted, plan)
 
 
-def _options(plan: Plan, skip: bool) -> dict[str, Any]:
-    """What the Python front end would pass; Inductor's lowering expects all of it."""
-    return {
-        "BACKEND": "AUTO", "PRESCALE_QK": False, "ROWS_GUARANTEED_SAFE": False, "BLOCKS_ARE_CONTIGUOUS": False,
-        "WRITE_DQ": True, "OUTPUT_LOGSUMEXP": False, "OUTPUT_MAX": False,
-        "SKIP_MASK_SCORE": skip,  # leaves both functions out: nothing to apply
-        "PARTITION_SIZE": plan.block_k + 1,  # no multiple of a tile: never the decoding variant
-    }  # fmt: skip
+class _Program:
+    """The compiled kernels of one region and plan."""
+
+    def __init__(self, fitted: Fitted, plan: Plan) -> None:
+        self.fitted, self.region, self.plan = fitted, fitted.region, plan
+        self.pairs = flex.pairs_of(fitted)
+        self.syms = self.region.syms
+        self.names = tuple(dict.fromkeys((*flex.loaded(self.pairs.scored), *flex.loaded(self.pairs.kept))))
+        self.repairs = self.region.empty_row == "logits" and self.region.mask != TRUE
+        self.fixed: dict[Any, _Kernel] = {}
+        self.open: dict[Any, list[_Kernel]] = {}  # for all sizes that meet their guards
+        self.lock = threading.Lock()
+
+    def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        out = self.kernel(operands, sizes)(operands, sizes)
+        if self.repairs:
+            repair.run(self.region, out, operands, sizes)
+        return out
+
+    def kernel(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> _Kernel:
+        # The template's buffers are made for so many threads, and are overrun by more.
+        threads = torch.get_num_threads()
+        layout = tuple((tuple(t.shape), t.stride()) for t in operands)
+        found = self.fixed.get((threads, layout, tuple(sizes)))
+        if found is not None:
+            return found
+        with self.lock:
+            # A size of 0 or 1 is special to PyTorch, and so never stands for others.
+            kind = (threads, tuple(_order(t) for t in operands), tuple(n if n < 2 else None for n in sizes))
+            several = self.open.setdefault(kind, [])
+            found = next((k for k in several if k.fits(sizes)), None)
+            if found is not None:
+                return found
+            if self.fixed and any(n > 1 for n in sizes) and len(several) < _MOST_OPEN:
+                several.append(_compile_open(self, operands, sizes))
+                return several[-1]
+            found = self.fixed[threads, layout, tuple(sizes)] = _compile_fixed(self, operands, sizes)
+            return found
+
+    def inputs(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value of the kernel: views of the operands, for almost every region."""
+        named = dict(zip((o.name for o in self.region.operands), operands, strict=True))
+        numbers = dict(zip(self.syms, sizes, strict=True))
+        parts = (self.fitted.query, self.fitted.key, self.fitted.value)
+        query, key, value = (part(named, numbers) for part in parts)
+        return query.contiguous(), key, value  # the result has the query's strides
+
+    def compute(self, inputs: Sequence[Tensor], reads: Sequence[Tensor], sizes: Sequence[int], lists: Any) -> Tensor:
+        """The kernel's graph: nothing in it but the operator, and what it makes for itself."""
+        named, numbers = dict(zip(self.names, reads, strict=True)), dict(zip(self.syms, sizes, strict=True))
+        query, key, value = inputs
+        return flex.call(self.pairs, self.plan, query, key, value, named, numbers, lists)
 
 
-def _pairs(region: Region, fitted: Fitted) -> Pairs:
-    """Extra logits become keys past the last one."""
-    if not region.extra:
-        return Pairs(region.key, fitted.score, region.mask)
-    size = region.key.size
-    longer = Axis(f"{region.key.name}_and_extra", simplify.add(size, len(region.extra)))
-    inside = simplify.le(simplify.add(longer, 1), size)
-    clamped: dict[Expr, Expr] = {region.key: simplify.minimum(longer, simplify.sub(size, 1))}
-    score = simplify.substitute(SCORE if fitted.score is None else fitted.score, clamped)
-    column: Expr = region.extra[-1]
-    for k, extra in reversed(list(enumerate(region.extra[:-1]))):
-        column = simplify.where(simplify.le(longer, simplify.add(size, k)), extra, column)
-    mask = simplify.or_(simplify.not_(inside), simplify.substitute(region.mask, clamped))
-    return Pairs(longer, simplify.where(inside, score, column), mask)
+class _Kernel:
+    """Inductor's code for one program, and what prepares its inputs."""
+
+    def __init__(self, program: _Program, code: Callable[..., Any], env: ShapeEnv | None = None, guards: str = "") -> None:
+        self.program, self.code, self.env, self.guards = program, code, env, guards
+        self.views: Callable[..., Any] | None = None
+        self.lists: tuple[Tensor, ...] = ()
+
+    def fits(self, sizes: Sequence[int]) -> bool:
+        """Whether code for all sizes was compiled under assumptions that hold for these."""
+        assert self.env is not None
+        return not self.guards or bool(self.env.evaluate_guards_expression(self.guards, [n for n in sizes if n > 1]))
+
+    def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        program = self.program
+        named = dict(zip((o.name for o in program.region.operands), operands))
+        with torch.no_grad():
+            if self.env is not None:
+                named = {name: t if _order(t) is not None else t.contiguous() for name, t in named.items()}
+            plain = list(named.values())
+            inputs = self.views(*plain) if self.views is not None else program.inputs(plain, sizes)
+            reads = [named[n] for n in program.names]
+            numbers = [n for n in sizes if n > 1] if self.env is not None else []
+            out = self.code(*numbers, *inputs, *reads, *self.lists)
+            out = out[0] if isinstance(out, (tuple, list)) else out
+            return program.fitted.result(out, named, dict(zip(program.syms, sizes)))
 
 
-class _Functions:
-    """score_mod and mask_mod, and the tensors they read (FlexAttention takes these beside the functions)."""
+def _compile_fixed(program: _Program, operands: Sequence[Tensor], sizes: Sequence[int]) -> _Kernel:
+    """For these very layouts; the lists of tiles are constants if nothing is loaded to make them."""
+    region = program.region
+    with torch.no_grad(), tracing(None):
+        inputs = program.inputs(operands, sizes)
+        named = dict(zip((o.name for o in region.operands), operands))
+        reads = [named[n] for n in program.names]
+        numbers = dict(zip(program.syms, sizes))
+        lists: tuple[Tensor, ...] = ()
+        if not region.mask.loads:
+            lists = tuple(flex.lists_of(program.pairs, program.plan, named, numbers, operands[0].device))
 
-    def __init__(
-        self,
-        region: Region,
-        fitted: Fitted,
-        pairs: Pairs,
-        tensors: Mapping[str, Tensor],
-        sizes: Mapping[Sym, int],
-        device: torch.device,
-    ) -> None:
-        self.b, outer = unflatten("@b", fitted.outer)
-        self.h, inner = unflatten("@h", fitted.inner)
-        self.query, self.key = region.query, pairs.key
-        flat = {**outer, **inner}
-        self.score = None if pairs.score is None else simplify.substitute(pairs.score, flat)
-        self.mask = simplify.substitute(pairs.mask, flat)
-        # Sizes are passed as tensors: the template takes no traced number other than a bare symbol.
-        self.syms = {s: torch.full((), n, dtype=torch.int64, device=device) for s, n in sizes.items()}
-        self.tensors = tensors
-        self.score_names, self.score_syms = _reads(self.score)
-        self.mask_names, self.mask_syms = _reads(self.mask)
+        def compute(*args: Tensor) -> Tensor:
+            rest = args[3 + len(reads) :]
+            return program.compute(args[:3], args[3 : 3 + len(reads)], sizes, BlockLists(*rest) if rest else None)
 
-    @property
-    def score_buffers(self) -> tuple[Tensor, ...]:
-        return (*(self.tensors[n] for n in self.score_names), *(self.syms[s] for s in self.score_syms))
-
-    @property
-    def mask_buffers(self) -> tuple[Tensor, ...]:
-        return (*(self.tensors[n] for n in self.mask_names), *(self.syms[s] for s in self.mask_syms))
-
-    def score_mod(self, score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, *buffers: Tensor) -> Tensor:
-        if self.score is None:
-            return score
-        tensors, sizes = _named(self.score_names, self.score_syms, buffers)
-        tensors[SCORE.tensor] = score
-        axes = {self.b: b, self.h: h, self.query: i, self.key: j}
-        return evaluate(self.score, axes, tensors, sizes, torch.float32).reshape(())
-
-    def mask_mod(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, *buffers: Tensor) -> Tensor:
-        if self.mask == TRUE:
-            return torch.ones_like(b, dtype=torch.bool)
-        tensors, sizes = _named(self.mask_names, self.mask_syms, buffers)
-        axes = {self.b: b, self.h: h, self.query: i, self.key: j}
-        return evaluate(self.mask, axes, tensors, sizes, torch.float32).reshape(())
+        given = [*inputs, *reads, *lists]
+        kernel = _Kernel(program, _inductor(make_fx(compute, tracing_mode="fake")(*given), given))
+        kernel.lists = lists
+        kernel.views = make_fx(lambda *t: program.inputs(t, sizes), tracing_mode="fake")(*operands)
+    return kernel
 
 
-def _reads(expr: Expr | None) -> tuple[tuple[str, ...], tuple[Sym, ...]]:
-    """The operands and the sizes that a pointwise expression needs."""
-    if expr is None:
-        return (), ()
-    names = dict.fromkeys(load.tensor for load in expr.loads if load != SCORE)
-    return tuple(names), tuple(dict.fromkeys(n for n in expr.walk() if isinstance(n, Sym)))
+def _compile_open(program: _Program, operands: Sequence[Tensor], sizes: Sequence[int]) -> _Kernel:
+    """For all sizes but those of 0 and 1, under guards that Inductor may add."""
+    env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=env)
+    traced: list[Any] = list(sizes)
+    for k, (sym, size) in enumerate(zip(program.syms, sizes)):
+        if size > 1:
+            source = LocalSource(sym.name)
+            symbol = env.create_symbol(size, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+            traced[k] = env.create_symintnode(symbol, hint=size, source=source)
+    free = [n for n, size in zip(traced, sizes) if size > 1]
+    with torch.no_grad(), mode, tracing(TracingContext(mode)):
+        fakes = [_like(t, o, dict(zip(program.syms, traced))) for t, o in zip(operands, program.region.operands)]
+        named = dict(zip((o.name for o in program.region.operands), fakes))
+        count = len(free)
+
+        def compute(*args: Any) -> Tensor:
+            numbers = iter(args[:count])
+            sizes_in = [next(numbers) if size > 1 else size for size in sizes]
+            return program.compute(args[count : count + 3], args[count + 3 :], sizes_in, None)
+
+        given = [*free, *program.inputs(fakes, traced), *(named[n] for n in program.names)]
+        code = _inductor(make_fx(compute)(*given), given)
+        return _Kernel(program, code, env, env.produce_guards_expression(free) or "")
 
 
-def _named(
-    names: Sequence[str], syms: Sequence[Sym], buffers: Sequence[Tensor]
-) -> tuple[dict[str, Tensor], dict[Sym, Any]]:
-    return dict(zip(names, buffers)), dict(zip(syms, buffers[len(names) :], strict=True))
+def _inductor(graph: torch.fx.GraphModule, given: Sequence[Any]) -> Callable[..., Any]:
+    try:
+        return compile_fx(graph, given)  # type: ignore[return-value]
+    except Exception as problem:
+        raise EngineUnavailable(
+            "Inductor could not compile this region", got=problem, todo="use engine='tiled'"
+        ) from problem
 
 
-def _block_mask(
-    region: Region,
-    fitted: Fitted,
-    pairs: Pairs,
-    plan: Plan,
-    tensors: Mapping[str, Tensor],
-    sizes: Mapping[Sym, int],
-    mask_mod: Callable[..., Tensor],
-    device: torch.device,
-) -> tuple[Any, ...]:
-    """FlexAttention's block mask for [B or 1, H or 1, query tiles, key tiles], as the operator takes it."""
-    state = tile_states(
-        pairs.mask, region.batch, region.query, pairs.key, plan.block_q, plan.block_k, tensors, sizes, device
-    )
-    used = pairs.mask.axes
-    for dim, axis in enumerate(region.batch):  # [*batch, query tiles, key tiles], 1 where it is the same for all
-        if axis not in used:
-            state = state.unsqueeze(dim)
-    split = len(fitted.outer)
-    dims: list[int] = []
-    for group in (fitted.outer, fitted.inner):
-        whole = any(a in used for a in group)
-        dims += [size_of(a.size, sizes) if whole else 1 for a in group]
-    state = state.expand(*dims, *state.shape[-2:])
-    flat = [_product(dims[:split]), _product(dims[split:])]
-    lists = block_lists(state.reshape(*flat, *state.shape[-2:]))
-    lengths = (size_of(region.query.size, sizes), size_of(pairs.key.size, sizes))
-    mask = BlockMask(
-        seq_lengths=lengths,
-        kv_num_blocks=lists.partial_count,
-        kv_indices=lists.partial_index,
-        full_kv_num_blocks=lists.full_count,
-        full_kv_indices=lists.full_index,
-        q_num_blocks=None,  # the q lists serve the backward alone
-        q_indices=None,
-        full_q_num_blocks=None,
-        full_q_indices=None,
-        BLOCK_SIZE=(plan.block_q, plan.block_k),
-        mask_mod=mask_mod,
-    )
-    return tuple(mask.as_tuple())
+def _like(tensor: Tensor, operand: Operand, sizes: dict[Sym, Any]) -> Tensor:
+    """A fake tensor of symbolic sizes, its dimensions in memory in the same order as the given one's."""
+    shape = [size_of(s, sizes) for s in operand.shape]
+    order = _order(tensor) or tuple(range(tensor.dim()))
+    strides, step = [1] * len(shape), 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step = step * shape[dim]
+    return torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device)
 
 
-def _product(values: Sequence[int]) -> int:
-    total = 1
-    for value in values:
-        total = total * value
-    return total
+def _order(tensor: Tensor) -> tuple[int, ...] | None:
+    """The dimensions from the slowest to the fastest, where the tensor has no gaps."""
+    order = sorted(range(tensor.dim()), key=lambda d: (-tensor.stride(d), d))
+    step = 1
+    for dim in reversed(order):
+        if tensor.shape[dim] != 1 and tensor.stride(dim) != step:
+            return None
+        step *= tensor.shape[dim]
+    return tuple(order)

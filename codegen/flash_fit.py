@@ -90,7 +90,23 @@ def _width_problem(region: Region) -> str | None:
     return None
 
 
+# Widest product or value (padded) -> block_q, block_k, num_warps: the largest tiles that spill no registers on sm_80
+# and sm_90 (tests/test_triton_aot.py). float32 products run without tensor cores, which takes more registers.
+_NARROW = {32: (128, 64, 4), 64: (128, 64, 4), 128: (128, 64, 8), 256: (64, 32, 4), 512: (32, 32, 4)}
+_FLOAT32 = {32: (32, 32, 4), 64: (32, 32, 4), 128: (32, 32, 8), 256: (32, 32, 8), 512: (16, 16, 8)}
+
+
 def default_plan(region: Region) -> Plan:
-    """Tile sizes that spill no registers on sm_80 and sm_90 (tests/test_triton_aot.py), by width and dtype."""
-    widest = max([padded(width(region.value) or 1), *(padded(width(d.over) or 1) for d in all_dots(region))])
-    return Plan("triton", "flash", 64, 64 if widest <= 128 else 32, 4, 2)
+    """Tile sizes by width and dtype, and no larger than the region."""
+    dots = all_dots(region)
+    widest = max([32, padded(width(region.value) or 1), *(padded(width(d.over) or 1) for d in dots)])
+    narrow = all(dot_dtype(d) != "float32" for d in dots) and region.values.dtype in ("float16", "bfloat16")
+    largest, block_k, warps = (_NARROW if narrow else _FLOAT32)[min(widest, WIDEST)]
+    block_q, block_k = _no_larger(largest, region.query), _no_larger(block_k, region.key)
+    if block_q < largest:
+        warps = min(warps, max(1, block_q // 16))  # a warp multiplies 16 rows at a time
+    return Plan("triton", "flash", block_q, block_k, warps, 2)
+
+
+def _no_larger(block: int, axis: Axis) -> int:
+    return min(block, padded(axis.size.value)) if isinstance(axis.size, Const) else block

@@ -28,8 +28,8 @@ from refocus.ir import Region, Sym
 ENGINES: dict[str, str] = {
     "tiled": "refocus.codegen.tiled",
     "triton": "refocus.codegen.triton_engine",
-    "cpp": "refocus.codegen.cpp_engine",
-    "sdpa": "refocus.codegen.sdpa_engine",
+    "cpp": "refocus.codegen.cpp",
+    "sdpa": "refocus.codegen.sdpa",
 }
 Engine = Callable[[Region, Plan, Sequence[Tensor], Sequence[int]], Tensor]
 
@@ -53,7 +53,9 @@ def engine_named(name: str) -> Engine:
         run: Engine = importlib.import_module(ENGINES[name]).run
     except ImportError as problem:
         raise EngineUnavailable(
-            f"the engine {name!r} cannot be loaded here", got=problem, todo="install what it needs, or use engine='tiled'"
+            f"the engine {name!r} cannot be loaded here",
+            got=problem,
+            todo="install what it needs, or use engine='tiled'",
         ) from problem
     return run
 

@@ -1,9 +1,7 @@
 """Rows that the mask empties, made what the eager code makes of them.
 
-    refocus::repair(Tensor(a!) out, Tensor[] operands, SymInt[] sizes, str region) -> ()
-
 A kernel that only ever visits allowed pairs leaves zeros in a row that has none, where eager code that fills with a
-finite minimum gives the mean of all values, and one that fills with -inf gives NaN. The operator finds those rows and
+finite minimum gives the mean of all values, and one that fills with -inf gives NaN. `run` finds those rows and
 computes them from `region.logits`. It costs one look at one number a row when there are none: an emptied row is zero,
 so whatever is not zero needs no repair, and of what is zero the mask decides.
 """
@@ -12,25 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from refocus import ir
 from refocus.evaluate import Position, Scope, arange_env, size_of
 from refocus.grid import contract
-from refocus.ir import Axis, Const, Region, Sym
+from refocus.ir import Axis, Const, Region
 
 # Logits alive at once, in elements.
 _BUDGET = 1 << 22
-
-
-@lru_cache(maxsize=512)
-def _parsed(text: str) -> tuple[Region, tuple[Sym, ...]]:
-    region = ir.parse(text)
-    assert isinstance(region, Region)
-    return region, region.syms
 
 
 def run(region: Region, out: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int]) -> None:
@@ -67,8 +56,9 @@ class _Rows:
         corner = torch.meshgrid(*at, indexing="ij")
         scope = self._scope(at, torch.float32)
         kept = self._spread(scope.tensor(self.region.mask)).any(self.key)
-        kept = kept.reshape(kept.shape[: len(self.rows)] if kept.dim() > len(self.rows) else kept.shape)
-        empty = suspect[corner] & ~kept.expand(corner[0].shape)
+        kept = kept.reshape((1,) * (len(at) + -self.key - 1 - kept.dim()) + tuple(kept.shape))
+        kept = kept.reshape(kept.shape[: len(at)])  # a mask has no value axes
+        empty = suspect[corner] & ~kept
         if not bool(empty.any()):
             return
         region = self.region
@@ -95,7 +85,7 @@ class _Rows:
         return torch.softmax(every, self.key).narrow(self.key, 0, self.keys)
 
     def _scope(self, at: list[Tensor], dtype: torch.dtype) -> Scope:
-        rank = len(self.rows) - self.key - 1 + 1
+        rank = len(self.rows) - self.key
         axes: dict[Axis, Position] = dict(self.env)
         for dim, (axis, index) in enumerate(zip(self.rows, at)):
             axes[axis] = index.reshape((-1,) + (1,) * (rank - dim - 1))
@@ -108,19 +98,3 @@ class _Rows:
         shape = list(t.shape)
         shape[self.key] = self.keys
         return t.expand(shape)
-
-
-@torch.library.custom_op(
-    "refocus::repair",
-    mutates_args=("out",),
-    schema="(Tensor(a!) out, Tensor[] operands, SymInt[] sizes, str region) -> ()",
-)
-def repair(out: Tensor, operands: list[Tensor], sizes: list[int], region: str) -> None:
-    """Overwrite the rows of `out` that the region's mask empties (see the module)."""
-    what, _ = _parsed(region)
-    run(what, out, operands, sizes)
-
-
-@repair.register_fake
-def _fake(out: Tensor, operands: list[Tensor], sizes: list[int], region: str) -> None:
-    return None

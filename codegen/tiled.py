@@ -17,7 +17,7 @@ from torch import Tensor
 
 from refocus import grid as grids
 from refocus.codegen.plan import Plan
-from refocus.evaluate import Scope, arange_env, size_of
+from refocus.evaluate import Scope, arange_env, device_of, size_of
 from refocus.grid import Term, contract
 from refocus.ir import TRUE, Axis, Call, Const, Expr, Region, Sym
 from refocus.masks import EMPTY, FULL, PARTIAL, TileMap, classify
@@ -46,7 +46,7 @@ class _Run:
         self.value = [size_of(a.size, sizes) for a in region.value]
         self.block_q, self.block_k = min(plan.block_q, self.queries) or 1, min(plan.block_k, self.keys) or 1
         self.parts = {a: factors(a, n, region.expressions) for a, n in zip(region.batch, self.batch)}
-        device = next((t.device for t in tensors.values()), torch.device("cpu"))
+        device = device_of(tensors.values())
         env = arange_env((*region.batch, region.query, region.key, *region.value), sizes, device, self.parts)
         self.key_dim = -1 - len(region.value)
         self.query_dim = self.key_dim - 1

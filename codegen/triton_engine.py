@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -45,9 +46,41 @@ def emit(region: Region, plan: Plan, wide: bool = False) -> Kernel:
 
 
 def run(region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """The region's result; see `launch.launch`. Raises `EngineUnavailable`."""
+    """The region's result; see `launch.launch`. A plan that wants more shared memory than the device has is replaced
+    by a smaller one. Raises `EngineUnavailable`."""
     device = operands[0].device if operands else torch.device("cpu")
     reason = available(device)
     if reason is not None:
         raise EngineUnavailable("the triton engine cannot run here", got=reason, todo="use engine='tiled'")
-    return launch(emit(region, plan, needs_wide(region, operands, sizes)), operands, sizes)
+    from triton.runtime.errors import OutOfResources
+
+    wide = needs_wide(region, operands, sizes)
+    plan = _fitting.get((region, plan, device), plan)
+    asked = plan
+    while True:
+        try:
+            out = launch(emit(region, plan, wide), operands, sizes)
+        except OutOfResources as problem:
+            fewer = smaller(plan)
+            if fewer is None:
+                raise EngineUnavailable(
+                    "no tile of this region fits the device", got=problem, todo="use engine='tiled'"
+                ) from problem
+            plan = fewer
+            continue
+        if plan != asked:
+            _fitting[region, asked, device] = plan
+        return out
+
+
+# (region, plan asked for, device) -> the plan that fits.
+_fitting: dict[tuple[Region, Plan, torch.device], Plan] = {}
+
+
+def smaller(plan: Plan) -> Plan | None:
+    """The next plan to try on a device with less shared memory; None when there is none."""
+    if plan.num_stages > 1:
+        return replace(plan, num_stages=plan.num_stages - 1)
+    if plan.block_k > 16 and plan.block_k >= plan.block_q:
+        return replace(plan, block_k=plan.block_k // 2)
+    return replace(plan, block_q=plan.block_q // 2) if plan.block_q > 16 else None

@@ -82,7 +82,7 @@ def _emit(options: argparse.Namespace) -> int:
 
 def _report(target: str, engine: str | None) -> Report:
     model, args, kwargs = load(target)
-    return refocus.explain(model, *args, **kwargs)
+    return refocus.explain(model, *args, engine=engine, **kwargs)
 
 
 def load(target: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:

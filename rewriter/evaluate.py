@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,10 +25,10 @@ from torch import Tensor
 from refocus import grid as grids
 from refocus.grid import Grid, Term
 from refocus.ir import BOOL, Axis, Call, Const, Dot, Expr, Load, Reduce, Sym
+from refocus.operations import EXACT, FLOAT, LOGIC, REDUCE, TENSORS_ONLY, decide
 
 Position = Grid | Tensor | int
 Value = Any  # bool | int | float | SymInt | Grid | Tensor
-_NUMBER = (int, float, bool, torch.SymInt, torch.SymFloat)
 _INTEGER = (int, torch.SymInt)
 
 
@@ -227,7 +227,7 @@ class Scope:
             body = body.reshape((1,) * (-dim - body.dim()) + tuple(body.shape))
         shape = list(body.shape)
         shape[dim] = length
-        result = _REDUCE[node.op](body.expand(shape), dim)
+        result = REDUCE[node.op](body.expand(shape), dim)
         along = sorted(grids.spread(result))
         return grids.place(grids.only(result, along), along)
 
@@ -264,15 +264,17 @@ class Scope:
         kind: Expr = node if node.is_float else next((a for a in node.args if a.is_float), node.args[0])
         dtype = self._dtype(kind, declared) if kind.is_float else self.float_dtype
         args = [self._float(self._plain(a, declared), dtype) for a in node.args]
-        if not any(isinstance(a, Tensor) for a in args) or node.op in _TENSORS_ONLY:
-            args = [a if isinstance(a, Tensor) else torch.scalar_tensor(a, dtype=dtype, device=self.device) for a in args]
-        run = _FLOAT[node.op]
+        if not any(isinstance(a, Tensor) for a in args) or node.op in TENSORS_ONLY:
+            args = [
+                a if isinstance(a, Tensor) else torch.scalar_tensor(a, dtype=dtype, device=self.device) for a in args
+            ]
+        run = FLOAT[node.op]
         return functools.reduce(run, args) if len(args) > 2 else run(*args)
 
     def _exact_call(self, node: Call, declared: bool) -> Value:
         op, args = node.op, [self.value(a, declared) for a in node.args]
-        if op in _LOGIC:
-            return functools.reduce(_LOGIC[op], (self._flat(a) for a in args))
+        if op in LOGIC:
+            return functools.reduce(LOGIC[op], (self._flat(a) for a in args))
         if op == "not":
             return torch.logical_not(args[0]) if isinstance(args[0], Tensor) else not args[0]
         args = [a.to(torch.int64) if isinstance(a, Tensor) and a.dtype == torch.bool else a for a in args]
@@ -282,7 +284,9 @@ class Scope:
             op, args = "add", [args[0], grids.scale(args[1], -1) if isinstance(args[1], Grid) else -args[1]]
         if op == "add":
             flat = [a for a in args if isinstance(a, Tensor)]
-            line = functools.reduce(grids.add, (a for a in args if not isinstance(a, Tensor)), 0)
+            line: Grid | int = 0
+            for a in args:
+                line = line if isinstance(a, Tensor) else grids.add(line, a)
             if not flat:
                 return line
             total = functools.reduce(operator.add, flat)
@@ -291,40 +295,26 @@ class Scope:
             spread = next(a for a in args if isinstance(a, Grid))
             return grids.scale(spread, math.prod(a for a in args if not isinstance(a, Grid)))
         if len(args) == 2 and any(isinstance(a, Grid) for a in args) and not any(isinstance(a, Tensor) for a in args):
-            known = _decide(op, *args)
+            known = decide(op, *args)
             if known is not None:
                 return known
         args = [self._flat(a) for a in args]
-        run = _EXACT[op]
+        run = EXACT[op]
         return functools.reduce(run, args) if len(args) > 2 else run(*args)
 
     def _flat(self, value: Value) -> Value:
         return value.tensor(self.device) if isinstance(value, Grid) else value
 
 
-def _decide(op: str, a: Grid | int, b: Grid | int) -> Value:
-    """A result for whole ranges, where their bounds tell; None where they do not."""
-    if op in ("floordiv", "mod"):
-        parts = grids.divide(a, b) if isinstance(a, Grid) and isinstance(b, int) else None
-        return None if parts is None else parts[op == "mod"]
-    diff = grids.add(a, grids.scale(b, -1))
-    lo, hi = (diff.bounds() or (None, None)) if isinstance(diff, Grid) else (diff, diff)
-    if lo is None or hi is None:
-        return None
-    if op in ("min", "max"):
-        low, high = (a, b) if op == "min" else (b, a)
-        return low if hi <= 0 else high if lo >= 0 else None
-    if op in ("le", "lt"):
-        edge = 0 if op == "le" else -1
-        return True if hi <= edge else False if lo > edge else None
-    if op in ("eq", "ne") and (lo > 0 or hi < 0 or lo == hi == 0):
-        return (lo == hi == 0) == (op == "eq")
-    return None
+def device_of(tensors: Iterable[Tensor]) -> torch.device:
+    """Where to compute: an accelerator if any tensor is there (a tensor without dimensions may stay on the CPU)."""
+    return next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
 
 
 def _device(axes: Mapping[Axis, Position], tensors: Mapping[str, Tensor]) -> torch.device:
-    for tensor in (*tensors.values(), *(p for p in axes.values() if isinstance(p, Tensor))):
-        return tensor.device
+    positions = [p for p in axes.values() if isinstance(p, Tensor)]
+    if tensors or positions:
+        return device_of((*tensors.values(), *positions))
     return next((p.device for p in axes.values() if isinstance(p, Grid) and p.device), torch.device("cpu"))
 
 
@@ -332,58 +322,3 @@ def _rank(position: Position) -> int:
     if isinstance(position, Grid):
         return max(-d for d in position.dims)
     return position.dim() if isinstance(position, Tensor) else 0
-
-
-def _extreme(scalar: Callable[..., Any], tensor: Callable[..., Tensor], bound: str) -> Callable[..., Value]:
-    def run(a: Value, b: Value) -> Value:
-        if isinstance(a, Tensor) and isinstance(b, Tensor):
-            return tensor(a, b)
-        if isinstance(b, Tensor):
-            a, b = b, a
-        return torch.clamp(a, **{bound: b}) if isinstance(a, Tensor) else scalar(a, b)
-
-    return run
-
-
-def _and(a: Value, b: Value) -> Value:
-    if not isinstance(a, Tensor):
-        return b if a else False
-    return a & b if isinstance(b, Tensor) else _and(b, a)
-
-
-def _or(a: Value, b: Value) -> Value:
-    if not isinstance(a, Tensor):
-        return True if a else b
-    return a | b if isinstance(b, Tensor) else _or(b, a)
-
-
-_MIN = _extreme(torch.sym_min, torch.minimum, "max")
-_MAX = _extreme(torch.sym_max, torch.maximum, "min")
-_COMPARE: dict[str, Callable[..., Value]] = {
-    "eq": operator.eq, "ne": operator.ne, "le": operator.le, "lt": operator.lt,
-}  # fmt: skip
-_LOGIC: dict[str, Callable[..., Value]] = {"and": _and, "or": _or, "xor": operator.xor}
-_EXACT: dict[str, Callable[..., Value]] = _COMPARE | {
-    "mul": operator.mul, "floordiv": operator.floordiv, "mod": operator.mod, "min": _MIN, "max": _MAX, "abs": abs,
-    "square": lambda a: a * a, "pow": operator.pow, "relu": lambda a: _MAX(a, 0),
-    "fmod": lambda a, b: torch.fmod(a, b) if isinstance(a, Tensor) or isinstance(b, Tensor) else int(math.fmod(a, b)),
-    "sign": lambda a: torch.sign(a) if isinstance(a, Tensor) else (a > 0) - (a < 0),
-    **dict.fromkeys(("floor", "ceil", "round", "trunc"), lambda a: a),
-}  # fmt: skip
-_TENSORS_ONLY = {"logaddexp", "fmod"}
-_FLOAT: dict[str, Callable[..., Value]] = _COMPARE | {
-    "add": operator.add, "mul": operator.mul, "sub": operator.sub, "div": operator.truediv, "neg": operator.neg,
-    "floordiv": operator.floordiv, "mod": torch.remainder, "fmod": torch.fmod, "min": _MIN, "max": _MAX,
-    "abs": torch.abs, "exp": torch.exp, "exp2": torch.exp2, "log": torch.log, "log2": torch.log2,
-    "log1p": torch.log1p, "expm1": torch.expm1, "sqrt": torch.sqrt, "rsqrt": torch.rsqrt, "pow": torch.pow,
-    "reciprocal": torch.reciprocal, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "relu": torch.relu,
-    "erf": torch.erf, "sin": torch.sin, "cos": torch.cos, "atan": torch.atan, "floor": torch.floor,
-    "ceil": torch.ceil, "round": torch.round, "trunc": torch.trunc, "sign": torch.sign,
-    "softplus": torch.nn.functional.softplus, "isnan": torch.isnan, "isinf": torch.isinf, "square": torch.square,
-    "logaddexp": torch.logaddexp,
-}  # fmt: skip
-_REDUCE: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "sum": lambda t, d: t.sum(d, keepdim=True), "prod": lambda t, d: t.prod(d, keepdim=True),
-    "max": lambda t, d: t.amax(d, keepdim=True), "min": lambda t, d: t.amin(d, keepdim=True),
-    "any": lambda t, d: t.any(d, keepdim=True), "all": lambda t, d: t.all(d, keepdim=True),
-}  # fmt: skip

@@ -34,7 +34,10 @@ class Facts:
     needs_grad: set[fx.Node] = field(default_factory=set)
     grad_enabled: dict[fx.Node, bool] = field(default_factory=dict)
     writes: list[tuple[int, int]] = field(default_factory=list)  # (position, storage id)
+    writers: dict[int, list[fx.Node]] = field(default_factory=dict)
+    opaque: set[fx.Node] = field(default_factory=set)
     storage: dict[fx.Node, int] = field(default_factory=dict)
+    lifted: dict[Any, Any] = field(default_factory=dict)  # pure values in index notation, shared by all sites
     _constants: dict[fx.Node, torch.Tensor | None] = field(default_factory=dict)
 
     # ------------------------------------------------------------------------------------------------ constants
@@ -55,12 +58,13 @@ class Facts:
             return None
         with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
             try:
-                return self._compute(node, {})
+                return self._compute(node)
             except (RuntimeError, TypeError, ValueError, KeyError, IndexError):
                 return None
 
-    def _compute(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-        for step in sorted(_ancestors(node), key=self.order.__getitem__):
+    def _compute(self, node: fx.Node) -> Any:
+        env: dict[fx.Node, Any] = {}
+        for step in sorted(self._needed(node), key=self.order.__getitem__):
             if step.op == "get_attr":
                 value: Any = self.graph.owning_module
                 for part in str(step.target).split("."):
@@ -73,16 +77,18 @@ class Facts:
                 env[step] = step.target(*args, **kwargs)  # type: ignore[operator]
         return env[node]
 
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        n = stack.pop()
-        if n not in found:
+    def _needed(self, node: fx.Node) -> set[fx.Node]:
+        """What must run to have a closed value: its ancestors, and earlier writes to anything among them."""
+        found: set[fx.Node] = set()
+        stack = [node]
+        while stack:
+            n = stack.pop()
+            if n in found:
+                continue
             found.add(n)
             stack.extend(n.all_input_nodes)
-    return found
+            stack.extend(w for w in self.writers.get(self.storage[n], ()) if self.order[w] < self.order[node])
+        return found
 
 
 def gather_facts(gm: fx.GraphModule) -> Facts:
@@ -90,7 +96,6 @@ def gather_facts(gm: fx.GraphModule) -> Facts:
     facts = Facts(gm.graph)
     grad = torch.is_grad_enabled()
     ids = iter(range(1 << 30))
-    written: set[int] = set()
     for position, node in enumerate(gm.graph.nodes):
         facts.order[node] = position
         facts.nodes[node.name] = node
@@ -118,29 +123,37 @@ def gather_facts(gm: fx.GraphModule) -> Facts:
                 facts.needs_grad.add(node)
         facts.storage[node] = _storage_of(node, facts, ids)
         for target in _written(node):
-            facts.writes.append((position, facts.storage.get(target, -1)))
-            written.add(facts.storage.get(target, -1))
-    # what is written in place is neither constant nor pure from any reader's point of view
-    for node in list(facts.closed | facts.pure):
-        if facts.storage[node] in written:
-            facts.closed.discard(node)
-            facts.pure.discard(node)
-    _spread_unclosed(facts)
+            storage = facts.storage.get(target, -1)
+            facts.writes.append((position, storage))
+            facts.writers.setdefault(storage, []).append(node)
+    facts.opaque = {n for n in facts.order if facts.storage[n] in facts.writers}
+    facts.pure -= facts.opaque
+    _settle(facts)
     return facts
 
 
-def _spread_unclosed(facts: Facts) -> None:
-    for node in facts.order:
-        if node.op == "call_function":
-            if node in facts.closed and not all(n in facts.closed for n in node.all_input_nodes):
-                facts.closed.discard(node)
+def _settle(facts: Facts) -> None:
+    """Closed stays what depends on closed values alone, and shares memory with nothing that an open value is written to."""
+    changed = True
+    while changed:
+        dirty = {s for s, writers in facts.writers.items() if any(w not in facts.closed for w in writers)}
+        gone = {
+            n for n in facts.closed
+            if facts.storage[n] in dirty or n.op == "call_function" and any(i not in facts.closed for i in n.all_input_nodes)
+        }  # fmt: skip
+        facts.closed -= gone
+        changed = bool(gone)
+    for node in facts.order:  # purity follows its inputs too
+        if node.op == "call_function" and node in facts.pure and any(is_tensor(i) and i not in facts.pure for i in node.all_input_nodes):
+            if not all(i in facts.pure or i in facts.closed for i in node.all_input_nodes if is_tensor(i)):
+                facts.pure.discard(node)
 
 
 def _deterministic(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return op_name(node) == "getitem"
-    return torch.Tag.nondeterministic_seeded not in target.tags and not target._schema.is_mutable
+    return torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def _written(node: fx.Node) -> Iterator[fx.Node]:

@@ -7,6 +7,7 @@ this form, a load is a slice of the tensor and costs nothing; where it leaves it
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -154,7 +155,7 @@ def _sliceable(at: Grid) -> bool:
     terms = sorted(at.terms, key=lambda t: t.stride)
     if terms[0].stride <= 0:
         return False
-    return all(b.stride == a.stride * a.length for a, b in zip(terms, terms[1:]))
+    return all(b.stride == a.stride * a.length for a, b in itertools.pairwise(terms))
 
 
 def _slice(view: Tensor, position: int, start: int, terms: tuple[Term, ...] | list[Term]) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -67,22 +67,30 @@ def is_mixed_radix(value: Expr) -> bool:
     return all(stride == Const(1) or stride in sizes for stride in strides) and len(set(strides)) == len(strides)
 
 
+class Known(Protocol):
+    """What the lift asks about a graph (`refocus.facts.Facts`)."""
+
+    nodes: dict[str, fx.Node]
+    pure: set[fx.Node]  # made of integers and literals only
+    opaque: set[fx.Node]  # written in place somewhere: never looked through
+    lifted: dict[tuple[fx.Node, Index], Expr]  # pure values, shared by all sites
+
+    def constant(self, node: fx.Node) -> torch.Tensor | None: ...
+
+
 @dataclass
 class Lifter:
     """Lifts values of one graph for one attention site.
 
     `key_axes` / `query_axes` are what the cut looks at; softmax-like handlers add the axes they reduce over to the key
-    axes. `tainted(node)` says whether a node may hold scores of this site, `pure(node)` whether it is made of integers
-    and literals only, `constants(node)` gives its value where that is known. `visited` collects every node lifted
+    axes. `tainted(node)` says whether a node may hold scores of this site. `visited` collects every node lifted
     through, `blame` is the first operation that stopped a value which may hold scores.
     """
 
-    key_axes: set[Axis]
-    query_axes: set[Axis]
-    nodes: dict[str, fx.Node]
-    tainted: Callable[[fx.Node], bool]
-    pure: Callable[[fx.Node], bool]
-    constants: Callable[[fx.Node], torch.Tensor | None] = lambda node: None
+    known: Known
+    tainted: Callable[[fx.Node], bool] = lambda node: False
+    key_axes: set[Axis] = field(default_factory=set)
+    query_axes: set[Axis] = field(default_factory=set)
     visited: set[fx.Node] = field(default_factory=set)
     blame: fx.Node | None = None
     budget: int = 20_000
@@ -94,16 +102,17 @@ class Lifter:
         """The value of a tensor node at a position (one integer expression for each dimension)."""
         index = tuple(index)
         key = (node, index)
-        if key not in self._memo:
+        memo = self.known.lifted if node in self.known.pure else self._memo  # what is made of integers reads the same at every site
+        if key not in memo:
             self.budget -= 1
-            self._memo[key] = self._at(node, index) if self.budget > 0 else self.leaf(node, index)
-        return self._memo[key]
+            memo[key] = self._at(node, index) if self.budget > 0 else self.leaf(node, index)
+        return memo[key]
 
     def _at(self, node: fx.Node, index: Index) -> Expr:
         from refocus.lift_reductions import CONTRACTIONS  # the tables' functions take a Lifter
         from refocus.lift_tables import MOVES, OPERATIONS
 
-        if node.op == "get_attr" or node.op == "placeholder":
+        if node.op in ("get_attr", "placeholder") or node in self.known.opaque:
             return self.constant(node, index) or self.leaf(node, index)
         name = op_name(node)
         move = MOVES.get(name)
@@ -117,7 +126,7 @@ class Lifter:
         if handler is None or not is_tensor(node):
             return self.constant(node, index) or self._stop(node, index)
         floating = kind_of(dtype_of(node)) not in (INT, BOOL)
-        if not floating or self.pure(node):
+        if not floating or node in self.known.pure:
             value = handler(self, node, index)
             if value is not None and not (floating and any(x.is_float for x in _loads(value))):
                 self.visited.add(node)
@@ -163,7 +172,7 @@ class Lifter:
 
     def constant(self, node: fx.Node, index: Index) -> Expr | None:
         """A folded constant all of whose elements are equal is that number."""
-        value = self.constants(node)
+        value = self.known.constant(node)
         if value is None or value.numel() == 0:
             return None
         first = value.reshape(-1)[0]
@@ -182,10 +191,10 @@ class Lifter:
             there = _complexity(below.index)
             if here != there:
                 return self.leaf(node, index) if here < there else below
-            source = self.nodes[below.tensor]
+            source = self.known.nodes[below.tensor]
             smaller = (_numel(source), source.meta["val"].dim()) < (_numel(node), node.meta["val"].dim())
             return below if smaller else self.leaf(node, index)
-        if holds_scores(below) or self.pure(node) or isinstance(below, Const):
+        if holds_scores(below) or node in self.known.pure or isinstance(below, Const):
             return below
         return self.leaf(node, index)
 

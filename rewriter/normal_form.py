@@ -62,10 +62,6 @@ def finish(draft: Draft, facts: Facts, out_dtype: str, zero_rows: bool) -> tuple
     value = [a for a in draft.free if a in draft.values.axes and a not in weight_axes]
     rest = [a for a in all_axes if a not in value]
     query_like = [a for a in rest if a in weight_axes and a not in draft.values.axes]
-    if any(a in draft.values.axes for a in _query_side(score, key)) and not query_like:
-        both = _gathered(score, draft.values, key)
-        if both:
-            raise _Stop(Declined("keys and values are gathered for each query; index maps over keys are not read yet", both))
     query = _choose_query(query_like, score, mask, key)
     if query is None:
         query = Axis("one", Const(1))
@@ -103,16 +99,6 @@ def finish(draft: Draft, facts: Facts, out_dtype: str, zero_rows: bool) -> tuple
     if never_empty(region.mask, region.batch, region.query, region.key):
         region = Region(**{**{f: getattr(region, f) for f in region.__dataclass_fields__}, "empty_row": "never"})
     return region, tuple(builder.bindings.values()), tuple(order)
-
-
-def _query_side(score: Expr, key: Axis) -> frozenset[Axis]:
-    return frozenset(a for n in score.walk() if isinstance(n, Dot) for a in n.query.axes)
-
-
-def _gathered(score: Expr, values: Expr, key: Axis) -> str | None:
-    for load in values.loads if not isinstance(values, Load) else (values,):
-        return load.tensor
-    return None
 
 
 def _choose_query(found: list[Axis], score: Expr, mask: Expr, key: Axis) -> Axis | None:

@@ -23,8 +23,7 @@ def run(
     """
     named = {o.name: t for o, t in zip(region.operands, tensors, strict=True)}
     numbers = dict(zip(region.syms, sizes, strict=True))
-    device = tensors[0].device if tensors else None
-    env = arange_env((*region.batch, region.query, region.key, *region.value), numbers, device)
+    env = arange_env((*region.batch, region.query, region.key, *region.value), numbers)
     scope = Scope(env, named, numbers, dtype)
     key = -1 - len(region.value)
     weight = weights(region, scope, key)

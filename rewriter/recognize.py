@@ -154,7 +154,7 @@ class _Lifted:
 def _attempt(candidate: Candidate, facts: Facts, axes: _Axes) -> _Lifted | Declined:
     root = candidate.root
     index = axes.index()
-    lifter = Lifter(set(), set(), facts.nodes, lambda n: False, facts.pure.__contains__, facts.constant)
+    lifter = Lifter(facts)
     if candidate.weights < 0:
         found = lift_sdpa(lifter, root, index)
         if isinstance(found, Declined):
@@ -176,7 +176,7 @@ def _attempt(candidate: Candidate, facts: Facts, axes: _Axes) -> _Lifted | Decli
     key = keys[0]
     lifter.key_axes.add(key)
     taint = taint_of(weights_node, facts)
-    reach = {n: bool(taint_of(n, facts) & taint) for n in ()}
+    reach: dict[fx.Node, bool] = {}
 
     def tainted(node: fx.Node) -> bool:
         if node not in reach:
@@ -253,15 +253,13 @@ def _untidy(lifted: _Lifted) -> int:
 
 
 def _split_axis(lifted: _Lifted, axes: _Axes) -> _Axes | None:
-    """An axis a whose uses include a // c and a % c becomes (a // c, a % c)."""
+    """An axis a that is used as a % c becomes (a // c, a % c)."""
     for d, group in enumerate(axes.dims):
         for k, axis in enumerate(group):
             by: dict[Expr, None] = {}
             for e in _expressions(lifted):
                 for node in e.walk():
                     if isinstance(node, Call) and node.op == "mod" and node.args[0] == axis:
-                        by[node.args[1]] = None
-                    elif isinstance(node, Call) and node.op == "floordiv" and node.args[0] == axis:
                         by[node.args[1]] = None
             for inner in by:
                 outer = s.floordiv(axis.size, inner)
@@ -285,13 +283,7 @@ def _close(candidate: Candidate, facts: Facts, axes: _Axes, lifted: _Lifted) -> 
             if user not in interior and user is not root and op_name(user) not in ("sym_size", "sym_numel", "sym_stride"):
                 what = "the probabilities are" if _after(node, candidate.normaliser, facts) else "a score is"
                 raise _Stop(Declined(f"{what} read elsewhere (by `{op_name(user)}`)", node.name))
-    first = min((facts.order[n] for n in interior | lifted.lifter.visited | {root}), default=0)
-    last = facts.order[root]
-    touched = {facts.storage[facts.nodes[x.tensor]] for e in _expressions(lifted) for x in (e.loads if not isinstance(e, Load) else (e,))}
-    touched |= {facts.storage[n] for n in lifted.lifter.visited}
-    for position, storage in facts.writes:
-        if first < position < last and storage in touched:
-            raise _Stop(Declined("a tensor it reads is written in place before it is used"))
+    _no_writes_between(facts, interior | lifted.lifter.visited | {root}, root)
     drafts = [Draft(axes.flat(), mixed, lifted.key, soft, lifted.values) for mixed, _, soft in lifted.terms]
     parts, orders = [], []
     epilogue: Expr | None = None
@@ -315,6 +307,18 @@ def _close(candidate: Candidate, facts: Facts, axes: _Axes, lifted: _Lifted) -> 
         epilogue = s.call("add", epilogue, s.call("mul", lifted.rest, Reduce("sum", lifted.key, lifted.values, "float32"), dtype="float32"), dtype="float32")
         plain = False
     return Site(root, candidate.normaliser, tuple(parts), epilogue, plain, tuple(tuple(g) for g in axes.dims), tuple(orders), (), frozenset(interior))
+
+
+def _no_writes_between(facts: Facts, readers: set[fx.Node], root: fx.Node) -> None:
+    """The region reads everything at the root: nothing may have been written since the eager code read it."""
+    first_read: dict[int, int] = {}
+    for reader in readers:
+        for source in reader.all_input_nodes:
+            storage = facts.storage.get(source, -1)
+            first_read[storage] = min(first_read.get(storage, facts.order[reader]), facts.order[reader])
+    for position, storage in facts.writes:
+        if first_read.get(storage, facts.order[root]) < position < facts.order[root]:
+            raise _Stop(Declined("a tensor it reads is written in place before it is used"))
 
 
 def _sum(axis: Axis, factor: Expr, part: Load, term: Expr) -> Expr:

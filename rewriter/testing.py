@@ -83,7 +83,8 @@ def check(
     """
     kwargs = kwargs or {}
     module = module.eval()
-    report = refocus.explain(module, *_fresh(inputs), **_fresh(kwargs))
+    forced = engines[0] if engines else None
+    report = refocus.explain(module, *_fresh(inputs), engine=forced, **_fresh(kwargs))
     _check_sites(report, family, sites, fused)
     with torch.no_grad():
         oracle = copy.deepcopy(module).to(torch.float64)

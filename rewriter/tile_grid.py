@@ -19,7 +19,7 @@ float may round differently in a kernel, so it proves nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -135,8 +135,8 @@ class TileGrid:
         # Where ranges decide it, the value does not vary after all.
         values = (values if values.dim() else values.reshape(1)).expand(*values.shape[:-1], size)
         dim = -1 if side == QUERY else -2
-        reads = {values.dim() - 1: _Reads(side, block, size)}
-        return Interval(*(_reduce_tiles(values, reads, upper).unsqueeze(dim) for upper in (False, True)))
+        lo, hi = _reduce_tiles(values, {values.dim() - 1: _Reads(side, block, size)})
+        return Interval(lo.unsqueeze(dim), hi.unsqueeze(dim))
 
     def _scope(self, *axis: Axis) -> Scope:
         """Where expressions are evaluated at every position of the batch axes and of one tiled axis."""
@@ -318,8 +318,7 @@ class TileGrid:
                 reads[dim] = one
             elif not is_exact(index):
                 return _nothing_known(load)
-        tensor = self.tensors[load.tensor]
-        lo, hi = _reduce_tiles(tensor, reads, False), _reduce_tiles(tensor, reads, True)
+        lo, hi = _reduce_tiles(self.tensors[load.tensor], reads)
         at: list[Any] = []
         if all(isinstance(i, Const) for d, i in enumerate(load.index) if d not in reads):
             at = [slice(None) if d in reads else i.value for d, i in enumerate(load.index)]  # type: ignore[attr-defined]
@@ -409,27 +408,26 @@ def _nothing_known(expr: Expr) -> Interval:
     return MAYBE if expr.dtype == BOOL else UNKNOWN
 
 
-def _end(values: Tensor, dim: int, upper: bool) -> Tensor:
-    if values.dtype == torch.bool:
-        return values.any(dim) if upper else values.all(dim)
-    return values.amax(dim) if upper else values.amin(dim)
+def _reduce_tiles(tensor: Tensor, reads: Mapping[int, _Reads]) -> tuple[Tensor, Tensor]:
+    """The least and the greatest element that each tile reads, along all dimensions of `reads`: those become tiles."""
+    truth = tensor.dtype == torch.bool
+    # Measured on a 4096 x 4096 bool mask, one core: amin and amax of bytes along the outer dimension take 1 ms each, all()
+    # and any() 10 ms, amax along the inner dimension 8 ms; aminmax() starts threads even for tiny tensors.
+    lo = hi = tensor.view(torch.uint8) if truth else tensor
+    for dim in sorted(reads):
+        lo, hi = _reduce_dim(lo, dim, reads[dim], torch.amin), _reduce_dim(hi, dim, reads[dim], torch.amax)
+    return (lo.bool(), hi.bool()) if truth else (lo, hi)
 
 
-def _reduce_tiles(tensor: Tensor, reads: Mapping[int, _Reads], upper: bool) -> Tensor:
-    """The least (greatest) element that each tile reads, along both its dimensions: those become tiles."""
-    for dim in sorted(reads, reverse=True):  # the contiguous one first
-        how = reads[dim]
-        if how.rows is not None:
-            picked = tensor.index_select(dim, how.rows.reshape(-1)).unflatten(dim, how.rows.shape)
-            tensor = _end(picked, dim + 1, upper)
-            continue
-        run = tensor.narrow(dim, how.start, how.size)
-        whole = how.size // how.block
-        tensor = _end(run.narrow(dim, 0, whole * how.block).unflatten(dim, (whole, how.block)), dim + 1, upper)
-        if isinstance(how.size, int) and how.size % how.block == 0:
-            continue
-        # The short last tile, with its last element repeated; where a traced size leaves none, it is cut off again.
-        last = torch.clamp(torch.arange(how.block, device=run.device) + whole * how.block, max=how.size - 1)
-        tail = _end(run.index_select(dim, last), dim, upper).unsqueeze(dim)
-        tensor = torch.cat((tensor, tail), dim).narrow(dim, 0, (how.size + how.block - 1) // how.block)
-    return tensor
+def _reduce_dim(tensor: Tensor, dim: int, how: _Reads, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
+    if how.rows is not None:
+        return reduce(tensor.index_select(dim, how.rows.reshape(-1)).unflatten(dim, how.rows.shape), dim + 1)
+    run = tensor.narrow(dim, how.start, how.size)
+    whole = how.size // how.block
+    tiles = reduce(run.narrow(dim, 0, whole * how.block).unflatten(dim, (whole, how.block)), dim + 1)
+    if isinstance(how.size, int) and how.size % how.block == 0:
+        return tiles
+    # The short last tile, with its last element repeated; where a traced size leaves none, it is cut off again.
+    last = torch.clamp(torch.arange(how.block, device=run.device) + whole * how.block, max=how.size - 1)
+    tail = reduce(run.index_select(dim, last), dim).unsqueeze(dim)
+    return torch.cat((tiles, tail), dim).narrow(dim, 0, (how.size + how.block - 1) // how.block)

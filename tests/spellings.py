@@ -30,6 +30,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "soft",
         "tril_buffer",
         "multiply",
+        "multiply_buffer",
         "arange",
         "maximum",
         "sdpa_like",
@@ -92,7 +93,7 @@ class Spelled(nn.Module):
         self.normalize = nn.Softmax(dim=-1)
         if spelling.mask == "tril_buffer":
             self.register_buffer("bias", torch.tril(torch.ones(64, 64, dtype=torch.bool)).view(1, 1, 64, 64))
-        if spelling.mask == "multiply":
+        if spelling.mask == "multiply_buffer":
             self.register_buffer("bias", torch.tril(torch.ones(64, 64)).view(1, 1, 64, 64))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -209,6 +210,9 @@ class Spelled(nn.Module):
                 keep = self.bias[:, :, columns - rows : columns, :columns]
                 return torch.where(keep, scores, torch.full([], lowest, dtype=scores.dtype))
             case "multiply":
+                keep = ones.tril().to(scores.dtype)
+                return scores * keep - 1e4 * (1 - keep)
+            case "multiply_buffer":
                 keep = self.bias[:, :, columns - rows : columns, :columns].to(scores.dtype)
                 return scores * keep - 1e4 * (1 - keep)
             case "arange":

@@ -18,7 +18,7 @@ LONGEST = 500
 # From the bottom to the top: a module imports from its own layer and from those below it. Names are relative to
 # `refocus`. A new module is given its layer here.
 LAYERS: dict[str, tuple[str, ...]] = {
-    "errors": ("errors", "debug", "tolerances", "report"),
+    "errors": ("errors", "debug", "options", "tolerances", "report"),
     "ir": ("ir", "notation"),
     "algebra": ("polynomial", "simplify"),
     "meaning": ("intervals", "key_bounds", "grid", "evaluate", "oracle", "tile_grid", "masks"),
@@ -26,9 +26,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "patterns": ("patterns", "patterns.*"),
     "recognize": ("normal_form", "recognize"),
     "codegen": ("codegen", "codegen.*"),
-    "pipeline": ("splice", "pipeline", "explain"),
+    "pipeline": ("sites", "splice", "pipeline"),
     "backend": ("backend",),
-    "front": ("", "__main__", "testing"),
+    "front": ("", "api", "__main__", "testing"),
 }
 # Code generation knows the region and nothing of where it came from.
 HIDDEN_FROM_CODEGEN = ("lift", "patterns", "recognize")

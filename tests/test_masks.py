@@ -88,89 +88,89 @@ def leaf(space: Space, kind: str, a: int, w: int) -> Predicate:
     def load(name: str, *index: Expr | int, dtype: str = INT) -> Load:
         return Load(name, tuple(Const(x) if isinstance(x, int) else x for x in index), dtype)
 
-    table: dict[str, Predicate] = {
-        "causal": (s.le(j, s.add(i, a)), lambda _, p: p[3] <= p[2] + a),
-        "aligned": (s.le(s.add(j, i.size), s.add(i, j.size)), lambda x, p: p[3] + x.n <= p[2] + x.m),
-        "window": (s.lt(s.sub(i, j), w), lambda _, p: p[2] - p[3] < w),
-        "band": (s.le(absolute(s.sub(i, j)), a), lambda _, p: (p[2] - p[3]).abs() <= a),
-        "dilated": (s.eq(s.mod(s.sub(i, j), w), a % w), lambda _, p: (p[2] - p[3]) % w == a % w),
-        "dilated range": (s.le(s.mod(s.sub(i, j), w), a), lambda _, p: (p[2] - p[3]) % w <= a),
-        "same block": (s.eq(s.floordiv(i, w), s.floordiv(j, w)), lambda _, p: p[2] // w == p[3] // w),
-        "shifted block": (
+    table: dict[str, Callable[[], Predicate]] = {
+        "causal": lambda: (s.le(j, s.add(i, a)), lambda _, p: p[3] <= p[2] + a),
+        "aligned": lambda: (s.le(s.add(j, i.size), s.add(i, j.size)), lambda x, p: p[3] + x.n <= p[2] + x.m),
+        "window": lambda: (s.lt(s.sub(i, j), w), lambda _, p: p[2] - p[3] < w),
+        "band": lambda: (s.le(absolute(s.sub(i, j)), a), lambda _, p: (p[2] - p[3]).abs() <= a),
+        "dilated": lambda: (s.eq(s.mod(s.sub(i, j), w), a % w), lambda _, p: (p[2] - p[3]) % w == a % w),
+        "dilated range": lambda: (s.le(s.mod(s.sub(i, j), w), a), lambda _, p: (p[2] - p[3]) % w <= a),
+        "same block": lambda: (s.eq(s.floordiv(i, w), s.floordiv(j, w)), lambda _, p: p[2] // w == p[3] // w),
+        "shifted block": lambda: (
             s.eq(s.floordiv(s.add(i, a), w), s.floordiv(j, w)), lambda _, p: (p[2] + a) // w == p[3] // w,
         ),
-        "block causal": (s.le(s.floordiv(j, w), s.floordiv(i, w)), lambda _, p: p[3] // w <= p[2] // w),
-        "block distance": (
+        "block causal": lambda: (s.le(s.floordiv(j, w), s.floordiv(i, w)), lambda _, p: p[3] // w <= p[2] // w),
+        "block distance": lambda: (
             s.le(s.floordiv(s.sub(i, j), w), a), lambda _, p: (p[2] - p[3]).div(w, rounding_mode="floor") <= a,
         ),
-        "prefix": (s.lt(j, a), lambda _, p: p[3] < a),
-        "scaled": (s.le(s.mul(2, j), s.add(s.mul(3, i), a)), lambda _, p: 2 * p[3] <= 3 * p[2] + a),
-        "rows": (s.le(a, i), lambda _, p: p[2] >= a),
-        "stride": (s.eq(s.mod(j, w), a % w), lambda _, p: p[3] % w == a % w),
-        "map rows": (
+        "prefix": lambda: (s.lt(j, a), lambda _, p: p[3] < a),
+        "scaled": lambda: (s.le(s.mul(2, j), s.add(s.mul(3, i), a)), lambda _, p: 2 * p[3] <= 3 * p[2] + a),
+        "rows": lambda: (s.le(a, i), lambda _, p: p[2] >= a),
+        "stride": lambda: (s.eq(s.mod(j, w), a % w), lambda _, p: p[3] % w == a % w),
+        "map rows": lambda: (
             s.le(absolute(s.sub(s.floordiv(i, w), s.floordiv(j, w))), a),
             lambda _, p: (p[2] // w - p[3] // w).abs() <= a,
         ),
-        "map columns": (
+        "map columns": lambda: (
             s.le(absolute(s.sub(s.mod(i, w), s.mod(j, w))), a), lambda _, p: (p[2] % w - p[3] % w).abs() <= a,
         ),
-        "head window": (s.le(s.sub(i, j), s.mul(w, h)), lambda _, p: p[2] - p[3] <= w * p[1]),
-        "sum": (s.le(s.add(i, j), s.add(a, s.floordiv(i, w))), lambda _, p: p[2] + p[3] <= a + p[2] // w),
-        "corner": (
+        "head window": lambda: (s.le(s.sub(i, j), s.mul(w, h)), lambda _, p: p[2] - p[3] <= w * p[1]),
+        "sum": lambda: (s.le(s.add(i, j), s.add(a, s.floordiv(i, w))), lambda _, p: p[2] + p[3] <= a + p[2] // w),
+        "corner": lambda: (
             s.lt(s.minimum(i, j), a), lambda _, p: torch.minimum(p[2], p[3]) < a,
         ),
-        "far corner": (s.le(s.maximum(s.sub(i, w), j), a + w), lambda _, p: torch.maximum(p[2] - w, p[3]) <= a + w),
-        "product": (s.le(s.mul(i, j), w * w), lambda _, p: p[2] * p[3] <= w * w),
-        "saw": (s.le(s.sub(i, s.mul(w, s.floordiv(i, w))), j), lambda _, p: p[2] % w <= p[3]),
-        "choice": (
+        "far corner": lambda: (s.le(s.maximum(s.sub(i, w), j), a + w), lambda _, p: torch.maximum(p[2] - w, p[3]) <= a + w),
+        "product": lambda: (s.le(s.mul(i, j), w * w), lambda _, p: p[2] * p[3] <= w * w),
+        "saw": lambda: (s.le(s.sub(i, s.mul(w, s.floordiv(i, w))), j), lambda _, p: p[2] % w <= p[3]),
+        "choice": lambda: (
             s.le(s.where(s.le(j, i), s.add(j, a), s.mul(2, i)), Const(w)),
             lambda _, p: torch.where(p[3] <= p[2], p[3] + a, 2 * p[2]) <= w,
         ),
-        "reach": (
+        "reach": lambda: (
             s.le(s.sub(i, j), load("reach", h)), lambda _, p: p[2] - p[3] <= t["reach"][p[1]],
         ),
-        "lengths": (s.lt(j, load("lengths", b)), lambda _, p: p[3] < t["lengths"][p[0]]),
-        "document": (
+        "lengths": lambda: (s.lt(j, load("lengths", b)), lambda _, p: p[3] < t["lengths"][p[0]]),
+        "document": lambda: (
             s.eq(load("doc", b, i), load("doc", b, j)), lambda _, p: t["doc"][p[0], p[2]] == t["doc"][p[0], p[3]],
         ),
-        "document order": (
+        "document order": lambda: (
             s.le(load("doc", b, j), s.add(load("doc", b, i), 1)),
             lambda _, p: t["doc"][p[0], p[3]] <= t["doc"][p[0], p[2]] + 1,
         ),
-        "kind": (
+        "kind": lambda: (
             s.eq(load("kind", b, i, dtype="int32"), load("kind", b, j, dtype="int32")),
             lambda _, p: t["kind"][p[0], p[2]] == t["kind"][p[0], p[3]],
         ),
-        "keep": (load("keep", b, j, dtype=BOOL), lambda _, p: t["keep"][p[0], p[3]]),
-        "xor": (
+        "keep": lambda: (load("keep", b, j, dtype=BOOL), lambda _, p: t["keep"][p[0], p[3]]),
+        "xor": lambda: (
             s.xor(load("keep", b, j, dtype=BOOL), s.le(j, i)), lambda _, p: t["keep"][p[0], p[3]] != (p[3] <= p[2]),
         ),
-        "rank": (
+        "rank": lambda: (
             s.call("le", load("rank", b, i, dtype="float32"), load("rank", b, j, dtype="float32"), dtype=BOOL),
             lambda _, p: t["rank"][p[0], p[2]] <= t["rank"][p[0], p[3]],
         ),
-        "threshold": (
+        "threshold": lambda: (
             s.call("lt", Const(0.0, "float32"), load("rank", b, j, dtype="float32"), dtype=BOOL),
             lambda _, p: t["rank"][p[0], p[3]] > 0,
         ),
-        "dense": (load("dense", b, 0, s.add(i, 2), j, dtype=BOOL), lambda _, p: t["dense"][p[0], 0, p[2] + 2, p[3]]),
-        "dense shared": (
+        "dense": lambda: (load("dense", b, 0, s.add(i, 2), j, dtype=BOOL), lambda _, p: t["dense"][p[0], 0, p[2] + 2, p[3]]),
+        "dense shared": lambda: (
             load("dense", 0, 0, i, s.add(j, 1), dtype=BOOL), lambda _, p: t["dense"][0, 0, p[2], p[3] + 1],
         ),
-        "bias": (
+        "bias": lambda: (
             s.call("lt", Const(-1.0, "float32"), load("bias", j, i, dtype="float32"), dtype=BOOL),
             lambda _, p: t["bias"][p[3], p[2]] > -1,
         ),
-        "blocks": (
+        "blocks": lambda: (
             load("blocks", h, s.floordiv(i, 4), s.floordiv(j, 8), dtype=BOOL),
             lambda _, p: t["blocks"][p[1], p[2] // 4, p[3] // 8],
         ),
-        "route": (
+        "route": lambda: (
             s.eq(load("route", b, s.floordiv(i, 4)), s.floordiv(j, 4)),
             lambda _, p: t["route"][p[0], p[2] // 4] == p[3] // 4,
         ),
     }
-    return table[kind]
+    return table[kind]()
 
 
 KINDS = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,16 @@ from refocus.ir import BOOL, FALSE, TRUE, Axis, Call, Const, Load, Region
 from tests import region_cases as cases
 
 Tensors = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """On tiles this small, threads only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 # ------------------------------------------------------------------------------------------------ eager code
 
@@ -137,8 +147,7 @@ EAGER: dict[str, Callable[[Tensors], Tensor]] = {
 
 
 def named(region: Region, tensors: list[Tensor], dtype: torch.dtype | None = None) -> Tensors:
-    cast = {o.name: t.to(dtype) if dtype and t.is_floating_point() else t for o, t in zip(region.operands, tensors)}
-    return cast
+    return {o.name: t.to(dtype) if dtype and t.is_floating_point() else t for o, t in zip(region.operands, tensors)}
 
 
 def error(got: Tensor, want: Tensor) -> float:
@@ -302,8 +311,7 @@ def test_kept_rows_of_infinities_are_nan() -> None:
 
 
 def test_no_keys_and_no_queries() -> None:
-    region, tensors, sizes = cases.symbolic()
-    q, k, v = tensors
+    region, (q, k, v), _ = cases.symbolic()
     assert tiled.run(region, Plan("tiled"), [q[:, :, :0], k, v], [0, 73]).shape == (2, 4, 0, 16)
     none = tiled.run(replace(region, mask=TRUE), Plan("tiled"), [q, k[:, :, :0], v[:, :, :0]], [53, 0])
     assert none.shape == (2, 4, 53, 16) and not none.any()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tests.zoo.expect import Expect
 
-EXPECT = Expect(empty_share=0.73)
+EXPECT = Expect(mask="i - j < 32 and j <= i", empty_share=0.73)
 
 
 class Gemma2Attention(nn.Module):

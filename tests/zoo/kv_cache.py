@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tests.zoo.expect import Expect
 
-EXPECT = Expect(empty_share=0.0)
+EXPECT = Expect(mask="j - i < 101", empty_share=0.0)
 
 
 class CachedAttention(nn.Module):

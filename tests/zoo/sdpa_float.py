@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tests.zoo.expect import Expect
 
-EXPECT = Expect()
+EXPECT = Expect(mask="")
 
 
 class BiasedSDPA(nn.Module):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tests.zoo.expect import Expect
 
-EXPECT = Expect(empty_share=21 / 98)
+EXPECT = Expect(mask="j - i < 113", empty_share=21 / 98)
 
 
 class RelPartialLearnableMultiHeadAttn(nn.Module):

@@ -1,0 +1,126 @@
+"""Compiling a kernel ahead of time, for a GPU that need not be there, and reading what it would take of it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refocus.codegen.cache import load_module
+from refocus.codegen.interpreter import interpreted
+from refocus.codegen.launch import Kernel
+from refocus.errors import EngineUnavailable
+from refocus.ir import Const, Expr
+from refocus.polynomial import to_poly
+from refocus.simplify import mul
+
+# (backend, architecture, lanes in a warp), as `triton.backends.compiler.GPUTarget` takes them.
+TARGETS: dict[str, tuple[str, int | str, int]] = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+_TYPES = {
+    "float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int64": "i64", "int32": "i32", "int16": "i16",
+    "int8": "i8", "uint8": "u8", "bool": "i1",
+}  # fmt: skip
+# A pointer, and a size or a stride that is a multiple of 16, as a launch on the GPU would describe them.
+_ALIGNED = [["tt.divisibility", 16]]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one program takes: `registers` for each thread, `spills` and `shared_bytes` in bytes.
+
+    `matrix_unit`: "wgmma", "mma" or "mfma", whichever its dots compiled to; "" when they run on plain arithmetic.
+    `assembly`: PTX or AMD assembly.
+    """
+
+    registers: int
+    spills: int
+    shared_bytes: int
+    matrix_unit: str
+    assembly: str
+
+    @property
+    def has_wgmma(self) -> bool:
+        return self.matrix_unit == "wgmma"
+
+
+def compile_for(kernel: Kernel, target: str) -> Resources:
+    """Compile for one of `TARGETS`, with contiguous, aligned operands. Raises what Triton raises, and
+    `EngineUnavailable` in a process that interprets kernels."""
+    if interpreted():
+        raise EngineUnavailable(
+            "nothing can be compiled while Triton interprets kernels",
+            todo="compile in a process where TRITON_INTERPRET was not set when Triton was imported",
+        )
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = _signature(kernel)
+    function = getattr(load_module(kernel.path), kernel.name)
+    source = ASTSource(function, signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": kernel.plan.num_warps, "num_stages": kernel.plan.num_stages}
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    read = _read_amd if target.startswith("gfx") else _read_nvidia
+    return read(compiled.asm, int(compiled.metadata.shared))
+
+
+def _signature(kernel: Kernel) -> tuple[dict[str, str], dict[str, int], dict[tuple[int], Any]]:
+    """Argument types, the strides that are one, and which arguments are multiples of 16."""
+    region = kernel.region
+    signature: dict[str, str] = {}
+    constants: dict[str, int] = {}
+    attributes: dict[tuple[int], Any] = {}
+    for position, argument in enumerate(kernel.arguments):
+        if argument.kind in ("tensor", "output"):
+            dtype = region.out_dtype if argument.kind == "output" else region.operands[argument.index].dtype
+            signature[argument.name] = f"*{_TYPES[dtype]}"
+            attributes[position,] = _ALIGNED
+            continue
+        signature[argument.name] = "i32"
+        if argument.kind == "stride":
+            stride = list(_strides(region.operands[argument.index].shape))[argument.dim]
+            if stride == Const(1):
+                signature[argument.name], constants[argument.name] = "constexpr", 1
+            elif all(factor % 16 == 0 for factor in to_poly(stride).values()):
+                attributes[position,] = _ALIGNED
+    return signature, constants, attributes
+
+
+def _strides(shape: tuple[Expr, ...]) -> Iterator[Expr]:
+    for dim in range(len(shape)):
+        yield mul(1, *shape[dim + 1 :])
+
+
+def _read_nvidia(assembly: Any, shared: int) -> Resources:
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(assembly["cubin"])
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(binary)]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    ptx = assembly["ptx"]
+    # Triton uses local memory for nothing but spills.
+    spills = _number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage)
+    unit = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else ""
+    return Resources(_number(r"REG:(\d+)", usage), spills, shared, unit, ptx)
+
+
+def _read_amd(assembly: Any, shared: int) -> Resources:
+    text = assembly["amdgcn"]
+    spills = 4 * (_number(r"\.vgpr_spill_count:\s*(\d+)", text) + _number(r"\.sgpr_spill_count:\s*(\d+)", text))
+    unit = "mfma" if "v_mfma" in text else ""
+    return Resources(_number(r"\.vgpr_count:\s*(\d+)", text), spills, shared, unit, text)
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    return int(found.group(1)) if found else 0

@@ -1,0 +1,55 @@
+"""Whichever way softmax attention is spelled, it is recognised, and forced through the tiled engine it is the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from refocus.testing import check
+from refocus.tolerances import difference
+from tests.spellings import CHOICES, Spelled, Spelling, covering, everything, inputs, plain
+
+pytestmark = pytest.mark.filterwarnings("error::refocus.backend.FallbackWarning")
+
+PAIRS = covering(2)
+SAMPLE = PAIRS[::4]
+
+
+def run(spelling: Spelling) -> None:
+    report = check(Spelled(spelling).eval(), inputs(spelling), family="softmax", sites=1, lower=False).report
+    # A buffer of ones and zeros could as well hold halves: it is multiplied with, and nothing is skipped.
+    assert (report.sites[0].mask == "") == (spelling.mask in ("none", "multiply_buffer"))
+
+
+@pytest.mark.parametrize("spelling", SAMPLE, ids=str)
+def test_spelling(spelling: Spelling) -> None:
+    run(spelling)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spelling", [s for s in PAIRS if s not in SAMPLE], ids=str)
+def test_every_pair_of_choices(spelling: Spelling) -> None:
+    run(spelling)
+
+
+@pytest.mark.parametrize("kind", list(CHOICES))
+def test_every_choice_alone(kind: str) -> None:
+    for choice in CHOICES[kind]:
+        run(Spelling(**{kind: choice}))
+
+
+def test_the_spellings_themselves_compute_one_thing() -> None:
+    for spelling in (*PAIRS, *everything()[::997]):
+        with torch.no_grad():
+            tensors = inputs(spelling, torch.float64)
+            got = Spelled(spelling).double().eval()(*(t.clone() for t in tensors))
+        assert difference(got, plain(spelling, *tensors)) < 1e-6, spelling
+
+
+def test_covering_covers() -> None:
+    import itertools
+
+    names = tuple(CHOICES)
+    for a, b in itertools.combinations(range(len(names)), 2):
+        seen = {(getattr(s, names[a]), getattr(s, names[b])) for s in PAIRS}
+        assert seen == set(itertools.product(CHOICES[names[a]], CHOICES[names[b]]))
