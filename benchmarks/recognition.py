@@ -11,7 +11,7 @@ float64 run of the eager model, by the rule of `refocus.tolerances`: it may be o
 itself is off, plus a floor.
 
 A registry may define SITES: name -> number of attention sites, and --census FILE.csv (columns `model` and `sites`)
-brings such numbers from elsewhere: sites that were not even seen are then counted too. --wake gives the models of a
+brings such numbers from elsewhere: sites that were not even seen are then counted too (MISSED). --wake gives the models of a
 registry the weights of `models.wake`, with which every term of the scores matters. --time also times each model
 against `torch.compile` alone (with one process and --engine plan, to mean anything).
 
@@ -97,7 +97,9 @@ class Result:
             return "CHANGED"
         if self.fallbacks:
             return "BROKEN"
-        return "SLOWER" if self.speed is not None and self.speed < SLOWER else "ok"
+        if self.speed is not None and self.speed < SLOWER:
+            return "SLOWER"
+        return "MISSED" if self.expected is not None and self.recognized < self.expected else "ok"
 
 
 # ------------------------------------------------------------------------------------------------ in a worker
@@ -299,7 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         content = [{**asdict(r), "recognized": r.recognized, "fused": r.fused, "status": r.status} for r in results]
         Path(options.json).write_text(json.dumps(content, indent=1) + "\n")
-    return int(any(r.status != "ok" for r in results))
+    return int(any(r.status not in ("ok", "MISSED") for r in results))
 
 
 if __name__ == "__main__":

@@ -28,12 +28,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from refocus.codegen import flex, repair
+from refocus.codegen import flex, operator, repair
 from refocus.codegen.heads import Fitted, fit
 from refocus.codegen.plan import Plan
 from refocus.errors import EngineUnavailable
 from refocus.evaluate import size_of
-from refocus.ir import TRUE, Dot, Operand, Reduce, Region, Sym
+from refocus.ir import TRUE, Dot, Load, Operand, Reduce, Region, Sym
 from refocus.masks import BlockLists
 
 # Kernels for all sizes that one kind of operands may have: each holds under its own guards (short or long queries, ..).
@@ -55,6 +55,29 @@ def supports(region: Region) -> str | None:
     if torch.xpu.is_available():
         return "Inductor's CPU attention template is switched off beside an XPU"
     return None
+
+
+def attend(region: Region, plan: Plan, tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """The call of the operator, as it stands in a graph; to be traced.
+
+    The query is asked for in the kernel's order, so that whatever computes it there can write it so.
+    """
+    fitted = fit(region)
+    ordered = _query_operand(fitted) if isinstance(fitted, Fitted) else None
+    operands = [t.contiguous() if o.name == ordered else t for o, t in zip(region.operands, tensors, strict=True)]
+    return operator.call(region, plan, operands, sizes)
+
+
+def _query_operand(fitted: Fitted) -> str | None:
+    """The operand that is the query alone, its dimensions in the kernel's order."""
+    region = fitted.region
+    sides = [fitted.values, *(p.key for p in fitted.products)]
+    if len(fitted.products) != 1 or not isinstance(fitted.products[0].query, Load):
+        return None
+    load = fitted.products[0].query
+    wanted = [a for a in (*region.batch, region.query, *fitted.products[0].over) if a in load.axes]
+    shared = any(load.tensor == other.tensor for e in sides for other in e.loads)
+    return load.tensor if list(load.index) == wanted and not shared else None
 
 
 def run(region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:

@@ -317,7 +317,10 @@ class _Forward(Dots):
         """acc = acc * alpha + (weight * gate) @ value"""
         region, block = self.region, place.block
         if not (isinstance(region.gate, Const) and region.gate.value == 1.0):
-            block.line(f"weight = weight * {place.text(region.gate, UNARY)}")
+            gated = f"weight * {place.text(region.gate, UNARY)}"
+            guards = place.guards((region.key,))
+            # Past the last key the weight is zero, but the gate may be anything.
+            block.line(f"weight = tl.where({conjunction(guards)}, {gated}, 0.0)" if guards else f"weight = {gated}")
         dtype = region.values.dtype if region.values.dtype in ("float16", "bfloat16") else "float32"
         shape = f"[BLOCK_K, {self.value_lanes}]"
         value = self._key_place(block, region.value).tile(region.values, dtype, shape, "value")
@@ -387,8 +390,9 @@ class _Forward(Dots):
         row = f"{self.i}{COLUMN}"
         if region.batch:
             row = f"(batch * {self.root.text(region.query.size, UNARY)} + {row})"
-        place = Place(self.scope, tail, {region.query: COLUMN, **dict.fromkeys(region.value, ROW)})
-        guards = place.guards((region.query, *region.value))
+        guards = Place(self.scope, tail, {region.query: COLUMN}).guards((region.query,))
+        if total != self.value_lanes:
+            guards.append(f"{lane}{ROW} < {total}")
         masked = f", mask={conjunction(guards)}" if guards else ""
         narrow = "" if region.out_dtype == "float32" else f".to(tl.{region.out_dtype})"
         tail.line(f"tl.store({out} + {row} * {total} + {lane}{ROW}, acc{narrow}{masked})")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from math import prod
 
 from refocus.codegen.plan import Plan
-from refocus.ir import FALSE, Axis, Const, Dot, Expr, Reduce, Region
+from refocus.ir import FALSE, TRUE, Axis, Call, Const, Dot, Expr, Load, Reduce, Region
 
 OPERAND_DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 OUT_DTYPES = ("float32", "float16", "bfloat16")
@@ -90,10 +90,17 @@ def _width_problem(region: Region) -> str | None:
     return None
 
 
-# Widest product or value (padded) -> block_q, block_k, num_warps: the largest tiles that spill no registers on sm_80
-# and sm_90 (tests/test_triton_aot.py). float32 products run without tensor cores, which takes more registers.
-_NARROW = {32: (128, 64, 4), 64: (128, 64, 4), 128: (128, 64, 8), 256: (64, 32, 4), 512: (32, 32, 4)}
-_FLOAT32 = {32: (32, 32, 4), 64: (32, 32, 4), 128: (32, 32, 8), 256: (32, 32, 8), 512: (16, 16, 8)}
+# Widest product or value (padded) -> block_q, block_k, num_warps: large tiles that spill no registers on sm_80 and
+# sm_90 (tests/test_triton_aot.py). The second entry is for regions that keep more in registers than scores and sums.
+# float32 products run without tensor cores, which takes more registers.
+_NARROW = {
+    32: ((128, 64, 4), (64, 64, 4)), 64: ((128, 64, 4), (64, 64, 4)), 128: ((128, 64, 8), (64, 64, 8)),
+    256: ((64, 32, 4), (32, 32, 4)), 512: ((32, 32, 4), (16, 32, 4)),
+}  # fmt: skip
+_FLOAT32 = {
+    32: ((32, 32, 4), (32, 32, 8)), 64: ((64, 32, 8), (32, 32, 8)), 128: ((64, 16, 8), (32, 16, 8)),
+    256: ((32, 16, 8), (16, 16, 8)), 512: ((16, 16, 8), (16, 16, 8)),
+}  # fmt: skip
 
 
 def default_plan(region: Region) -> Plan:
@@ -101,11 +108,19 @@ def default_plan(region: Region) -> Plan:
     dots = all_dots(region)
     widest = max([32, padded(width(region.value) or 1), *(padded(width(d.over) or 1) for d in dots)])
     narrow = all(dot_dtype(d) != "float32" for d in dots) and region.values.dtype in ("float16", "bfloat16")
-    largest, block_k, warps = (_NARROW if narrow else _FLOAT32)[min(widest, WIDEST)]
+    largest, block_k, warps = (_NARROW if narrow else _FLOAT32)[widest][_is_rich(region)]
     block_q, block_k = _no_larger(largest, region.query), _no_larger(block_k, region.key)
     if block_q < largest:
         warps = min(warps, max(1, block_q // 16))  # a warp multiplies 16 rows at a time
     return Plan("triton", "flash", block_q, block_k, warps, 2)
+
+
+def _is_rich(region: Region) -> bool:
+    """Whether the kernel computes fills, a gate, or something for each pair beyond a single product."""
+    fills = region.empty_row == "logits" and region.mask != TRUE
+    pairs = [n for n in region.score.walk() if {region.query, region.key} <= n.axes]
+    beyond = [n for n in pairs if isinstance(n, Dot | Load) or (isinstance(n, Call) and n.op not in ("add", "mul", "div"))]
+    return fills or not isinstance(region.gate, Const) or len(beyond) > 1
 
 
 def _no_larger(block: int, axis: Axis) -> int:

@@ -81,15 +81,16 @@ def round_even(x):
     low = tl.floor(x)
     odd = low - 2.0 * tl.floor(0.5 * low)
     rest = x - low
-    return tl.where(rest < 0.5, low, tl.where(rest > 0.5, low + 1.0, low + odd))
+    return tl.where(rest == 0.5, low + odd, tl.where(rest > 0.5, low + 1.0, low))
 """,
     """
 def power(x, y):
     size = tl.exp2(y * tl.log2(tl.abs(x)))
     whole = tl.floor(y) == y
     odd = whole & (tl.floor(0.5 * y) != 0.5 * y)
-    signed = tl.where(odd, -size, tl.where(whole, size, float("nan")))
-    return tl.where((y == 0.0) | (x == 1.0), 1.0, tl.where(x < 0, signed, size))
+    signed = tl.where(odd, -size, tl.where(whole | (x == float("-inf")), size, float("nan")))
+    one = (y == 0.0) | (x == 1.0) | ((x == -1.0) & (tl.abs(y) == float("inf")))
+    return tl.where(one, 1.0, tl.where(x < 0, signed, size))
 """,
     """
 def float_mod(a, b):

@@ -126,7 +126,7 @@ def fit(region: Region) -> Fitted | str:
     reason = _shape_reason(region)
     if reason is not None:
         return reason
-    split = products(region.score)
+    split = products(region.score, region)
     score: Expr | None
     if split is not None:
         terms, rest = split
@@ -189,21 +189,24 @@ def _gates(region: Region) -> tuple[tuple[Expr, ...], tuple[Expr, ...]] | None:
     return tuple(by_key), tuple(by_query)
 
 
-def products(score: Expr) -> tuple[dict[Dot, float], Expr | None] | None:
-    """score = sum of factor * Dot + rest, with constant factors; None where it is not linear in its Dots."""
+def products(score: Expr, region: Region) -> tuple[dict[Dot, float], Expr | None] | None:
+    """score = sum of factor * Dot + rest, with constant factors; None where it is not linear in its Dots.
+
+    A factor that varies with the query alone, or with the key alone, goes into that side of the Dot.
+    """
     if isinstance(score, Dot):
         return {score: 1.0}, None
-    if not any(isinstance(n, Dot) for n in score.walk()):
+    if not _has_dot(score):
         return {}, score
     if not isinstance(score, Call) or not score.is_float:
         return None
     if score.op == "cast":
-        return products(score.args[0])
+        return products(score.args[0], region)
     if score.op in ("add", "sub"):
         total: dict[Dot, float] = {}
         rest: Expr | None = None
         for k, arg in enumerate(score.args):
-            part = products(arg)
+            part = products(arg, region)
             if part is None:
                 return None
             sign = -1.0 if k and score.op == "sub" else 1.0
@@ -212,17 +215,48 @@ def products(score: Expr) -> tuple[dict[Dot, float], Expr | None] | None:
             if part[1] is not None:
                 rest = _plus(rest, part[1], sign)
         return total, rest
-    factor = _factor(score)
-    if factor is None:
-        return None
-    part = products(factor[1])
-    if part is None:
-        return None
-    scaled = {dot: factor[0] * f for dot, f in part[0].items()}
-    rest = part[1]
-    if rest is not None:
-        rest = simplify.call("mul", rest, Const(factor[0], rest.dtype), dtype=rest.dtype)
+    constant = _factor(score)
+    if constant is not None:
+        part = products(constant[1], region)
+        return None if part is None else _scaled(part, constant[0], None, region)
+    if score.op in ("mul", "div") and len(score.args) == 2:
+        a, b = score.args
+        if score.op == "mul" and not _has_dot(a):
+            a, b = b, a
+        part = None if _has_dot(b) or not b.is_float else products(a, region)
+        if part is not None:
+            varying = b if score.op == "mul" else simplify.call("reciprocal", b, dtype=b.dtype)
+            return _scaled(part, 1.0, varying, region)
+    return None
+
+
+def _has_dot(expr: Expr) -> bool:
+    return any(isinstance(n, Dot) for n in expr.walk())
+
+
+def _scaled(
+    part: tuple[dict[Dot, float], Expr | None], factor: float, varying: Expr | None, region: Region
+) -> tuple[dict[Dot, float], Expr | None] | None:
+    dots, rest = part
+    if varying is not None:
+        if region.query in varying.axes and region.key in varying.axes:
+            return None
+        dots = {_with_factor(d, varying, region.key in varying.axes): f for d, f in dots.items()}
+        if rest is not None:
+            rest = simplify.call("mul", rest, varying, dtype=rest.dtype)
+    if factor != 1.0 and rest is not None:
+        rest = simplify.call("mul", rest, Const(factor, rest.dtype), dtype=rest.dtype)
+    scaled = {dot: factor * f for dot, f in dots.items()}
     return (scaled, rest) if all(math.isfinite(f) for f in scaled.values()) else None
+
+
+def _with_factor(dot: Dot, factor: Expr, on_key: bool) -> Dot:
+    query, key = dot.query, dot.key
+    if on_key:
+        key = simplify.call("mul", key, factor, dtype=key.dtype)
+    else:
+        query = simplify.call("mul", query, factor, dtype=query.dtype)
+    return Dot(dot.over, query, key, dot.dtype)
 
 
 def _plus(rest: Expr | None, more: Expr, sign: float) -> Expr:

@@ -34,6 +34,7 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
     except Exception as problem:  # anything may go wrong while tracing foreign code; the caller falls back
         raise CaptureFailed(f"{type(problem).__name__}: {problem}") from problem
     traced.meta.update(gm.meta)
+    traced.graph.eliminate_dead_code()
     for old, new in zip(placeholders, traced.graph.find_nodes(op="placeholder")):
         for key in ("tensor_dict", "grapharg", "_dynamo_source", "example_value"):
             if key in old.meta:

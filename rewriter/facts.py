@@ -102,7 +102,6 @@ def gather_facts(gm: fx.GraphModule) -> Facts:
         if node.op == "call_function" and getattr(node.target, "__name__", "") == "_set_grad_enabled":
             grad = bool(node.args[0])
         facts.grad_enabled[node] = grad
-        inputs = [n for n in node.all_input_nodes if is_tensor(n) or "val" not in n.meta or not isinstance(n.meta["val"], int)]
         value = node.meta.get("val")
         floating = isinstance(value, torch.Tensor) and value.is_floating_point()
         if node.op == "placeholder":
@@ -115,7 +114,7 @@ def gather_facts(gm: fx.GraphModule) -> Facts:
             facts.pure.add(node)
         elif node.op == "call_function":
             name = op_name(node)
-            if all(n in facts.pure or not is_tensor(n) for n in inputs) and (name in MOVES or name in OPERATIONS):
+            if all(n in facts.pure or _is_number(n) for n in node.all_input_nodes) and (name in MOVES or name in OPERATIONS or name in _SPLITS):
                 facts.pure.add(node)
             if all(n in facts.closed for n in node.all_input_nodes) and _deterministic(node):
                 facts.closed.add(node)
@@ -144,9 +143,17 @@ def _settle(facts: Facts) -> None:
         facts.closed -= gone
         changed = bool(gone)
     for node in facts.order:  # purity follows its inputs too
-        if node.op == "call_function" and node in facts.pure and any(is_tensor(i) and i not in facts.pure for i in node.all_input_nodes):
-            if not all(i in facts.pure or i in facts.closed for i in node.all_input_nodes if is_tensor(i)):
-                facts.pure.discard(node)
+        if node.op == "call_function" and node in facts.pure and not all(
+            i in facts.pure or i in facts.closed or _is_number(i) for i in node.all_input_nodes
+        ):
+            facts.pure.discard(node)
+
+
+_SPLITS = ("split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_split", "unsafe_chunk", "meshgrid", "broadcast_tensors")
+
+
+def _is_number(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), int | float | bool | torch.SymInt | torch.SymFloat | torch.SymBool)
 
 
 def _deterministic(node: fx.Node) -> bool:

@@ -208,6 +208,7 @@ def _getitem(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
         return None
     name = op_name(producer)
     source = producer.args[0]
+    lift.visited.add(producer)
     if name == "unbind":
         dim = _dim(_args(producer, "self", "dim", dim=0)[1], len(index) + 1)
         return lift.at(source, index[:dim] + (Const(which),) + index[dim:])

@@ -184,8 +184,7 @@ def _attempt(candidate: Candidate, facts: Facts, axes: _Axes) -> _Lifted | Decli
         return reach[node]
 
     values = lifter.at(values_node, values_index)
-    value_axes = values.axes
-    lifter.query_axes = {a for a in axes.flat() if a not in value_axes}
+    lifter.query_axes = _cut_axes([a for a in axes.flat() if a not in values.axes], weights_index, key)
     lifter.tainted = tainted
     weights = lifter.at(weights_node, weights_index)
     if key not in weights.axes:
@@ -208,6 +207,19 @@ def _attempt(candidate: Candidate, facts: Facts, axes: _Axes) -> _Lifted | Decli
         return Declined("the weights are not normalised over the keys")
     safe = any(op_name(n) == "_safe_softmax" for n in lifter.visited)
     return _Lifted(key, values, cores, rest, lifter, safe)
+
+
+def _cut_axes(candidates_: list[Axis], weights_index: tuple[Expr, ...], key: Axis) -> set[Axis]:
+    """The axis that counts as the query for the cut. Heads that share one value head are not in the values either, but
+    keys may depend on them; the row of the weights matrix is preferred, then the longest axis, then the last."""
+    at = next((k for k, e in enumerate(weights_index) if e == key), 0)
+    row = weights_index[at - 1].axes if at > 0 else weights_index[at + 1].axes if at + 1 < len(weights_index) else frozenset()
+
+    def rank(axis: Axis) -> tuple[bool, float, int]:
+        size = float(axis.size.value) if isinstance(axis.size, Const) else float("inf")
+        return axis in row, size, candidates_.index(axis)
+
+    return {max(candidates_, key=rank)} if candidates_ else set()
 
 
 def _reads(lifter: Lifter, root: fx.Node, index: tuple[Expr, ...]) -> tuple[tuple[Axis, ...], list[tuple[fx.Node, tuple[Expr, ...]]]] | None:

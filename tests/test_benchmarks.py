@@ -112,7 +112,7 @@ def test_recognition_counts_what_was_not_seen() -> None:
         recognition.Result("two", [site], error=1.0, eager_error=1e-6, allowed=2e-6),
         recognition.Result("three", failure="crashed (exit code -11)"),
     ]
-    assert [result.status for result in results] == ["ok", "CHANGED", "FAILED"]
+    assert [result.status for result in results] == ["MISSED", "CHANGED", "FAILED"]
     text = "\n".join(recognition.totals(results))
     assert "3 models: 3 sites, 2 recognised, 2 fused, 1 left; 1 failed, 1 changed" in text
     assert "of 4 sites known to be there, 1 recognised (25.0%)" in text
