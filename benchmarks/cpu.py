@@ -83,7 +83,7 @@ def record(outcome: Outcome) -> dict[str, Any]:
     task: Task = outcome.task
     entry: dict[str, Any] = {"model": task.title, "tokens": task.tokens}
     if outcome.error:
-        return {**entry, "error": outcome.error}
+        return {**entry, "error": outcome.error, "brief": outcome.brief}
     measured: Measured = outcome.value
     rows = {name: asdict(row) for name, row in measured.rows.items()}
     return {**entry, "sites": measured.sites, "fused": measured.fused, "rows": rows}
@@ -116,7 +116,7 @@ def markdown(entries: list[dict[str, Any]], where: dict[str, Any]) -> str:
     failed = [entry for entry in entries if "error" in entry]
     if failed:
         lines += ["", "## Failed", ""]
-        lines += [f"- {e['model']}, {e['tokens']} tokens: {e['error'].strip().splitlines()[-1]}" for e in failed]
+        lines += [f"- {e['model']}, {e['tokens']} tokens: {e['brief']}" for e in failed]
     return "\n".join(lines) + "\n"
 
 
@@ -156,7 +156,7 @@ def summary(entries: list[dict[str, Any]]) -> str:
 def progress(entry: dict[str, Any]) -> str:
     head = f"{entry['model']:<24} {entry['tokens']:>6}"
     if "error" in entry:
-        return f"{head}  FAILED {entry['error'].strip().splitlines()[-1]}"
+        return f"{head}  FAILED {entry['brief']}"
     times = "  ".join(f"{peer} {row['seconds'] * 1e3:8.2f} ms" for peer, row in entry["rows"].items())
     return f"{head}  {times}  x{speedup(entry, COMPILE):.2f}  fused {entry['fused']}/{entry['sites']}"
 

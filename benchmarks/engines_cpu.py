@@ -27,7 +27,7 @@ WINDOW = 256
 
 
 def region_of(kind: str, heads: int, kv_heads: int, queries: int, keys: int, d: int) -> Region:
-    """A region on q [1, heads, queries, d], k and v [1, kv_heads, keys, d] and, for a bias, [1, heads, queries, keys]."""
+    """q is [1, heads, queries, d], k and v [1, kv_heads, keys, d], a bias [1, heads, queries, keys]."""
     f = "float32"
     b, h, i, j = Axis("b", Const(1)), Axis("h", Const(heads)), Axis("i", Const(queries)), Axis("j", Const(keys))
     c, e = Axis("d", Const(d)), Axis("e", Const(d))
@@ -69,8 +69,11 @@ def contenders(
     yield "eager+inductor", lambda: compiled(kind, *tensors)
     if kind in ("dense", "causal", "decode"):
         q, k, v = tensors
-        yield "sdpa", lambda: torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=kind == "causal", enable_gqa=q.shape[1] != k.shape[1]
+        yield (
+            "sdpa",
+            lambda: torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=kind == "causal", enable_gqa=q.shape[1] != k.shape[1]
+            ),
         )
     else:
         yield "sdpa+mask", lambda: _dense_mask(kind, tensors)

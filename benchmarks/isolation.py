@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import multiprocessing
 import os
 import tempfile
@@ -26,23 +28,29 @@ class Outcome:
     error: str = ""
     seconds: float = 0.0
 
+    @property
+    def brief(self) -> str:
+        """The error in one line: the last of a traceback, the first of anything else."""
+        lines = self.error.strip().splitlines() or [""]
+        return lines[-1] if lines[0].startswith("Traceback") else lines[0]
+
 
 def run_isolated(
     function: Callable[[Any], Any], tasks: Sequence[Any], *, processes: int = 1, timeout: float = 600.0
 ) -> Iterator[Outcome]:
     """Outcomes in the order in which the tasks end. `function` must be importable and tasks and values picklable.
 
-    A task that runs longer than `timeout` seconds is ended together with its process.
+    A task that runs longer than `timeout` seconds is ended together with its process; its error says where it was.
     """
     waiting = list(reversed(tasks))
-    workers = [_Worker(function) for _ in range(min(processes, len(tasks)))]
+    workers = [_Worker(function, timeout) for _ in range(min(processes, len(tasks)))]
     try:
         for worker in workers:
             worker.start(waiting.pop())
         while busy := [worker for worker in workers if worker.busy]:
-            wait([worker.pipe for worker in busy], timeout=min(worker.left(timeout) for worker in busy))
+            wait([worker.pipe for worker in busy], timeout=min(worker.left for worker in busy))
             for worker in busy:
-                outcome = worker.poll(timeout)
+                outcome = worker.poll()
                 if outcome is not None:
                     if waiting:
                         worker.start(waiting.pop())
@@ -55,8 +63,9 @@ def run_isolated(
 class _Worker:
     """One process at a time that serves tasks over a pipe; replaced when it dies, hangs or has served enough."""
 
-    def __init__(self, function: Callable[[Any], Any]) -> None:
+    def __init__(self, function: Callable[[Any], Any], timeout: float) -> None:
         self.function = function
+        self.timeout = timeout
         self.busy = False
         self.task: Any = None
         self.began = 0.0
@@ -68,7 +77,7 @@ class _Worker:
         os.close(handle)
         self.log, self.served = Path(name), 0
         self.pipe, other = _CONTEXT.Pipe()
-        self.process = _CONTEXT.Process(target=_serve, args=(other, self.function, name), daemon=False)
+        self.process = _CONTEXT.Process(target=_serve, args=(other, self.function, name, self.timeout), daemon=False)
         self.process.start()
         other.close()
 
@@ -78,22 +87,25 @@ class _Worker:
             self._launch()
         self.task, self.busy, self.began = task, True, time.monotonic()
         self.served += 1
-        self.pipe.send(task)
+        with contextlib.suppress(OSError):  # a process that is already dead: `poll` will say so
+            self.pipe.send(task)
 
-    def left(self, timeout: float) -> float:
-        return max(self.began + timeout - time.monotonic(), 0.0)
+    @property
+    def left(self) -> float:
+        """Seconds until the task must be ended: its time, and a moment in which it writes down where it is."""
+        return max(self.began + self.timeout + 0.5 - time.monotonic(), 0.0)
 
-    def poll(self, timeout: float) -> Outcome | None:
+    def poll(self) -> Outcome | None:
         """The outcome if the task has ended or must be ended; None while it runs."""
         error, value = "", None
         try:
             if self.pipe.poll():
                 value, error = self.pipe.recv()
-            elif self.left(timeout) > 0:
+            elif self.left > 0:
                 return None
             else:
+                error = f"timed out after {self.timeout:.0f} s, in\n{self._where()}"
                 self.stop(patience=0)
-                error = f"timed out after {timeout:.0f} s"
         except (EOFError, OSError):
             self.process.join()
             error = f"crashed (exit code {self.process.exitcode})\n{self._log_tail()}"
@@ -102,6 +114,12 @@ class _Worker:
 
     def _log_tail(self, characters: int = 2000) -> str:
         return self.log.read_text(errors="replace")[-characters:] if self.log else ""
+
+    def _where(self, frames: int = 6) -> str:
+        """The innermost frames of the main thread, from what `faulthandler` wrote last."""
+        text = self.log.read_text(errors="replace") if self.log else ""
+        _, _, stack = text.rpartition("(most recent call first):\n")
+        return "\n".join(stack.splitlines()[:frames])
 
     def stop(self, patience: float = 5.0) -> None:
         """End the process: by closing its pipe, and by force if it has not ended after `patience` seconds."""
@@ -115,18 +133,21 @@ class _Worker:
             self.log = None
 
 
-def _serve(pipe: Connection, function: Callable[[Any], Any], log: str) -> None:
+def _serve(pipe: Connection, function: Callable[[Any], Any], log: str, timeout: float) -> None:
     """A worker's main: whatever it prints goes to its log, answers go through the pipe."""
     sink = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
+    faulthandler.enable()
     while True:
         try:
             task = pipe.recv()
         except (EOFError, OSError):
             return
+        faulthandler.dump_traceback_later(timeout)
         try:
             answer = (function(task), "")
         except Exception:  # any failure of one task is that task's outcome, never the end of the run
             answer = (None, traceback.format_exc())
+        faulthandler.cancel_dump_traceback_later()
         pipe.send(answer)

@@ -11,9 +11,9 @@ float64 run of the eager model, by the rule of `refocus.tolerances`: it may be o
 itself is off, plus a floor.
 
 A registry may define SITES: name -> number of attention sites, and --census FILE.csv (columns `model` and `sites`)
-brings such numbers from elsewhere: sites that were not even seen are then counted too (MISSED). --wake gives the models of a
-registry the weights of `models.wake`, with which every term of the scores matters. --time also times each model
-against `torch.compile` alone (with one process and --engine plan, to mean anything).
+brings such numbers from elsewhere: sites that were not even seen are then counted too (MISSED). --wake gives the
+models of a registry the weights of `models.wake`, with which every term of the scores matters. --time also times each
+model against `torch.compile` alone (with one process and --engine plan, to mean anything).
 
 Exit status: 0, or 1 if a model crashed (FAILED), timed out, changed its result, fell back to its original graph
 because something of ours failed (BROKEN), or, with --time, got slower.
@@ -239,7 +239,7 @@ def lines(result: Result) -> list[str]:
     if result.note:
         out.append(f"    note: {result.note}")
     if result.failure:
-        out += ["    " + line for line in result.failure.strip().splitlines()[-6:]]
+        out += ["    " + line for line in result.failure.strip().splitlines()[-7:]]
     return out
 
 

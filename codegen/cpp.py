@@ -15,24 +15,20 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.source import LocalSource
-from torch._guards import TracingContext, tracing
-from torch._inductor.compile_fx import compile_fx
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from refocus.codegen import flex, operator, repair
+from refocus.codegen import flex, operator, repair, tiled
 from refocus.codegen.heads import Fitted, fit
 from refocus.codegen.plan import Plan
 from refocus.errors import EngineUnavailable
 from refocus.evaluate import size_of
+from refocus.inductor import InductorFailed, compiled, compiled_open, replayed
 from refocus.ir import TRUE, Dot, Load, Operand, Reduce, Region, Sym
 from refocus.masks import BlockLists
 
@@ -84,16 +80,39 @@ def run(region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[
     """The region's result (*batch, query, *value), contiguous, dtype `region.out_dtype`.
 
     Compiles on the first call for each layout (seconds), and once more, for all sizes, when a region with symbolic
-    sizes comes with other ones. Raises `EngineUnavailable` for what `supports` refuses or Inductor cannot compile.
+    sizes comes with other ones. Where Inductor fails, the tiled engine runs instead, after a warning. Raises
+    `EngineUnavailable` for what `supports` refuses.
     """
-    return _program(region, plan)(operands, sizes)
+    program = _program(region, plan)
+    if program.problem is None:
+        try:
+            return program(operands, sizes)
+        except InductorFailed as problem:
+            program.problem = problem
+            text = f"Inductor could not compile an attention; the tiled engine runs it instead, slowly.\n{problem}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+    return tiled.run(region, plan, operands, sizes)
 
 
 def warm(region: Region, plan: Plan, like: Sequence[Tensor], sizes: Sequence[int]) -> None:
     """Compile now what `run` will need for operands like these, which may be fake. Raises as `run` does."""
-    with unset_fake_temporarily(), disable_proxy_modes_tracing():
+    problems: list[InductorFailed] = []
+
+    def work() -> None:
         operands = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in like]
-        _program(region, plan).kernel(operands, sizes)
+        try:
+            _program(region, plan).kernel(operands, sizes)
+        except InductorFailed as problem:
+            problems.append(problem)
+
+    # A thread of its own has none of the modes under which graphs are traced.
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    if problems:
+        raise EngineUnavailable(
+            "Inductor cannot compile this region", got=problems[0], todo="use engine='tiled'"
+        ) from problems[0]
 
 
 @lru_cache(maxsize=256)
@@ -113,135 +132,97 @@ class _Program:
         self.syms = self.region.syms
         self.names = tuple(dict.fromkeys((*flex.loaded(self.pairs.scored), *flex.loaded(self.pairs.kept))))
         self.repairs = self.region.empty_row == "logits" and self.region.mask != TRUE
-        self.fixed: dict[Any, _Kernel] = {}
-        self.open: dict[Any, list[_Kernel]] = {}  # for all sizes that meet their guards
+        self.fixed: dict[Any, _Fixed] = {}
+        self.open: dict[Any, list[_Open]] = {}  # for all sizes that meet their guards
         self.lock = threading.Lock()
+        self.problem: InductorFailed | None = None  # once there was one
 
     def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-        out = self.kernel(operands, sizes)(operands, sizes)
-        if self.repairs:
-            repair.run(self.region, out, operands, sizes)
-        return out
+        with torch.no_grad():
+            out = self.kernel(operands, sizes)(operands, sizes)
+            out = out[0] if isinstance(out, (tuple, list)) else out
+            result = self.fitted.result(out, self.named(operands), dict(zip(self.syms, sizes)))
+            if self.repairs:
+                repair.run(self.region, result, operands, sizes)
+        return result
 
-    def kernel(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> _Kernel:
+    def named(self, operands: Sequence[Tensor]) -> dict[str, Tensor]:
+        return dict(zip((o.name for o in self.region.operands), operands, strict=True))
+
+    def reads(self, operands: Sequence[Tensor]) -> list[Tensor]:
+        """What score and mask load."""
+        named = self.named(operands)
+        return [named[name] for name in self.names]
+
+    def kernel(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> _Fixed | _Open:
         # The template's buffers are made for so many threads, and are overrun by more.
         threads = torch.get_num_threads()
-        layout = tuple((tuple(t.shape), t.stride()) for t in operands)
-        found = self.fixed.get((threads, layout, tuple(sizes)))
+        key = (threads, tuple((tuple(t.shape), t.stride()) for t in operands), tuple(sizes))
+        found = self.fixed.get(key)
         if found is not None:
             return found
         with self.lock:
-            # A size of 0 or 1 is special to PyTorch, and so never stands for others.
-            kind = (threads, tuple(_order(t) for t in operands), tuple(n if n < 2 else None for n in sizes))
-            several = self.open.setdefault(kind, [])
-            found = next((k for k in several if k.fits(sizes)), None)
-            if found is not None:
-                return found
+            several = self.open.setdefault((threads, tuple(_order(t) for t in operands)), [])
+            fitting = next((k for k in several if k.code.fits(sizes)), None)
+            if fitting is not None:
+                return fitting
             if self.fixed and any(n > 1 for n in sizes) and len(several) < _MOST_OPEN:
-                several.append(_compile_open(self, operands, sizes))
+                several.append(_Open(self, operands, sizes))
                 return several[-1]
-            found = self.fixed[threads, layout, tuple(sizes)] = _compile_fixed(self, operands, sizes)
-            return found
+            return self.fixed.setdefault(key, _Fixed(self, operands, sizes))
 
     def inputs(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of the kernel: views of the operands, for almost every region."""
-        named = dict(zip((o.name for o in self.region.operands), operands, strict=True))
-        numbers = dict(zip(self.syms, sizes, strict=True))
+        named, numbers = self.named(operands), dict(zip(self.syms, sizes, strict=True))
         parts = (self.fitted.query, self.fitted.key, self.fitted.value)
         query, key, value = (part(named, numbers) for part in parts)
         return query.contiguous(), key, value  # the result has the query's strides
 
-    def compute(self, inputs: Sequence[Tensor], reads: Sequence[Tensor], sizes: Sequence[int], lists: Any) -> Tensor:
-        """The kernel's graph: nothing in it but the operator, and what it makes for itself."""
+    def compute(self, given: Sequence[Tensor], sizes: Sequence[int], lists: BlockLists | None) -> Tensor:
+        """The kernel's graph, of `inputs` and `reads`: nothing in it but the operator and what it makes for itself."""
+        query, key, value, *reads = given
         named, numbers = dict(zip(self.names, reads, strict=True)), dict(zip(self.syms, sizes, strict=True))
-        query, key, value = inputs
         return flex.call(self.pairs, self.plan, query, key, value, named, numbers, lists)
 
 
-class _Kernel:
-    """Inductor's code for one program, and what prepares its inputs."""
+class _Fixed:
+    """Code for operands of these very layouts; lists of tiles are constants if nothing is loaded to make them."""
 
-    def __init__(self, program: _Program, code: Callable[..., Any], env: ShapeEnv | None = None, guards: str = "") -> None:
-        self.program, self.code, self.env, self.guards = program, code, env, guards
-        self.views: Callable[..., Any] | None = None
+    def __init__(self, program: _Program, operands: Sequence[Tensor], sizes: Sequence[int]) -> None:
+        self.program = program
+        given = [*program.inputs(operands, sizes), *program.reads(operands)]
+        count = len(given)
         self.lists: tuple[Tensor, ...] = ()
-
-    def fits(self, sizes: Sequence[int]) -> bool:
-        """Whether code for all sizes was compiled under assumptions that hold for these."""
-        assert self.env is not None
-        return not self.guards or bool(self.env.evaluate_guards_expression(self.guards, [n for n in sizes if n > 1]))
-
-    def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-        program = self.program
-        named = dict(zip((o.name for o in program.region.operands), operands))
-        with torch.no_grad():
-            if self.env is not None:
-                named = {name: t if _order(t) is not None else t.contiguous() for name, t in named.items()}
-            plain = list(named.values())
-            inputs = self.views(*plain) if self.views is not None else program.inputs(plain, sizes)
-            reads = [named[n] for n in program.names]
-            numbers = [n for n in sizes if n > 1] if self.env is not None else []
-            out = self.code(*numbers, *inputs, *reads, *self.lists)
-            out = out[0] if isinstance(out, (tuple, list)) else out
-            return program.fitted.result(out, named, dict(zip(program.syms, sizes)))
-
-
-def _compile_fixed(program: _Program, operands: Sequence[Tensor], sizes: Sequence[int]) -> _Kernel:
-    """For these very layouts; the lists of tiles are constants if nothing is loaded to make them."""
-    region = program.region
-    with torch.no_grad(), tracing(None):
-        inputs = program.inputs(operands, sizes)
-        named = dict(zip((o.name for o in region.operands), operands))
-        reads = [named[n] for n in program.names]
-        numbers = dict(zip(program.syms, sizes))
-        lists: tuple[Tensor, ...] = ()
-        if not region.mask.loads:
-            lists = tuple(flex.lists_of(program.pairs, program.plan, named, numbers, operands[0].device))
+        if not program.region.mask.loads:
+            numbers = dict(zip(program.syms, sizes))
+            self.lists = tuple(flex.lists_of(program.pairs, program.plan, {}, numbers, operands[0].device))
 
         def compute(*args: Tensor) -> Tensor:
-            rest = args[3 + len(reads) :]
-            return program.compute(args[:3], args[3 : 3 + len(reads)], sizes, BlockLists(*rest) if rest else None)
+            return program.compute(args[:count], sizes, BlockLists(*args[count:]) if self.lists else None)
 
-        given = [*inputs, *reads, *lists]
-        kernel = _Kernel(program, _inductor(make_fx(compute, tracing_mode="fake")(*given), given))
-        kernel.lists = lists
-        kernel.views = make_fx(lambda *t: program.inputs(t, sizes), tracing_mode="fake")(*operands)
-    return kernel
+        self.code = compiled(compute, [*given, *self.lists])
+        self.views = replayed(lambda *t: program.inputs(t, sizes), operands)
 
-
-def _compile_open(program: _Program, operands: Sequence[Tensor], sizes: Sequence[int]) -> _Kernel:
-    """For all sizes but those of 0 and 1, under guards that Inductor may add."""
-    env = ShapeEnv()
-    mode = FakeTensorMode(shape_env=env)
-    traced: list[Any] = list(sizes)
-    for k, (sym, size) in enumerate(zip(program.syms, sizes)):
-        if size > 1:
-            source = LocalSource(sym.name)
-            symbol = env.create_symbol(size, source=source, dynamic_dim=DimDynamic.DYNAMIC)
-            traced[k] = env.create_symintnode(symbol, hint=size, source=source)
-    free = [n for n, size in zip(traced, sizes) if size > 1]
-    with torch.no_grad(), mode, tracing(TracingContext(mode)):
-        fakes = [_like(t, o, dict(zip(program.syms, traced))) for t, o in zip(operands, program.region.operands)]
-        named = dict(zip((o.name for o in program.region.operands), fakes))
-        count = len(free)
-
-        def compute(*args: Any) -> Tensor:
-            numbers = iter(args[:count])
-            sizes_in = [next(numbers) if size > 1 else size for size in sizes]
-            return program.compute(args[count : count + 3], args[count + 3 :], sizes_in, None)
-
-        given = [*free, *program.inputs(fakes, traced), *(named[n] for n in program.names)]
-        code = _inductor(make_fx(compute)(*given), given)
-        return _Kernel(program, code, env, env.produce_guards_expression(free) or "")
+    def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Any:
+        return self.code(*self.views(*operands), *self.program.reads(operands), *self.lists)
 
 
-def _inductor(graph: torch.fx.GraphModule, given: Sequence[Any]) -> Callable[..., Any]:
-    try:
-        return compile_fx(graph, given)  # type: ignore[return-value]
-    except Exception as problem:
-        raise EngineUnavailable(
-            "Inductor could not compile this region", got=problem, todo="use engine='tiled'"
-        ) from problem
+class _Open:
+    """Code for all sizes that fit it, and operands whose dimensions lie in memory in the same order."""
+
+    def __init__(self, program: _Program, operands: Sequence[Tensor], sizes: Sequence[int]) -> None:
+        self.program = program
+
+        def make(traced: Sequence[int]) -> list[Tensor]:
+            numbers = dict(zip(program.syms, traced))
+            fakes = [_like(t, o, numbers) for t, o in zip(operands, program.region.operands)]
+            return [*program.inputs(fakes, traced), *program.reads(fakes)]
+
+        self.code = compiled_open(lambda numbers, args: program.compute(args, numbers, None), sizes, make)
+
+    def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Any:
+        whole = [t if _order(t) is not None else t.contiguous() for t in operands]
+        return self.code(sizes, [*self.program.inputs(whole, sizes), *self.program.reads(whole)])
 
 
 def _like(tensor: Tensor, operand: Operand, sizes: dict[Sym, Any]) -> Tensor:

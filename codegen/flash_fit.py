@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from math import prod
 
 from refocus.codegen.plan import Plan
-from refocus.ir import FALSE, TRUE, Axis, Call, Const, Dot, Expr, Load, Reduce, Region
+from refocus.ir import FALSE, TRUE, Axis, Call, Const, Dot, Expr, Reduce, Region
 
 OPERAND_DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 OUT_DTYPES = ("float32", "float16", "bfloat16")
@@ -70,14 +70,14 @@ def _axes_problem(region: Region) -> str | None:
     for what, expr, allowed in parts:
         foreign = sorted(a.name for a in expr.axes - allowed)
         if foreign:
-            return f"{what} depends on axis {', '.join(map(repr, foreign))}"
+            return f"{what} must not depend on axis {', '.join(map(repr, foreign))}"
     if any(isinstance(n, Dot) for e in (region.values, *region.extra) for n in e.walk()):
         return "the values or an extra logit hold a product of their own"
     return None
 
 
 def _width_problem(region: Region) -> str | None:
-    lanes = [("the values", region.value), *(("a product of query and key", d.over) for d in all_dots(region))]
+    lanes = [("the value", region.value), *(("a product of query and key", d.over) for d in all_dots(region))]
     owner: dict[Axis, tuple[Axis, ...]] = {}
     for what, axes in lanes:
         total = width(axes)
@@ -119,8 +119,8 @@ def _is_rich(region: Region) -> bool:
     """Whether the kernel computes fills, a gate, or something for each pair beyond a single product."""
     fills = region.empty_row == "logits" and region.mask != TRUE
     pairs = [n for n in region.score.walk() if {region.query, region.key} <= n.axes]
-    beyond = [n for n in pairs if isinstance(n, Dot | Load) or (isinstance(n, Call) and n.op not in ("add", "mul", "div"))]
-    return fills or not isinstance(region.gate, Const) or len(beyond) > 1
+    plain = [n for n in pairs if isinstance(n, Call) and n.is_float and n.op in ("add", "mul", "div")]
+    return fills or not isinstance(region.gate, Const) or len(pairs) - len(plain) > 1
 
 
 def _no_larger(block: int, axis: Axis) -> int:

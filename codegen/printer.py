@@ -307,8 +307,11 @@ class Place:
         return self._float_call(op, args, exact)
 
     def _sum(self, expr: Call, exact: bool) -> str:
-        text = self.text(expr.args[0], ADD, exact)
-        for arg in expr.args[1:]:
+        args = expr.args
+        if expr.is_int and expr.op == "add":  # positive terms first
+            args = tuple(sorted(args, key=lambda a: isinstance(a, Call) and a.op == "mul" and _is_negative(a.args[0])))
+        text = self.text(args[0], ADD, exact)
+        for arg in args[1:]:
             if expr.op == "sub":
                 text += f" - {self.text(arg, MUL, exact)}"
                 continue
@@ -366,6 +369,10 @@ class Place:
         if name in FUNCTIONS:
             self.scope.functions.add(name)
         return f"{name}({inner})", ATOM
+
+
+def _is_negative(expr: Expr) -> bool:
+    return isinstance(expr, Const) and expr.value < 0
 
 
 class Dots:

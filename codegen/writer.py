@@ -52,38 +52,39 @@ class _Indented(Block):
 
 
 def wrapped(line: str, indent: str) -> Iterator[str]:
-    """A line, with the arguments of its calls on lines of their own where it would be too long."""
-    opening, ends = _last_call(line)
-    if len(indent) + len(line) <= WIDTH or line.startswith("#") or not opening:
+    """A line; where it is too long, the arguments of its longest call come on lines of their own."""
+    if len(indent) + len(line) <= WIDTH or line.startswith("#"):
         yield indent + line if line else ""
         return
-    closing = ends[-1]
-    yield indent + line[:opening]
-    begin = opening
-    for end in ends:
-        text = line[begin:end].strip()
-        yield from wrapped(text + ",", indent + "    ")
-        begin = end + 1
-    yield indent + line[closing:]
+    cuts = _longest_call(line)
+    if not cuts:
+        yield indent + line
+        return
+    yield indent + line[: cuts[0] + 1]
+    for begin, end in zip(cuts, cuts[1:]):
+        yield from wrapped(line[begin + 1 : end].strip() + ",", indent + "    ")
+    yield indent + line[cuts[-1] :]
 
 
-def _last_call(line: str) -> tuple[int, list[int]]:
-    """Where the arguments of the call that ends the line begin, and where each of them ends; (0, []) if none does."""
-    text = line.removesuffix(",")
-    if not text.endswith(")"):
-        return 0, []
-    depth, ends = 0, [len(text) - 1]
-    for at in range(len(text) - 1, -1, -1):
-        if text[at] in ")]":
-            depth += 1
-        elif text[at] in "([":
-            depth -= 1
+def _longest_call(line: str) -> list[int]:
+    """Where the longest call of the line has its opening parenthesis, its commas and its closing parenthesis."""
+    best: list[int] = []
+    cuts: list[int] = []
+    depth = 0
+    for at, letter in enumerate(line):
+        if letter in "([":
             if depth == 0:
-                called = at > 0 and (text[at - 1].isalnum() or text[at - 1] == "_")
-                return (at + 1, ends[::-1]) if called else (0, [])
-        elif text[at] == "," and depth == 1:
-            ends.append(at)
-    return 0, []
+                cuts = [at] if letter == "(" and at and (line[at - 1].isalnum() or line[at - 1] == "_") else []
+            depth += 1
+        elif letter in ")]":
+            depth -= 1
+            if depth == 0 and cuts:
+                cuts.append(at)
+                best = max(best, cuts, key=lambda c: c[-1] - c[0] if c else 0)
+                cuts = []
+        elif letter == "," and depth == 1 and cuts:
+            cuts.append(at)
+    return best
 
 
 class Names:

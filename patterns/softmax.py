@@ -232,7 +232,7 @@ def _split(e: Expr) -> _Split:
                 return _Split([], [], [], [cond]).times(_split(a))
             if isinstance(a, Const) and a.value == 0:
                 return _Split([], [], [], [s.not_(cond)]).times(_split(b))
-        if e.op == "add" and all(isinstance(a, Const) and a.value == 0 or a is e.args[0] for a in e.args):
+        if e.op == "add" and all((isinstance(a, Const) and a.value == 0) or a is e.args[0] for a in e.args):
             return _split(e.args[0])
     return _Split([], [e], [], [])
 

@@ -138,7 +138,7 @@ def _settle(facts: Facts) -> None:
         dirty = {s for s, writers in facts.writers.items() if any(w not in facts.closed for w in writers)}
         gone = {
             n for n in facts.closed
-            if facts.storage[n] in dirty or n.op == "call_function" and any(i not in facts.closed for i in n.all_input_nodes)
+            if facts.storage[n] in dirty or (n.op == "call_function" and any(i not in facts.closed for i in n.all_input_nodes))
         }  # fmt: skip
         facts.closed -= gone
         changed = bool(gone)
@@ -185,7 +185,7 @@ def _storage_of(node: fx.Node, facts: Facts, ids: Iterator[int]) -> int:
         shares = op_name(node) in _MAYBE_VIEWS
         if isinstance(target, torch._ops.OpOverload):
             returns = target._schema.returns
-            shares = shares or any(r.alias_info is not None for r in returns) or op_name(node) in MOVES and op_name(node) not in _COPIES
+            shares = shares or any(r.alias_info is not None for r in returns) or (op_name(node) in MOVES and op_name(node) not in _COPIES)
         if shares:
             return facts.storage[node.args[0]]
     return next(ids)
@@ -238,7 +238,7 @@ def _reached(normaliser: fx.Node, facts: Facts, covered: set[fx.Node]) -> Iterat
             name = op_name(user)
             if name in CONTRACTIONS or (name == "sum" and _is_product_sum(user)):
                 for k, operand in enumerate(contraction_operands(user)):
-                    if operand is node or name == "sum" and operand in seen:
+                    if operand is node or (name == "sum" and operand in seen):
                         yield Candidate(user, k, normaliser)
                 if mixes < 1 and name != "sum":
                     seen.add(user)

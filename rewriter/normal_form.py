@@ -5,27 +5,19 @@ Equal layers come out as equal regions, so that they share one kernel.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
 from refocus import simplify as s
 from refocus.facts import Facts
-from refocus.ir import BOOL, TRUE, Axis, Call, Const, Dot, Expr, Load, Operand, Reduce, Region, rewrite
-from refocus.lift import dtype_of, holds_scores, kind_of
+from refocus.hoist import Hoisted, hoist_distances
+from refocus.ir import Axis, Const, Dot, Expr, Load, Operand, Reduce, Region, rewrite
+from refocus.lift import dtype_of
 from refocus.masks import never_empty
 from refocus.patterns.declined import Declined
 from refocus.patterns.softmax import Softmax, separate_mask
-from refocus.sizes import hint, shape_of
-
-
-@dataclass(frozen=True)
-class Hoisted:
-    """An operand that is computed outside the region: `value` over `axes` (its dimensions), from loads of nodes."""
-
-    value: Expr
-    axes: tuple[Axis, ...]
-
+from refocus.sizes import shape_of
 
 Binding = fx.Node | Hoisted
 
@@ -41,13 +33,6 @@ class Draft:
     values: Expr
 
 
-class NoRole(Exception):
-    """The axes cannot be told apart; carries the reason."""
-
-    def __init__(self, declined: Declined) -> None:
-        self.declined = declined
-
-
 BATCH_NAMES = ("b", "h", "g", "r", "s", "t", "u", "w")
 
 
@@ -56,13 +41,13 @@ def finish(draft: Draft, facts: Facts, out_dtype: str, zero_rows: bool) -> tuple
     from refocus.recognize import _Stop
 
     soft, key = draft.softmax, draft.key
-    score, mask = separate_mask(soft.logits)
+    mask = separate_mask(soft.logits)[1]
     weight_axes = frozenset().union(soft.logits.axes, soft.gate.axes, *(e.axes for e in soft.extra))
     all_axes = [*draft.free, *draft.mixed]
     value = [a for a in draft.free if a in draft.values.axes and a not in weight_axes]
     rest = [a for a in all_axes if a not in value]
     query_like = [a for a in rest if a in weight_axes and a not in draft.values.axes]
-    query = _choose_query(query_like, score, mask, key)
+    query = _choose_query(query_like, mask, key)
     if query is None:
         query = Axis("one", Const(1))
         batch = rest
@@ -77,8 +62,10 @@ def finish(draft: Draft, facts: Facts, out_dtype: str, zero_rows: bool) -> tuple
         raise _Stop(Declined("the values depend on the query"))
     order = [*batch, *([query] if query.name != "one" else []), *value]
     names = _axis_names(batch, query, key, value, [soft.logits, soft.gate, *soft.extra, draft.values])
-    builder = _Operands(facts, names)
-    logits_, values_ = builder.canonical(soft.logits), builder.values(draft.values)
+    logits, hoisted = hoist_distances(soft.logits, query, key)
+    score, mask = separate_mask(logits)
+    builder = _Operands(facts, names, hoisted)
+    logits_, values_ = builder.canonical(logits), builder.values(draft.values)
     score_, mask_, gate_ = (builder.canonical(e) for e in (score, mask, soft.gate))
     extra_ = tuple(builder.canonical(e) for e in soft.extra)
     region = Region(
@@ -97,11 +84,11 @@ def finish(draft: Draft, facts: Facts, out_dtype: str, zero_rows: bool) -> tuple
         empty_row="zero" if zero_rows else "logits",
     )
     if never_empty(region.mask, region.batch, region.query, region.key):
-        region = Region(**{**{f: getattr(region, f) for f in region.__dataclass_fields__}, "empty_row": "never"})
+        region = replace(region, empty_row="never")
     return region, tuple(builder.bindings.values()), tuple(order)
 
 
-def _choose_query(found: list[Axis], score: Expr, mask: Expr, key: Axis) -> Axis | None:
+def _choose_query(found: list[Axis], mask: Expr, key: Axis) -> Axis | None:
     """Of several axes that only the weights have (MQA: heads and positions), the one that meets the key in the mask,
     else the longest, else the last."""
     if not found:
@@ -136,8 +123,8 @@ def _axis_names(batch: list[Axis], query: Axis, key: Axis, value: list[Axis], ex
 class _Operands:
     """Collects the tensors a region reads, renames them, and hoists products on one side of a dot."""
 
-    def __init__(self, facts: Facts, names: dict[Axis, Axis]) -> None:
-        self.facts, self.names = facts, names
+    def __init__(self, facts: Facts, names: dict[Axis, Axis], hoisted: dict[str, Hoisted]) -> None:
+        self.facts, self.names, self.hoisted = facts, names, hoisted
         self.operands: dict[object, Operand] = {}
         self.bindings: dict[object, Binding] = {}
         self.memo: dict[Expr, Expr] = {}
@@ -160,19 +147,18 @@ class _Operands:
                 return self._load(node, "t")
             return None
 
-        if isinstance(value, Load) and not self._known(value) and value.is_float and not holds_scores(value):
-            return self._load(value, "t")
         return rewrite(value, visit, s.rebuild)
 
     def values(self, value: Expr) -> Expr:
         return self._side(value, "v")
 
-    def _known(self, load: Load) -> bool:
-        return load.tensor in self.operands
-
     def _load(self, load: Load, role: str) -> Load:
-        node = self.facts.nodes[load.tensor]
-        name = self._name(load.tensor, role, dtype_of(node), shape_of(node), node)
+        outside = self.hoisted.get(load.tensor)
+        if outside is not None:
+            name = self._name(load.tensor, role, load.dtype, tuple(a.size for a in outside.axes), outside)
+        else:
+            node = self.facts.nodes[load.tensor]
+            name = self._name(load.tensor, role, dtype_of(node), shape_of(node), node)
         return Load(name, tuple(self.canonical(x) for x in load.index), load.dtype)
 
     def _name(self, tag: object, role: str, dtype: str, shape: tuple[Expr, ...], binding: Binding) -> str:
@@ -192,13 +178,3 @@ class _Operands:
         tag = ("hoisted", value)
         name = self._name(tag, role, dtype, tuple(a.size for a in axes), Hoisted(value, axes))
         return Load(name, tuple(self.names[a] for a in axes), dtype)
-
-
-def numel_hint(node: fx.Node) -> int:
-    total = 1
-    for d in node.meta["val"].shape:
-        total *= hint(d)
-    return total
-
-
-__all__ = ["BOOL", "TRUE", "Binding", "Call", "Draft", "Hoisted", "finish", "kind_of"]

@@ -19,8 +19,8 @@ from torch import fx
 
 from refocus import debug
 from refocus.capture import CaptureFailed, capture
-from refocus.codegen.plan import Plan
 from refocus.codegen.choose import Leave, plan_part
+from refocus.codegen.plan import Plan
 from refocus.errors import RegionNotFused
 from refocus.facts import Facts, gather_facts
 from refocus.options import Options

@@ -13,9 +13,9 @@ from torch import fx
 from refocus import masks
 from refocus.codegen.plan import Plan
 from refocus.evaluate import size_of
+from refocus.hoist import Hoisted
 from refocus.ir import TRUE, Region, Sym
 from refocus.lift import op_name
-from refocus.normal_form import Hoisted
 from refocus.notation import notation
 from refocus.recognize import Left, Part, Site
 from refocus.report import Cost, Tiles

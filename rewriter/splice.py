@@ -21,8 +21,9 @@ from refocus.codegen import operator
 from refocus.codegen.plan import Plan
 from refocus.evaluate import arange_env, evaluate, size_of
 from refocus.facts import Facts
+from refocus.hoist import Hoisted
 from refocus.ir import Axis, Expr, Load, Sym
-from refocus.normal_form import Binding, Hoisted
+from refocus.normal_form import Binding
 from refocus.recognize import Site
 from refocus.sizes import hint, shape_of
 

@@ -97,7 +97,8 @@ def test_one_task_cannot_stop_the_others() -> None:
     values = {task: outcome.value for task, outcome in outcomes.items() if not outcome.error}
     assert values == {"a": "A", "b": "B", "c": "C"}
     assert "exit code -6" in outcomes["crash"].error
-    assert "timed out" in outcomes["hang"].error
+    assert "timed out after 10 s" in outcomes["hang"].error
+    assert "misbehaving.py" in outcomes["hang"].error
     assert "ValueError: as asked" in outcomes["raise"].error
 
 

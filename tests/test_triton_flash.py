@@ -407,8 +407,9 @@ def test_fills_are_computed_only_where_rows_can_be_empty() -> None:
 
 
 def test_wide_addresses() -> None:
-    source = text(cases.gqa(), wide=True)
+    source = text(cases.gqa(n=200), wide=True)
     assert "tl.program_id(0).to(tl.int64)" in source
+    # The program, two widths, and the keys of two loops.
     assert source.count(".to(tl.int64)") == 5
 
 
@@ -460,9 +461,9 @@ def _declined() -> dict[str, Region]:
         "float64": cases.causal(torch.float64)[0],
         "the mask keeps nothing": _with(mask=FALSE),
         "a reduction (sum) over axis 'n'": _with(score=Reduce("sum", n, bias, F)),
-        "the score depends on axis 'n'": _with(score=bias),
-        "the values depends on axis 'i'": _with(values=Load("v", (i, j), F)),
-        "the values is 1024 wide": _with(value=(wide,)),
+        "the score must not depend on axis 'n'": _with(score=bias),
+        "the values must not depend on axis 'i'": _with(values=Load("v", (i, j), F)),
+        "the value is 1024 wide": _with(value=(wide,), values=Load("v", (j, wide), F)),
         "the width of a product": _with(score=Dot((unknown,), q, k, F)),
         "a product stands inside another": _with(score=Dot((d,), Dot((d,), Load("q", (i, d), F), Load("k", (j, d), F), F), Load("k", (j, d), F), F)),
     }

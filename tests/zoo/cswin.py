@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -88,7 +90,8 @@ def reference(module: CSWinBlock, x: Tensor) -> Tensor:
     y, z = torch.arange(length) // side, torch.arange(length) % side
     outs = []
     for branch, stripe in enumerate((z // split, y // split)):
-        attn, part = module.attns[branch], slice(branch * half, (branch + 1) * half)
+        attn: Any = module.attns[branch]
+        part = slice(branch * half, (branch + 1) * half)
         heads = attn.heads
         qb, kb, vb = (t[..., part].reshape(b, length, heads, -1) for t in (q, k, v))
         scores = torch.einsum("bihd,bjhd->bhij", qb, kb) * attn.scale
