@@ -71,7 +71,7 @@ def run(task: Task) -> Measured:
         model, inputs = models.build(task.name, task.tokens, attention, models.SMALL)
     rows = compare(model, inputs, engine=task.engine, repeats=task.repeats, budget=task.budget)
     with torch.no_grad():
-        sites = refocus.explain(model, **inputs).sites
+        sites = refocus.explain(model, engine=task.engine, **inputs).sites
     return Measured(rows, len(sites), sum(site.fused for site in sites))
 
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refocus.codegen.cache import load_module
 from refocus.codegen.interpreter import interpreted
-from refocus.codegen.launch import Kernel
+from refocus.codegen.launch import Kernel, function_of
 from refocus.errors import EngineUnavailable
 from refocus.ir import Const, Expr
 from refocus.polynomial import to_poly
@@ -64,8 +63,7 @@ def compile_for(kernel: Kernel, target: str) -> Resources:
     from triton.compiler import ASTSource
 
     signature, constants, attributes = _signature(kernel)
-    function = getattr(load_module(kernel.path), kernel.name)
-    source = ASTSource(function, signature, constexprs=constants, attrs=attributes)
+    source = ASTSource(function_of(kernel), signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": kernel.plan.num_warps, "num_stages": kernel.plan.num_stages}
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     read = _read_amd if target.startswith("gfx") else _read_nvidia

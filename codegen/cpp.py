@@ -44,6 +44,11 @@ def supports(region: Region) -> str | None:
     for part, expr in (("score", fitted.score), ("mask", region.mask), *(("extra logit", x) for x in region.extra)):
         if expr is not None and any(isinstance(n, (Dot, Reduce)) for n in expr.walk()):
             return f"the {part} holds a sum or reduction, and the kernel's functions are pointwise"
+    return machine_reason()
+
+
+def machine_reason() -> str | None:
+    """Why Inductor's template does not exist here; None where it does."""
     if sys.platform == "darwin":
         return "Inductor's CPU attention template does not exist on macOS"
     if os.getenv("ATEN_CPU_CAPABILITY") == "default" or not torch.cpu._is_avx2_supported():

@@ -94,7 +94,7 @@ def _width_problem(region: Region) -> str | None:
 # sm_90 (tests/test_triton_aot.py). The second entry is for regions that keep more in registers than scores and sums.
 # float32 products run without tensor cores, which takes more registers.
 _NARROW = {
-    32: ((128, 64, 4), (64, 64, 4)), 64: ((128, 64, 4), (64, 64, 4)), 128: ((128, 64, 8), (64, 64, 8)),
+    32: ((128, 64, 4), (64, 64, 4)), 64: ((128, 64, 8), (64, 64, 4)), 128: ((128, 64, 8), (64, 64, 8)),
     256: ((64, 32, 4), (32, 32, 4)), 512: ((32, 32, 4), (16, 32, 4)),
 }  # fmt: skip
 _FLOAT32 = {

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refocus.codegen.cache import load_module
+from refocus.codegen.cache import load_module, save
 from refocus.codegen.interpreter import interpreted, mend
 from refocus.codegen.plan import Plan
 from refocus.codegen.printer import Argument
@@ -48,12 +48,23 @@ def launch(kernel: Kernel, operands: Sequence[Tensor], sizes: Sequence[int]) -> 
         return out.zero_()  # a sum of nothing
     programs = -(-shape[len(region.batch)] // plan.block_q) * prod(shape[: len(region.batch)])
     values = [_value(argument, operands, sizes, out) for argument in kernel.arguments]
-    if interpreted():
-        mend()
-    function = getattr(load_module(kernel.path), kernel.name)
     with _on(out.device):
-        function[(programs,)](*values, num_warps=plan.num_warps, num_stages=plan.num_stages)
+        function_of(kernel)[(programs,)](*values, num_warps=plan.num_warps, num_stages=plan.num_stages)
     return out
+
+
+def function_of(kernel: Kernel) -> Any:
+    """The kernel's Triton function, loaded once; its file is written again if it is gone."""
+    known = _functions.get((kernel.path, kernel.source))
+    if known is None:
+        if interpreted():
+            mend()
+        known = getattr(load_module(save(kernel.source, kernel.key)), kernel.name)
+        _functions[kernel.path, kernel.source] = known
+    return known
+
+
+_functions: dict[tuple[Path, str], Any] = {}
 
 
 def needs_wide(region: Region, operands: Sequence[Tensor], sizes: Sequence[int]) -> bool:

@@ -124,7 +124,7 @@ def main() -> None:
     title = f"Mistral, {options.layers} layers, {options.tokens} tokens, window {options.window}, {options.device}"
     show(rows, title)
 
-    report = refocus.explain(model, **inputs)
+    report = refocus.explain(model, engine=options.engine, **inputs)
     print(f"\n{report}")
     paths = sorted({site.kernel_path for site in report.sites if site.kernel_path})
     print("\nGenerated Triton source:", *(paths or ["none"]), sep="\n  ")

@@ -28,9 +28,12 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
     mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
     if mode is None:
         raise CaptureFailed("no input carries a fake tensor")
+    # Above the dispatcher an autocast region of the graph is only recorded, and its casts would be missing; below it,
+    # they are operations like any other (and composite operations are taken apart, which the lift does not mind).
+    casts = any(getattr(n.target, "__name__", "") == "_enter_autocast" for n in gm.graph.nodes)
     try:
         with mode, torch.fx.traceback.preserve_node_meta():
-            traced = make_fx(fx.Interpreter(gm).run, pre_dispatch=True)(*values)
+            traced = make_fx(fx.Interpreter(gm).run, pre_dispatch=not casts)(*values)
     except Exception as problem:  # anything may go wrong while tracing foreign code; the caller falls back
         raise CaptureFailed(f"{type(problem).__name__}: {problem}") from problem
     traced.meta.update(gm.meta)

@@ -1,0 +1,297 @@
+"""The cpp engine: Inductor's C++ flash template run on regions, against the dense oracle and FlexAttention itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from refocus import oracle, simplify
+from refocus.codegen import cpp, heads, repair
+from refocus.codegen.plan import Plan
+from refocus.errors import EngineUnavailable
+from refocus.inductor import InductorFailed
+from refocus.ir import BOOL, INT, TRUE, Axis, Const, Dot, Expr, Load, Operand, Region
+from refocus.tolerances import FACTOR, magnitude, tolerance
+from tests import region_cases as cases
+
+PLAN = Plan("cpp", block_q=32, block_k=16)
+
+pytestmark = pytest.mark.skipif(cpp.machine_reason() is not None, reason=str(cpp.machine_reason()))
+
+
+def assert_close(out: Tensor, region: Region, tensors: Sequence[Tensor], sizes: Sequence[int]) -> None:
+    expected = oracle.run(region, tensors, sizes)
+    dense = oracle.run(region, tensors, sizes, torch.float32)
+    assert out.shape == expected.shape and out.is_contiguous()
+    assert out.dtype == getattr(torch, region.out_dtype)
+    assert torch.equal(out.isnan(), expected.isnan())
+    allowed = FACTOR * float((dense - expected).abs().nan_to_num().max())
+    allowed += tolerance(out.dtype).floor * magnitude(expected)
+    assert float((out - expected).abs().nan_to_num().max()) <= allowed
+
+
+def check(case: cases.Case, plan: Plan = PLAN) -> None:
+    region, tensors, sizes = case
+    assert cpp.supports(region) is None
+    assert_close(cpp.run(region, plan, tensors, sizes), *case)
+
+
+@pytest.mark.parametrize("name", cases.all_names())
+def test_case(name: str) -> None:
+    check(cases.CASES[name]())
+
+
+@pytest.mark.parametrize("name", ["dense", "sinks", "softcap"])
+def test_half_types(name: str) -> None:
+    check(cases.CASES[name](torch.float16))
+
+
+@pytest.mark.parametrize("block_q, block_k", [(16, 64), (128, 128)])
+def test_tile_sizes(block_q: int, block_k: int) -> None:
+    check(cases.window(), Plan("cpp", block_q=block_q, block_k=block_k))
+
+
+def test_agrees_with_flex_attention() -> None:
+    """The same kernel, called through PyTorch's own front end."""
+    n = 200
+    region, tensors, sizes = cases.softcap(n=n, d=32)
+    q, k, v = tensors
+
+    def softcap(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return 2.0 * torch.tanh(score / 2.0)
+
+    def keep(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j <= i) & (j >= i - 20)
+
+    mask = create_block_mask(keep, None, None, n, n, device="cpu", BLOCK_SIZE=64)
+    with torch.no_grad():
+        expected = torch.compile(flex_attention)(q, k, v, softcap, mask, enable_gqa=True)
+    out = cpp.run(region, Plan("cpp", block_q=64, block_k=64), tensors, sizes)
+    torch.testing.assert_close(out, expected, rtol=0, atol=2e-6)
+
+
+# ------------------------------------------------------------------------------------------------ layouts
+
+
+def test_views_of_one_projection() -> None:
+    """q, k and v as models make them: chunks of one buffer, heads moved by a transpose."""
+    s = cases.Setting(torch.float32, 40, 40, 16, 16)
+    packed = torch.randn(cases.B, 40, 3, cases.H, 16)
+    s.tensors.update(zip("qkv", packed.permute(2, 0, 3, 1, 4)))
+    check(s.case(s.score, simplify.le(s.j, s.i)))
+
+
+def test_layouts_have_kernels_of_their_own() -> None:
+    region, (q, *rest), sizes = cases.dense(n=30)
+    check((region, [q.transpose(1, 2).contiguous().transpose(1, 2), *rest], sizes))
+    check((region, [q, *rest], sizes))
+
+
+def batched(batch: Sequence[Axis], key_axes: Sequence[Axis], mask: Expr = TRUE, n: int = 33, d: int = 8) -> cases.Case:
+    """q over all batch axes, k and v over some of them."""
+    f = "float32"
+    i, j, c, e = Axis("i", Const(n)), Axis("j", Const(n)), Axis("d", Const(d)), Axis("e", Const(d))
+    shape = [int(a.size.value) for a in batch]  # type: ignore[attr-defined]
+    key_shape = [int(a.size.value) for a in key_axes]  # type: ignore[attr-defined]
+    tensors = [torch.randn(*shape, n, d), torch.randn(*key_shape, n, d), torch.randn(*key_shape, n, d)]
+    dot = Dot((c,), Load("q", (*batch, i, c), f), Load("k", (*key_axes, j, c), f), f)
+    score = simplify.call("mul", dot, Const(0.3, f), dtype=f)
+    operands = tuple(
+        Operand(x, f, tuple(Const(n) for n in t.shape)) for x, t in zip("qkv", tensors)
+    )
+    logits = simplify.where(mask, score, Const(-math.inf, f))
+    region = Region(
+        tuple(batch), i, j, (e,), score, mask, logits, Load("v", (*key_axes, j, e), f), operands, f, empty_row="never"
+    )
+    return region, tensors, []
+
+
+X, Y, Z, W = Axis("x", Const(2)), Axis("y", Const(3)), Axis("z", Const(4)), Axis("w", Const(1))
+
+
+@pytest.mark.parametrize(
+    "batch, key_axes, kept",
+    [
+        ((), (), ()),
+        ((X,), (X,), (X,)),
+        ((X, Y, Z), (X, Y, Z), (Z,)),
+        ((X, Y, Z), (X, Y), (Y,)),  # groups as an axis: the heads are (y, z), shared in fours
+        ((X, Y), (X,), ()),  # one key head for all
+        ((X, Y), (), ()),  # and for all sequences
+        ((X, Y, Z), (Y, Z), (Z,)),
+        ((X, Y), (Y,), (Y,)),
+        ((W, Y), (W, Y), (Y,)),
+    ],
+    ids=str,
+)
+def test_batch_axes(batch: tuple[Axis, ...], key_axes: tuple[Axis, ...], kept: tuple[Axis, ...]) -> None:
+    case = batched(batch, key_axes)
+    fitted = heads.fit(case[0])
+    assert isinstance(fitted, heads.Fitted)
+    assert fitted.keys == kept
+    check(case)
+
+
+def test_mask_over_some_batch_axes() -> None:
+    i, j = Axis("i", Const(33)), Axis("j", Const(33))
+    by_x = simplify.le(simplify.add(j, X), simplify.add(i, 1))
+    by_y = simplify.le(j, simplify.add(i, simplify.mul(3, Y)))
+    for mask in (by_x, by_y):
+        check(batched((X, Y, Z), (X, Y, Z), mask))
+
+
+def test_groups_are_not_repeated() -> None:
+    region, tensors, _ = cases.gqa()
+    fitted = heads.fit(region)
+    assert isinstance(fitted, heads.Fitted)
+    named = dict(zip("qkv", tensors))
+    assert fitted.key(named, {}).shape[1] == 2 and fitted.key(named, {}).data_ptr() == tensors[1].data_ptr()
+
+
+def test_scale_varies_with_query_and_key() -> None:
+    """A temperature for each head goes into the query, a weight for each key into the key: no score_mod is left."""
+    s = cases.Setting(torch.float32, 30, 30, 8, 8)
+    s.tensors["t"], s.tensors["w"] = torch.rand(cases.H), torch.rand(cases.B, 30)
+    score = cases.call("div", s.score, Load("t", (s.h,), s.f))
+    score = cases.mul(Load("w", (s.b, s.j), s.f), score)
+    case = s.case(score)
+    fitted = heads.fit(case[0])
+    assert isinstance(fitted, heads.Fitted) and fitted.score is None
+    check(case)
+
+
+def test_several_extra_logits() -> None:
+    s = cases.Setting(torch.float32, 50, 50, 16, 16)
+    s.tensors["sink"] = torch.randn(cases.H)
+    own = cases.mul(Load("q", (s.b, s.h, s.i, Const(0)), s.f), s.const(2.0))
+    extra = (Load("sink", (s.h,), s.f), s.const(0.5), own)
+    check(s.case(s.score, simplify.le(s.j, s.i), extra=extra))
+
+
+# ------------------------------------------------------------------------------------------------ sizes
+
+
+def test_sizes_share_a_kernel() -> None:
+    region, *_ = cases.symbolic()
+    program = cpp._program(region, PLAN)
+    program.fixed.clear()
+    program.open.clear()
+    for n in (53, 60, 97, 33):
+        check(cases.symbolic(n=n))
+    assert len(program.fixed) == 1 and sum(map(len, program.open.values())) == 1
+    for n in (1, 1):  # decoding: another kernel, and then no more
+        check(cases.symbolic(n=n))
+    for n, keys in ((1, 70), (1, 71)):
+        _, (q, k, v), _ = cases.symbolic(n=keys - 20)
+        check((region, [q[:, :, :n].contiguous(), k, v], [n, keys]))
+    assert sum(map(len, program.open.values())) == 2
+
+
+def test_decoding_keeps_rows_far_below_zero() -> None:
+    """PyTorch's decoding variant counts a fully masked partition as a maximum of zero; it must stay out."""
+    s = cases.Setting(torch.float32, 1, 1024, 16, 16)
+    region, tensors, sizes = s.case(cases.add(s.score, s.const(-300.0)), simplify.le(s.j, Const(300)))
+    check((region, tensors, sizes), Plan("cpp", block_q=16, block_k=64))
+
+
+def test_threads_have_kernels_of_their_own() -> None:
+    region, tensors, sizes = cases.dense(n=300, d=8)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            check((region, tensors, sizes))
+    finally:
+        torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------------------------------------ empty rows
+
+
+def test_repair_of_scattered_rows() -> None:
+    """Any rows of any head: only those are touched, zero rows that the mask keeps are not."""
+    s = cases.Setting(torch.float32, 40, 40, 8, 8)
+    keep = torch.rand(cases.B, cases.H, 40, 40) < 0.5
+    keep[0, 1, 7], keep[1, 3, 30:] = False, False
+    s.tensors["keep"] = keep
+    s.tensors["v"][0, 0] = 0.0
+    check(s.case(s.score, Load("keep", (s.b, s.h, s.i, s.j), BOOL), empty_row="logits"))
+
+
+def test_repair_leaves_other_rows() -> None:
+    region, tensors, sizes = cases.empty_min()
+    out = torch.full((cases.B, cases.H, 50, 16), 7.0)
+    out[1, :, 3] = 0.0
+    repair.run(region, out, tensors, sizes)
+    expected = oracle.run(region, tensors, sizes).to(torch.float32)
+    torch.testing.assert_close(out[1, :, 3], expected[1, :, 3])
+    out[1, :, 3] = 7.0
+    assert bool((out == 7.0).all())
+
+
+# ------------------------------------------------------------------------------------------------ limits and graphs
+
+
+def test_reasons() -> None:
+    s = cases.Setting(torch.float32, 20, 20, 8, 8)
+    square = cases.mul(s.score, s.score)
+    other = Dot((s.d,), Load("q", (s.b, s.h, s.i, s.d), s.f), Load("v", (s.b, s.hk, s.j, s.d), s.f), s.f)
+    pairwise = cases.call("sigmoid", s.score)
+    region = s.region(s.score)
+    assert cpp.supports(region) is None
+    assert "not linear" in str(cpp.supports(s.region(cases.mul(s.score, other))))
+    assert cpp.supports(s.region(square)) is None
+    assert "gate" in str(cpp.supports(s.region(s.score, gate=pairwise)))
+    assert "softmax" in str(cpp.supports(replace(region, normalizer="sigmoid")))
+    assert "float64" in str(cpp.supports(cases.dense(torch.float64)[0]))
+    with pytest.raises(EngineUnavailable, match="float64"):
+        cpp.run(*_call(cases.dense(torch.float64)))
+
+
+def _call(case: cases.Case) -> tuple[Region, Plan, list[Tensor], list[int]]:
+    return case[0], PLAN, case[1], case[2]
+
+
+def test_inductor_failing_is_survived(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise InductorFailed("no compiler")
+
+    monkeypatch.setattr(cpp, "compiled", fail)
+    case = cases.dense(n=21)
+    with pytest.warns(RuntimeWarning, match="tiled"):
+        out = cpp.run(*_call(case))
+    assert_close(out, *case)
+    assert_close(cpp.run(*_call(case)), *case)  # and is not tried again
+    with pytest.raises(EngineUnavailable, match="no compiler"):
+        cpp.warm(cases.dense(n=22)[0], PLAN, cases.dense(n=22)[1], [])
+
+
+def test_in_a_compiled_graph() -> None:
+    """Between a projection and pointwise work, with the query asked for in the kernel's order."""
+    region, (q, k, v), _ = cases.window(n=64)
+    projection = torch.randn(64, 3, cases.H, 16)
+
+    def model(x: Tensor) -> Tensor:
+        q, k, v = (x * projection).permute(1, 2, 0, 3)[:, None].expand(3, cases.B, -1, -1, -1)
+        return cpp.attend(region, PLAN, [q, k, v], []).transpose(1, 2).flatten(2) * 2.0 + 1.0
+
+    x = torch.randn(64, 1, 1, 16)
+    with torch.no_grad():
+        out = torch.compile(model, fullgraph=True)(x)
+        q, k, v = (x * projection).permute(1, 2, 0, 3)[:, None].expand(3, cases.B, -1, -1, -1)
+        expected = oracle.run(region, [q, k, v]).transpose(1, 2).flatten(2) * 2.0 + 1.0
+    torch.testing.assert_close(out, expected.to(torch.float32), rtol=0, atol=1e-5)
+
+
+def test_integer_loads_in_the_score() -> None:
+    """A bias looked up by an integer table of the operands: an index that is itself loaded."""
+    s = cases.Setting(torch.float32, 30, 30, 8, 8)
+    s.tensors["at"] = torch.randint(0, 5, (30, 30))
+    s.tensors["table"] = torch.randn(5, cases.H)
+    check(s.case(cases.add(s.score, Load("table", (Load("at", (s.i, s.j), INT), s.h), s.f))))
