@@ -22,14 +22,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from refocus.codegen.flash_fit import all_dots, dot_dtype, padded, width
+from refocus.codegen.flash_fit import dot_dtype, padded, width
 from refocus.codegen.functions import sources
 from refocus.codegen.plan import Plan
-from refocus.codegen.printer import ADD, MUL, UNARY, Argument, Dots, Place, Scope, conjunction, split_scale
+from refocus.codegen.positions import Positions
+from refocus.codegen.printer import MUL, UNARY, Argument, Dots, Place, Scope, conjunction, split_scale
 from refocus.codegen.writer import Block
 from refocus.ir import TRUE, Axis, Const, Dot, Expr, Load, Region
-from refocus.key_bounds import KeyBounds, first_query, key_bounds, last_query
-from refocus.simplify import conjuncts, maximum, mul, sub, substitute
+from refocus.key_bounds import KeyBounds, key_bounds
+from refocus.simplify import conjuncts, maximum
 
 LOG2E = math.log2(math.e)
 COLUMN, ROW = "[:, None]", "[None, :]"
@@ -74,44 +75,30 @@ def tame(score: Expr) -> bool:
 class _Forward(Dots):
     def __init__(self, region: Region, plan: Plan, wide: bool) -> None:
         self.region, self.plan = region, plan
-        self.cast = ".to(tl.int64)" if wide else ""
         self.scope = Scope(region, _OWN)
         self.body = Block()
-        self.positions, self.prologue = self.body.nested(), self.body.nested()
+        head, self.prologue = self.body.nested(), self.body.nested()
         self.root = Place(self.scope, self.prologue)
-        self.i = self.scope.declare(region.query, "query_index")
-        self.j = self.scope.declare(region.key, "key_index")
-        for n, axis in enumerate(region.batch):
-            self.scope.declare(axis, f"batch_{n}")
-        # Lanes: the variable of a flattened product or value, and its padded width.
-        self.lanes: dict[tuple[Axis, ...], str] = {}
+        self.columns = Place(self.scope, self.prologue, {region.query: COLUMN}, (self.root,))
+        self.positions = Positions(self.scope, head, self.root, plan.block_q, plan.block_k, wide)
+        self.value_lane = self.positions.lane(region.value, "e")
+        self.value_lanes = padded(width(region.value) or 1)
         self.scale, self.score = split_scale(region.score)
         self.tame = tame(self.score)
-        self.value_lanes = padded(width(region.value) or 1)
+        # Where the tiles of a product are computed, by the axes that it sums over; those of keys in the loop at hand.
         self.queries: dict[tuple[Axis, ...], Place] = {}
         self.keys: dict[tuple[Axis, ...], Place] = {}
-        self._guard(region.query, self.i, plan.block_q)
-        self._guard(region.key, self.j, plan.block_k)
-
-    def _guard(self, axis: Axis, variable: str, block: int) -> None:
-        if not (isinstance(axis.size, Const) and axis.size.value % block == 0):
-            self.scope.limit(axis, variable, self.root.text(axis.size, ADD))
 
     # ------------------------------------------------------------------------------------------------------ the file
 
     def write(self) -> Source:
-        region, body = self.region, self.body
-        self._positions()
-        value_lane = self._lane(region.value, "e")
-        columns = Place(self.scope, self.prologue, {region.query: COLUMN}, (self.root,))
-        self.columns = columns
-        self._main(body.nested())
-        tail = body.nested()
-        if region.empty_row == "logits" and region.mask != TRUE:
+        self._main(self.body.nested())
+        tail = self.body.nested()
+        if self.region.empty_row == "logits" and self.region.mask != TRUE:
             self._empty_rows(tail)
         self._extra(tail)
-        self._store(tail, value_lane)
-        self._batch()
+        self._store(tail)
+        self.positions.finish()
         return Source(NAME, self._file(), self.scope.arguments)
 
     def _file(self) -> str:
@@ -135,74 +122,12 @@ class _Forward(Dots):
         text.line("):")
         return "\n".join((*text.render(), *self.body.render(1))) + "\n"
 
-    # ------------------------------------------------------------------------------------------------- where we are
-
-    def _positions(self) -> None:
-        region, plan, at = self.region, self.plan, self.positions
-        at.line("# One program: BLOCK_Q queries of one batch position.")
-        program = f"tl.program_id(0){self.cast}"
-        size = region.query.size
-        self.tiled = not (isinstance(size, Const) and size.value <= plan.block_q)
-        if not self.tiled:
-            at.line(f"batch = {program}")
-            self.batches = at.nested()
-            at.line(f"{self.i} = tl.arange(0, BLOCK_Q)")
-            return
-        tiles = "tiles"
-        if isinstance(size, Const):
-            tiles = str(-(-size.value // plan.block_q))
-        else:
-            at.line(f"tiles = tl.cdiv({self.root.text(size)}, BLOCK_Q)")
-        at.line(f"program = {program}")
-        at.line(f"batch = program // {tiles}")
-        at.line(f"first = program % {tiles} * BLOCK_Q")
-        self.ends = at.nested()
-        self.batches = at.nested()
-        at.line(f"{self.i} = first + tl.arange(0, BLOCK_Q)")
-
-    def _batch(self) -> None:
-        """Decode the batch position, the last axis fastest; only the axes that the kernel mentions."""
-        axes = [a for a in self.region.batch if a.size != Const(1)]
-        for axis in self.region.batch:
-            if axis not in self.scope.used_axes:
-                continue
-            name = self.scope.axes[axis]
-            if axis not in axes:
-                self.batches.line(f"{name} = 0")
-                continue
-            place = axes.index(axis)
-            inner = mul(1, *(a.size for a in axes[place + 1 :]))
-            text = "batch" if inner == Const(1) else f"batch // {self.root.text(inner, UNARY)}"
-            self.batches.line(f"{name} = {text}" + (f" % {self.root.text(axis.size, UNARY)}" if place else ""))
-
-    def _lane(self, axes: tuple[Axis, ...], otherwise: str) -> str:
-        """The variable of the flattened positions along `axes`, padded to a power of two."""
-        if axes in self.lanes:
-            return self.lanes[axes]
-        total = width(axes)
-        assert total is not None
-        lanes = padded(total)
-        for n, axis in enumerate(axes):
-            self.scope.declare(axis, f"{otherwise}_{n}")
-        name = self.scope.axes[axes[0]] if len(axes) == 1 else self.scope.names.take("lane")
-        self.positions.line(f"{name} = tl.arange(0, {lanes}){self.cast}")
-        inner = total
-        for n, axis in enumerate(axes if len(axes) > 1 else ()):
-            inner //= axis.size.value  # type: ignore[attr-defined]
-            text = name if inner == 1 else f"{name} // {inner}"
-            self.positions.line(f"{self.scope.axes[axis]} = {text}" + (f" % {axis.size.value}" if n else ""))  # type: ignore[attr-defined]
-        if lanes != total:
-            for axis in axes:
-                self.scope.limit(axis, name, str(total))
-        self.lanes[axes] = name
-        return name
-
     # ---------------------------------------------------------------------------------------------------- products
 
     def text(self, place: Place, dot: Dot) -> str:
         """tl.dot of the query tile, which stays, and the key tile, which is loaded at `place`."""
         dtype, lanes = dot_dtype(dot), padded(width(dot.over) or 1)
-        self._lane(dot.over, "d")
+        self.positions.lane(dot.over, "d")
         inner = dict.fromkeys(dot.over, ROW)
         if dot.over not in self.queries:
             self.queries[dot.over] = Place(
@@ -224,7 +149,7 @@ class _Forward(Dots):
     def _open(self, parent: Block, start: str, stop: str, unmasked: bool = False) -> Place:
         """A loop over tiles of keys; returns the place of its [query, key] tiles."""
         block = parent.nested(f"for start in range({start}, {stop}, BLOCK_K):")
-        block.line(f"{self.j} = start + tl.arange(0, BLOCK_K){self.cast}")
+        block.line(f"{self.positions.key} = start + tl.arange(0, BLOCK_K){self.positions.cast}")
         key = self.region.key
         self.scope.names.next_loop()
         self.unmasked = frozenset((key,)) if unmasked else frozenset()
@@ -264,23 +189,12 @@ class _Forward(Dots):
         that is not worth a loop of its own."""
         region, block = self.region, self.plan.block_k
         keys = key_bounds(region.mask, region.query, region.key, loads=True)
-        lo, hi, full_hi = (None if e is None else self._here(e) for e in (keys.lo, keys.hi, keys.full_hi))
+        lo, hi, full_hi = (None if e is None else self.positions.here(e) for e in (keys.lo, keys.hi, keys.full_hi))
         few = isinstance(region.key.size, Const) and region.key.size.value < 4 * block
         whole = region.mask == TRUE and isinstance(region.key.size, Const) and region.key.size.value % block == 0
         if full_hi is None or keys.full_lo != Const(0) or lo is not None or few or whole:
             return KeyBounds(lo, hi)
         return KeyBounds(lo, hi, Const(0), maximum(full_hi, 0))
-
-    def _here(self, bound: Expr) -> Expr:
-        """A bound for a run of queries, for those of this program."""
-        query = self.region.query
-        first, last = first_query(query), last_query(query)
-        if not self.tiled:
-            return substitute(bound, {first: Const(0), last: sub(query.size, 1)})
-        self.scope.axes[first], self.scope.axes[last] = "first", "last"
-        if last in bound.axes and self.ends.empty:
-            self.ends.line(f"last = tl.minimum(first + BLOCK_Q, {self.root.text(query.size)}) - 1")
-        return bound
 
     def _tile(self, place: Place, mask: Expr) -> None:
         """One tile of keys of the main loop."""
@@ -379,7 +293,7 @@ class _Forward(Dots):
             tail.line("acc = acc * alpha[:, None]")
             tail.line("row_max = new_max")
 
-    def _store(self, tail: Block, lane: str) -> None:
+    def _store(self, tail: Block) -> None:
         region = self.region
         total = width(region.value) or 1
         tail.line()
@@ -387,15 +301,15 @@ class _Forward(Dots):
             tail.line("row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # rows without a key are zero")
         tail.line("acc = acc / row_sum[:, None]")
         out = self.scope.argument("out_ptr", "output")
-        row = f"{self.i}{COLUMN}"
+        row = f"{self.positions.query}{COLUMN}"
         if region.batch:
             row = f"(batch * {self.root.text(region.query.size, UNARY)} + {row})"
         guards = Place(self.scope, tail, {region.query: COLUMN}).guards((region.query,))
         if total != self.value_lanes:
-            guards.append(f"{lane}{ROW} < {total}")
+            guards.append(f"{self.value_lane}{ROW} < {total}")
         masked = f", mask={conjunction(guards)}" if guards else ""
         narrow = "" if region.out_dtype == "float32" else f".to(tl.{region.out_dtype})"
-        tail.line(f"tl.store({out} + {row} * {total} + {lane}{ROW}, acc{narrow}{masked})")
+        tail.line(f"tl.store({out} + {row} * {total} + {self.value_lane}{ROW}, acc{narrow}{masked})")
 
 
 def _precision(dtype: str) -> str:

@@ -36,6 +36,8 @@ def dot_dtype(dot: Dot) -> str:
 
 def supports(region: Region) -> str | None:
     """Why the flash schedule cannot run this region; None when it can."""
+    if not region.operands:
+        return "it reads no tensor"
     if region.normalizer != "softmax":
         return f"the flash schedule normalises with a softmax, not with {region.normalizer!r}"
     for operand in region.operands:
@@ -124,4 +126,4 @@ def _is_rich(region: Region) -> bool:
 
 
 def _no_larger(block: int, axis: Axis) -> int:
-    return min(block, padded(axis.size.value)) if isinstance(axis.size, Const) else block
+    return min(block, padded(int(axis.size.value))) if isinstance(axis.size, Const) else block

@@ -18,7 +18,7 @@ from refocus.codegen.interpreter import interpreted, mend
 from refocus.codegen.plan import Plan
 from refocus.codegen.printer import Argument
 from refocus.evaluate import size_of
-from refocus.ir import Call, Const, Region
+from refocus.ir import Call, Const, Expr, Region
 from refocus.simplify import bounds, substitute
 
 INT32_MAX = 2**31 - 1
@@ -41,16 +41,25 @@ def launch(kernel: Kernel, operands: Sequence[Tensor], sizes: Sequence[int]) -> 
     """The region's result (*batch, query, *value), contiguous, of `region.out_dtype`, on the operands' device."""
     region, plan = kernel.region, kernel.plan
     shape, keys = _shape(region, tuple(sizes))
-    out = torch.empty(shape, dtype=getattr(torch, region.out_dtype), device=operands[0].device)
+    device = device_of(operands)
+    # A tensor without dimensions may stay on the CPU, as in eager code; a kernel cannot read it there.
+    operands = [x if x.device == device else x.to(device) for x in operands]
+    out = torch.empty(shape, dtype=getattr(torch, region.out_dtype), device=device)
     if out.numel() == 0:
         return out
     if keys == 0:
         return out.zero_()  # a sum of nothing
     programs = -(-shape[len(region.batch)] // plan.block_q) * prod(shape[: len(region.batch)])
     values = [_value(argument, operands, sizes, out) for argument in kernel.arguments]
-    with _on(out.device):
+    with _on(device):
         function_of(kernel)[(programs,)](*values, num_warps=plan.num_warps, num_stages=plan.num_stages)
     return out
+
+
+def device_of(operands: Sequence[Tensor]) -> torch.device:
+    """Where the result goes: to the operands that have dimensions."""
+    devices = [x.device for x in operands if x.dim()] or [x.device for x in operands]
+    return devices[0] if devices else torch.device("cpu")
 
 
 def function_of(kernel: Kernel) -> Any:
@@ -77,7 +86,7 @@ def needs_wide(region: Region, operands: Sequence[Tensor], sizes: Sequence[int])
 def _indices_wide(region: Region, sizes: tuple[int, ...]) -> bool:
     if prod(_shape(region, sizes)[0]) > INT32_MAX:
         return True
-    known = {sym: Const(value) for sym, value in zip(region.syms, sizes)}
+    known: dict[Expr, Expr] = {sym: Const(value) for sym, value in zip(region.syms, sizes)}
     for node in {n for root in region.expressions for n in root.walk()}:
         if isinstance(node, Call) and node.is_int and node.op in ("add", "mul"):
             low, high = bounds(substitute(node, known))

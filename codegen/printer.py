@@ -115,9 +115,9 @@ class Scope:
 class Place:
     """A spot in the kernel where expressions are computed; see the module's docstring.
 
-    `layout`: the suffix of each axis laid out here. `outer`: the places around this one, the first of which lays out
-    all axes of an expression is where it is computed. `in_loop`: whether names here end with a loop. `unmasked`: axes all of whose lanes are in range here. `dots`:
-    how to compute a Dot here (None: none can occur).
+    `layout`: the suffix of each axis laid out here. `outer`: the places around this one; an expression is computed in
+    the first of them that lays out all its axes. `in_loop`: whether names here end with a loop. `unmasked`: axes all
+    of whose lanes are in range here. `dots`: how to compute a Dot here (None: none can occur).
     """
 
     scope: Scope
@@ -243,14 +243,15 @@ class Place:
     def _load(self, load: Load) -> str:
         """tl.load(pointer + offsets, mask): the part of the address without lanes is computed once, outside."""
         fixed = self._root()
-        base, lanes = [self.scope.pointer(load.tensor)], []
+        base = [self.scope.pointer(load.tensor)]
+        lanes: list[str] = []
         for dim, index in enumerate(load.index):
             if isinstance(index, Const) and index.value == 0:
                 continue
             laid_out = any(a in self.layout for a in index.axes)
             if laid_out and isinstance(index, Call) and any(isinstance(a, Call) and a.op != "mul" for a in index.args):
-                home = self._home(index)
-                text = home.known.get((index, False)) or home._bind(index, False, f"{self.scope.stem(load.tensor)}_{dim}")
+                home, wish = self._home(index), f"{self.scope.stem(load.tensor)}_{dim}"
+                text = home.known.get((index, False)) or home._bind(index, False, wish)
             else:
                 text = (self if laid_out else fixed).text(index, MUL)
             (lanes if laid_out else base).append(f"{text} * {self.scope.stride(load.tensor, dim)}")
@@ -282,8 +283,10 @@ class Place:
         if op in ("add", "sub"):
             return self._sum(expr, exact), ADD
         if op == "mul":
-            minus, rest = ("-", args[1:]) if args[0] == Const(-1) else ("", args)
-            return minus + " * ".join(self.text(a, MUL if n == 0 else UNARY, exact) for n, a in enumerate(rest)), MUL
+            minus = args[0] == Const(-1)
+            factors = args[1:] if minus else args
+            text = " * ".join(self.text(a, MUL if n == 0 else UNARY, exact) for n, a in enumerate(factors))
+            return f"-{text}" if minus else text, MUL
         if op in _BITWISE:
             sign, level = _BITWISE[op]
             return f" {sign} ".join(self.text(a, level + (n > 0), exact) for n, a in enumerate(args)), level
@@ -308,8 +311,8 @@ class Place:
 
     def _sum(self, expr: Call, exact: bool) -> str:
         args = expr.args
-        if expr.is_int and expr.op == "add":  # positive terms first
-            args = tuple(sorted(args, key=lambda a: isinstance(a, Call) and a.op == "mul" and _is_negative(a.args[0])))
+        if expr.is_int and expr.op == "add":
+            args = tuple(sorted(args, key=_term_rank))
         text = self.text(args[0], ADD, exact)
         for arg in args[1:]:
             if expr.op == "sub":
@@ -331,10 +334,11 @@ class Place:
         sign = "//" if op == "floordiv" else "%"
         if is_nonneg(a) and (not isinstance(b, Const) or b.value > 0):
             return f"{self.text(a, MUL)} {sign} {self.text(b, UNARY)}", MUL
-        if isinstance(b, Const) and b.value > 0 and b.value & (int(b.value) - 1) == 0:
+        size = int(b.value) if isinstance(b, Const) else 0
+        if size > 0 and size & (size - 1) == 0:
             if op == "floordiv":
-                return f"{self.text(a, SHIFT)} >> {int(b.value).bit_length() - 1}", SHIFT
-            return f"{self.text(a, AND)} & {b.value - 1}", AND
+                return f"{self.text(a, SHIFT)} >> {size.bit_length() - 1}", SHIFT
+            return f"{self.text(a, AND)} & {size - 1}", AND
         name = "floor_div" if op == "floordiv" else "floor_mod"
         self.scope.functions.add(name)
         return f"{name}({self.text(a)}, {self.text(b)})", ATOM
@@ -371,8 +375,12 @@ class Place:
         return f"{name}({inner})", ATOM
 
 
-def _is_negative(expr: Expr) -> bool:
-    return isinstance(expr, Const) and expr.value < 0
+def _term_rank(term: Expr) -> int:
+    """The terms of a sum of integers as people write them: what is added, what is taken off, a number."""
+    if isinstance(term, Const):
+        return 2
+    first = term.args[0] if isinstance(term, Call) and term.op == "mul" else term
+    return int(isinstance(first, Const) and first.value < 0)
 
 
 class Dots:
@@ -388,7 +396,7 @@ def split_scale(expr: Expr) -> tuple[float, Expr]:
         numbers = [a.value for a in expr.args if isinstance(a, Const)]
         rest = tuple(a for a in expr.args if not isinstance(a, Const))
         factor = math.prod(numbers)
-        if numbers and 0 < factor < math.inf and (expr.op == "mul" and rest or rest == expr.args[:1]):
+        if numbers and 0 < factor < math.inf and ((expr.op == "mul" and rest) or rest == expr.args[:1]):
             scale, inner = split_scale(rest[0] if len(rest) == 1 else Call("mul", rest, expr.dtype))
             return (scale * factor if expr.op == "mul" else scale / factor), inner
     return 1.0, expr

@@ -12,7 +12,7 @@ from torch import Tensor
 from refocus.codegen import cache, flash
 from refocus.codegen.flash_fit import default_plan, supports
 from refocus.codegen.interpreter import interpreted
-from refocus.codegen.launch import Kernel, launch, needs_wide
+from refocus.codegen.launch import Kernel, device_of, launch, needs_wide
 from refocus.codegen.plan import Plan
 from refocus.errors import EngineUnavailable
 from refocus.ir import Region
@@ -38,6 +38,8 @@ def emit(region: Region, plan: Plan, wide: bool = False) -> Kernel:
     reason = supports(region)
     if plan.schedule != "flash":
         reason = f"there is no schedule {plan.schedule!r}"
+    if any(b < 16 or b & (b - 1) for b in (plan.block_q, plan.block_k)):
+        reason = f"tiles of {plan.block_q} by {plan.block_k}, which must be powers of two from 16 on"
     if reason is not None:
         raise EngineUnavailable("the triton engine cannot run this region", got=reason, todo="use engine='tiled'")
     source = flash.write(region, plan, wide)
@@ -48,7 +50,7 @@ def emit(region: Region, plan: Plan, wide: bool = False) -> Kernel:
 def run(region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     """The region's result; see `launch.launch`. A plan that wants more shared memory than the device has is replaced
     by a smaller one. Raises `EngineUnavailable`."""
-    device = operands[0].device if operands else torch.device("cpu")
+    device = device_of(operands)
     reason = available(device)
     if reason is not None:
         raise EngineUnavailable("the triton engine cannot run here", got=reason, todo="use engine='tiled'")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import keyword
 import re
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 WIDTH = 118
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,30}")
@@ -61,7 +62,7 @@ def wrapped(line: str, indent: str) -> Iterator[str]:
         yield indent + line
         return
     yield indent + line[: cuts[0] + 1]
-    for begin, end in zip(cuts, cuts[1:]):
+    for begin, end in pairwise(cuts):
         yield from wrapped(line[begin + 1 : end].strip() + ",", indent + "    ")
     yield indent + line[cuts[-1] :]
 

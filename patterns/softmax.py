@@ -105,11 +105,13 @@ def match(core: Expr, key: Axis) -> Softmax | Declined:
     total = sums[0]
     extras: list[Expr] = []
     while isinstance(total, Call) and total.op == "add":  # a sink added to the sum by hand
-        plain = [a for a in total.args if not isinstance(a, Reduce) and not any(isinstance(n, Reduce) for n in a.walk() if n is not a)]
+        plain = [a for a in total.args if isinstance(a, Call) and a.op == "exp" or isinstance(a, Const)]
         rest = [a for a in total.args if a not in plain]
-        if len(rest) != 1 or not all(isinstance(p, Call) and p.op == "exp" for p in plain):
+        numbers = [p.value for p in plain if isinstance(p, Const)]
+        if len(rest) != 1 or not plain or any(n != 1 for n in numbers):
             return Declined("something other than an exponential is added to the normaliser", "add")
-        extras += [p.args[0] for p in plain]  # type: ignore[attr-defined]
+        # 1 + sum exp(x) is softmax with one extra logit of zero
+        extras += [p.args[0] if isinstance(p, Call) else Const(0.0, dtype) for p in plain]
         total = rest[0]
     if not isinstance(total, Reduce):
         return Declined("the normaliser is changed after the sum", total.op if isinstance(total, Call) else None)

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 import refocus
+from refocus.emit import emit_kernels
 from refocus.errors import CannotExplain, RefocusError
 from refocus.report import Report
 
@@ -46,9 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--html", metavar="OUT", help="also write the report as a page")
     explain.add_argument("--engine", help="force every recognised site through this engine")
     explain.set_defaults(run=_explain)
-    emit = commands.add_parser("emit", help="the generated kernels of a model")
+    emit = commands.add_parser("emit", help="the generated Triton kernels of a model; needs no GPU")
     emit.add_argument("target", metavar="FILE.py:make", help="a function that returns (model, args, kwargs)")
-    emit.add_argument("--engine", default="triton", help="whose kernels (default: triton)")
     emit.add_argument("--paths", action="store_true", help="print the files' paths only")
     emit.set_defaults(run=_emit)
     return parser
@@ -71,12 +71,14 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _emit(options: argparse.Namespace) -> int:
-    report = _report(options.target, options.engine)
-    paths = list(dict.fromkeys(site.kernel_path for site in report.sites if site.kernel_path))
+    model, args, kwargs = load(options.target)
+    kernels = emit_kernels(model, *args, **kwargs)
+    paths = list(dict.fromkeys(kernel.path for kernel in kernels if kernel.path is not None))
     for path in paths:
-        print(path if options.paths else f"# {path}\n{Path(path).read_text(encoding='utf-8')}")
-    for site in report.left:
-        print(f"refocus: {site.name} ({site.location}) has no kernel: {site.reason}", file=sys.stderr)
+        print(path if options.paths else f"# {path}\n{path.read_text(encoding='utf-8')}")
+    for kernel in kernels:
+        if kernel.path is None:
+            print(f"refocus: the attention at {kernel.location} has no kernel: {kernel.reason}", file=sys.stderr)
     return 0 if paths else 1
 
 

@@ -36,6 +36,7 @@ class Facts:
     writes: list[tuple[int, int]] = field(default_factory=list)  # (position, storage id)
     writers: dict[int, list[fx.Node]] = field(default_factory=dict)
     opaque: set[fx.Node] = field(default_factory=set)
+    roots: set[fx.Node] = field(default_factory=set)  # every contraction that may be an attention
     storage: dict[fx.Node, int] = field(default_factory=dict)
     lifted: dict[Any, Any] = field(default_factory=dict)  # pure values in index notation, shared by all sites
     _constants: dict[fx.Node, torch.Tensor | None] = field(default_factory=dict)
@@ -205,6 +206,7 @@ class Candidate:
     root: fx.Node
     weights: int
     normaliser: fx.Node
+    mixes: int = 0  # contractions between the normaliser and the root (talking heads)
 
 
 def candidates(facts: Facts) -> list[list[Candidate]]:
@@ -239,7 +241,7 @@ def _reached(normaliser: fx.Node, facts: Facts, covered: set[fx.Node]) -> Iterat
             if name in CONTRACTIONS or (name == "sum" and _is_product_sum(user)):
                 for k, operand in enumerate(contraction_operands(user)):
                     if operand is node or (name == "sum" and operand in seen):
-                        yield Candidate(user, k, normaliser)
+                        yield Candidate(user, k, normaliser, mixes)
                 if mixes < 1 and name != "sum":
                     seen.add(user)
                     queue.append((user, mixes + 1))

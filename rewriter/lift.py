@@ -279,8 +279,9 @@ def _affine(value: torch.Tensor, index: Index) -> Expr | None:
     return s.add(*terms) if bool((total == value).all()) else None
 
 
-def contract(axes: tuple[Axis, ...], factors: list[Expr], lifter: Lifter, dtype: str) -> Expr:
-    """sum over `axes` of a product: a `Dot` with its query and key sides told apart.
+def contract(axes: tuple[Axis, ...], factors: list[Expr], lifter: Lifter, dtype: str) -> Expr | None:
+    """sum over `axes` of a product: a `Dot` with its query and key sides told apart. None for a sum whose factors do
+    not come apart like that (a pair bias projected from a pair representation): it is a leaf.
 
     A mixture of scores over heads (talking heads: one factor has no key, the other holds scores) is again one Dot
     over both axes, for sum_c w_c * sum_d q_cd k_cd = sum_(c,d) (w_c q_cd) k_cd.
@@ -294,7 +295,7 @@ def contract(axes: tuple[Axis, ...], factors: list[Expr], lifter: Lifter, dtype:
     if not axes:
         return _product(factors, dtype)
     if not key or any(f.axes & lifter.query_axes for f in key):
-        return _summed(axes, _product(factors, dtype), dtype)
+        return None
     return Dot(axes, _product(query, dtype), _product(key, dtype), dtype)
 
 

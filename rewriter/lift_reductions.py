@@ -33,7 +33,7 @@ def reduced_axis(lift: Lifter, node: fx.Node, which: int, size: Expr, index: Ind
 
 def reduce_over(
     lift: Lifter, node: fx.Node, source: fx.Node, dims: list[int] | None, keep: bool, index: Index, op: str, dtype: str
-) -> Expr:
+) -> Expr | None:
     shape = shape_of(source)
     rank = len(shape)
     gone = sorted({d % rank for d in (range(rank) if not dims else dims)})
@@ -43,7 +43,7 @@ def reduce_over(
     return reduction(lift, op, tuple(axes.values()), lift.at(source, position), dtype)
 
 
-def reduction(lift: Lifter, op: str, axes: tuple[Axis, ...], body: Expr, dtype: str) -> Expr:
+def reduction(lift: Lifter, op: str, axes: tuple[Axis, ...], body: Expr, dtype: str) -> Expr | None:
     if op == "sum" and not any(a in lift.key_axes for a in axes):
         return contract(axes, _factors(body), lift, dtype)
     for axis in reversed(axes):
@@ -209,6 +209,8 @@ def _contraction(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     axes, reads = found
     kind = kind_of(dtype_of(node))
     value = contract(axes, [lift.at(n, i) for n, i in reads], lift, kind)
+    if value is None:
+        return None
     name = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
     if name in ("baddbmm", "addmm"):
         beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)

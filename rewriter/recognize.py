@@ -85,25 +85,26 @@ class _Axes:
 
 def recognize(facts: Facts) -> list[Site | Left]:
     """All attention sites of a graph, in graph order."""
-    found: list[Site | Left] = []
-    roots: set[fx.Node] = set()
-    for group in candidates(facts):
-        best: Left | None = None
+    groups = candidates(facts)
+    facts.roots = {c.root for group in groups for c in group}
+    sites: list[Site] = []
+    lefts: dict[fx.Node, Left] = {}
+    done: set[fx.Node] = set()
+    for group in groups:
+        level: int | None = None
         for candidate in group:
-            if candidate.root in roots:
-                best = None
-                break
+            if candidate.root in done or level is not None and candidate.mixes != level:
+                continue
             outcome = recognize_one(candidate, facts)
             if isinstance(outcome, Site):
-                found.append(outcome)
-                roots.add(candidate.root)
-                best = None
-                break
-            best = best or outcome
-        if best is not None:
-            found.append(best)
-    taken = {site.normaliser for site in found if isinstance(site, Site)} | {n for site in found if isinstance(site, Site) for n in site.interior}
-    return [f for f in found if isinstance(f, Site) or f.normaliser not in taken]
+                sites.append(outcome)
+                done.add(candidate.root)
+                level = candidate.mixes
+            elif level is None:
+                lefts.setdefault(group[0].root, outcome)
+    inner = {n for site in sites for n in (*site.interior, site.normaliser)}
+    kept = [x for root, x in lefts.items() if root not in done and x.root not in done and x.normaliser not in inner]
+    return sorted([*sites, *kept], key=lambda x: facts.order[x.root])
 
 
 def recognize_one(candidate: Candidate, facts: Facts) -> Site | Left:
@@ -292,9 +293,12 @@ def _close(candidate: Candidate, facts: Facts, axes: _Axes, lifted: _Lifted) -> 
     interior = _interior(candidate, facts, lifted)
     for node in interior:
         for user in node.users:
-            if user not in interior and user is not root and op_name(user) not in ("sym_size", "sym_numel", "sym_stride"):
-                what = "the probabilities are" if _after(node, candidate.normaliser, facts) else "a score is"
-                raise _Stop(Declined(f"{what} read elsewhere (by `{op_name(user)}`)", node.name))
+            if user in interior or user is root or op_name(user) in ("sym_size", "sym_numel", "sym_stride"):
+                continue
+            if _after(node, candidate.normaliser, facts) and user in facts.roots:
+                continue  # the same weights applied to other values, a site of its own
+            what = "the probabilities are" if _after(node, candidate.normaliser, facts) else "a score is"
+            raise _Stop(Declined(f"{what} read elsewhere (by `{op_name(user)}`)", node.name))
     _no_writes_between(facts, interior | lifted.lifter.visited | {root}, root)
     drafts = [Draft(axes.flat(), mixed, lifted.key, soft, lifted.values) for mixed, _, soft in lifted.terms]
     parts, orders = [], []

@@ -321,8 +321,9 @@ def _over_where(diff: Poly, compare: Callable[[Expr], Expr]) -> Expr | None:
     for mono in diff:
         if len(mono) == 1 and isinstance(mono[0], Call) and mono[0].op == "where":
             cond, a, b = mono[0].args
-            if isinstance(a, Const) and isinstance(b, Const):
-                rest = {m: c for m, c in diff.items() if m != mono}
+            rest = {m: c for m, c in diff.items() if m != mono}
+            # Only against a constant: two choices compared with each other would be multiplied out.
+            if isinstance(a, Const) and isinstance(b, Const) and set(rest) <= {()}:
                 factor = diff[mono]
                 return where(
                     cond,
@@ -393,7 +394,7 @@ def _connect(op: str, args: tuple[Expr, ...]) -> Expr:
                 parts[part] = None
     kept = _tightest(op, list(parts))
     present = set(kept)
-    if any(not_(p) in present for p in kept):
+    if any(not_(p) in present for p in kept if not (isinstance(p, Call) and p.op in ("and", "or"))):
         return absorbing
     other = "or" if op == "and" else "and"  # absorption: a and (a or b) = a
     kept = [p for p in kept if not any(q in present for q in conjuncts(p, other) if q != p)]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from refocus.codegen import cache, triton_engine
+from refocus.codegen import cache, launch, triton_engine
 from refocus.codegen.plan import Plan
 from refocus.errors import CacheWarning, EngineUnavailable
 from tests import region_cases as cases
@@ -70,7 +70,10 @@ def test_other_content_of_ours_is_replaced_silently(folder: Path) -> None:
     assert cache.load_module(cache.save(SOURCE, KEY)).answer == 42
 
 
-@pytest.mark.parametrize("broken", ["", "answer = 1\n", "# refocus sha256 0\nanswer = 1\n", "# refocus sha", "\xff\xfe"])
+BROKEN = ["", "answer = 1\n", "# refocus sha256 0\nanswer = 1\n", "# refocus sha", "\xff\xfe"]
+
+
+@pytest.mark.parametrize("broken", BROKEN)
 def test_a_broken_file_is_written_again_with_one_warning(folder: Path, broken: str) -> None:
     path = cache.save(SOURCE, KEY)
     good = path.read_bytes()
@@ -144,7 +147,8 @@ for n in range(60):
 
 def test_two_processes_at_once(folder: Path) -> None:
     # Each finds the other's file where its own was; none may ever see half of one.
-    writers = [subprocess.Popen([sys.executable, "-W", "error", "-c", WRITER], stderr=subprocess.PIPE) for _ in range(2)]
+    command = [sys.executable, "-W", "error", "-c", WRITER]
+    writers = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(2)]
     for writer in writers:
         _, problems = writer.communicate(timeout=300)
         assert writer.returncode == 0, problems.decode()
@@ -153,7 +157,8 @@ def test_two_processes_at_once(folder: Path) -> None:
 
 def test_keys_depend_on_region_plan_and_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     region, plan = cases.causal()[0], Plan("triton")
-    keys = {cache.key_of(region, plan), cache.key_of(cases.dense()[0], plan), cache.key_of(region, Plan("triton", block_q=32))}
+    other, smaller = cases.dense()[0], Plan("triton", block_q=32)
+    keys = {cache.key_of(region, plan), cache.key_of(other, plan), cache.key_of(region, smaller)}
     assert len(keys) == 3
     assert cache.key_of(region, plan) == cache.key_of(cases.causal()[0], Plan("triton"))
     monkeypatch.setattr(cache, "_versions", lambda: ("refocus 999",))
@@ -179,6 +184,21 @@ def test_what_cannot_be_emitted_says_why() -> None:
         triton_engine.emit(region, Plan("triton", "decode"))
     with pytest.raises(EngineUnavailable, match="float64"):
         triton_engine.emit(cases.causal(cases.torch.float64)[0], Plan("triton"))
+
+
+def test_a_kernel_file_that_is_gone_is_written_again(folder: Path) -> None:
+    triton_engine.emit.cache_clear()
+    kernel = triton_engine.emit(cases.gqa()[0], Plan("triton"))
+    kernel.path.unlink()
+    assert launch.function_of(kernel) is not None
+    assert kernel.path.exists()
+    triton_engine.emit.cache_clear()
+
+
+@pytest.mark.parametrize("block", [8, 48])
+def test_tiles_are_powers_of_two(block: int) -> None:
+    with pytest.raises(EngineUnavailable, match="powers of two"):
+        triton_engine.emit(cases.gqa()[0], Plan("triton", block_q=block))
 
 
 def test_a_smaller_plan_ends() -> None:

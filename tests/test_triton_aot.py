@@ -18,6 +18,7 @@ import torch
 
 from refocus.codegen import aot, flash_fit, triton_engine
 from tests import region_cases as cases
+from tests.flash_cases import BINARY, MORE, UNARY, pointwise
 from tests.region_cases import Case
 
 HALF, SINGLE = torch.bfloat16, torch.float32
@@ -37,7 +38,7 @@ def compiled() -> dict[str, tuple[Case, tuple[str, ...]]]:
     }
 
 
-def read(case: Case) -> str:
+def read(case: Case, wide: bool = False) -> str:
     """Triton's own intermediate text of a kernel: its source passes the front end."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -46,7 +47,7 @@ def read(case: Case) -> str:
     from refocus.codegen.launch import function_of
 
     region = case[0]
-    kernel = triton_engine.emit(region, flash_fit.default_plan(region))
+    kernel = triton_engine.emit(region, flash_fit.default_plan(region), wide)
     signature, constants, attributes = aot._signature(kernel)
     target = GPUTarget(*aot.TARGETS["sm_90"])
     backend = make_backend(target)
@@ -60,19 +61,19 @@ def read(case: Case) -> str:
 
 
 def child() -> dict[str, Any]:
-    from tests.test_triton_flash import BINARY, MORE, UNARY, pointwise
-
     out: dict[str, Any] = {}
     for name, (case, targets) in compiled().items():
         kernel = triton_engine.emit(case[0], flash_fit.default_plan(case[0]))
         for target in targets:
             found = aot.compile_for(kernel, target)
-            out[f"{name} {target}"] = [found.registers, found.spills, found.shared_bytes, found.matrix_unit, len(found.assembly)]
+            taken = [found.registers, found.spills, found.shared_bytes, found.matrix_unit, len(found.assembly)]
+            out[f"{name} {target}"] = taken
     problems = {}
-    everything = {**cases.CASES, **MORE, **{op: (lambda op=op: pointwise(op)) for op in (*UNARY, *BINARY)}}
-    for name, make in everything.items():
+    everything = {name: make() for name, make in (*cases.CASES.items(), *MORE.items())}
+    everything |= {op: pointwise(op) for op in (*UNARY, *BINARY)}
+    for name, case in everything.items():
         try:
-            assert "tt.func" in read(make())
+            assert "tt.func" in read(case) and "tt.func" in read(case, wide=True)
         except Exception as problem:
             problems[name] = str(problem)
     return out | {"problems": problems}
