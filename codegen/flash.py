@@ -19,7 +19,6 @@ been checked to be plain identifiers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from refocus.codegen.flash_fit import dot_dtype, padded, width
@@ -30,6 +29,7 @@ from refocus.codegen.printer import MUL, UNARY, Argument, Dots, Place, Scope, co
 from refocus.codegen.writer import Block
 from refocus.ir import TRUE, Axis, Const, Dot, Expr, Load, Region
 from refocus.key_bounds import KeyBounds, key_bounds
+from refocus.notation import notation
 from refocus.simplify import conjuncts, maximum
 
 LOG2E = math.log2(math.e)
@@ -37,9 +37,9 @@ COLUMN, ROW = "[:, None]", "[None, :]"
 NAME = "flash_forward"
 # The schedule's own variables, which no operand and no axis may take.
 _OWN = (
-    "BLOCK_Q", "BLOCK_K", "SCALE", "LOG2E", NAME, "out_ptr", "program", "tile", "tiles", "batch", "first", "last",
-    "start", "key_start", "key_stop", "full_start", "full_stop", "scores", "weight", "alpha", "shift", "row_max",
-    "new_max", "row_sum", "acc", "empty", "logits", "logits_max", "logits_sum", "logits_acc", "extra",
+    "BLOCK_Q", "BLOCK_K", "SCALE", "LOG2E", NAME, "out_ptr", "program", "tiles", "batch", "first", "last",
+    "start", "key_start", "full_stop", "scores", "weight", "alpha", "shift", "row_max",
+    "new_max", "row_sum", "acc", "empty", "logits", "logits_start", "logits_max", "logits_sum", "logits_acc", "extra",
 )  # fmt: skip
 
 
@@ -146,10 +146,10 @@ class _Forward(Dots):
             self.keys[axes] = Place(self.scope, block, {self.region.key: COLUMN, **inner}, outer, True, self.unmasked)
         return self.keys[axes]
 
-    def _open(self, parent: Block, start: str, stop: str, unmasked: bool = False) -> Place:
-        """A loop over tiles of keys; returns the place of its [query, key] tiles."""
-        block = parent.nested(f"for start in range({start}, {stop}, BLOCK_K):")
-        block.line(f"{self.positions.key} = start + tl.arange(0, BLOCK_K){self.positions.cast}")
+    def _open(self, parent: Block, at: str, start: str, stop: str, unmasked: bool = False) -> Place:
+        """A loop over tiles of keys that begin at the variable `at`; returns the place of its [query, key] tiles."""
+        block = parent.nested(f"for {at} in range({start}, {stop}, BLOCK_K):")
+        block.line(f"{self.positions.key} = {at} + tl.arange(0, BLOCK_K){self.positions.cast}")
         key = self.region.key
         self.scope.names.next_loop()
         self.unmasked = frozenset((key,)) if unmasked else frozenset()
@@ -179,10 +179,10 @@ class _Forward(Dots):
             else:
                 body.line(f"full_stop = {self.root.text(keys.full_hi, MUL)} // BLOCK_K * BLOCK_K")
             body.line("# Tiles of which every key counts.")
-            self._tile(self._open(body, start, full_stop, unmasked=True), TRUE)
+            self._tile(self._open(body, "start", start, full_stop, unmasked=True), TRUE)
             start = full_stop
             body.line("# Tiles that are cut.")
-        self._tile(self._open(body, start, stop), self.region.mask)
+        self._tile(self._open(body, "start", start, stop), self.region.mask)
 
     def _keys(self) -> KeyBounds:
         """Which keys this tile of queries needs. `full_hi`: all keys below are kept by all its queries; None where
@@ -222,16 +222,18 @@ class _Forward(Dots):
         block.line("row_max = new_max")
 
     def _scores(self, place: Place, name: str, score: Expr) -> None:
-        if {self.region.query, self.region.key} <= score.axes:
+        if not {self.region.query, self.region.key} <= score.axes:
+            place.block.line(f"{name} = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32) + {place.number(score, MUL)}")
+        elif score.is_float:
             place.assign(name, score)
         else:
-            place.block.line(f"{name} = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32) + {place.text(score, MUL)}")
+            place.block.line(f"{name} = {place.number(score)}")
 
     def _accumulate(self, place: Place, acc: str) -> None:
         """acc = acc * alpha + (weight * gate) @ value"""
         region, block = self.region, place.block
         if not (isinstance(region.gate, Const) and region.gate.value == 1.0):
-            gated = f"weight * {place.text(region.gate, UNARY)}"
+            gated = f"weight * {place.number(region.gate, UNARY)}"
             guards = place.guards((region.key,))
             # Past the last key the weight is zero, but the gate may be anything.
             block.line(f"weight = tl.where({conjunction(guards)}, {gated}, 0.0)" if guards else f"weight = {gated}")
@@ -254,7 +256,8 @@ class _Forward(Dots):
         block.line('logits_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)')
         block.line("logits_sum = tl.zeros([BLOCK_Q], tl.float32)")
         block.line(f"logits_acc = tl.zeros([BLOCK_Q, {self.value_lanes}], tl.float32)")
-        place = self._open(block, "0", self.root.text(region.key.size))
+        # A variable that a branch changes must keep its type; the other loop's may be wider.
+        place = self._open(block, "logits_start", "0", self.root.text(region.key.size))
         place.expect(region.logits, region.gate)
         inner = place.block
         self._scores(place, "logits", region.logits)
@@ -269,8 +272,9 @@ class _Forward(Dots):
         self._accumulate(place, "logits_acc")
         inner.line("logits_max = new_max")
         if region.extra:
+            # In the units of row_max: of base two, or those of the score without its factor.
             unit = "logits_max * LOG2E" if self.tame else f"logits_max * {1 / self.scale!r}"
-            block.line(f"row_max = tl.where(empty, {unit if self.tame or self.scale != 1 else 'logits_max'}, row_max)")
+            block.line(f"row_max = tl.where(empty, {unit}, row_max)")
         block.line("row_sum = tl.where(empty, logits_sum, row_sum)")
         block.line("acc = tl.where(empty[:, None], logits_acc, acc)")
 
@@ -286,7 +290,7 @@ class _Forward(Dots):
             tail.line("row_max = row_max * SCALE")
         for extra in region.extra:
             place.expect(extra)
-            tail.line(f"extra = {place.text(extra, MUL)} * LOG2E")
+            tail.line(f"extra = {place.number(extra, MUL)} * LOG2E")
             tail.line("new_max = tl.maximum(row_max, extra)")
             tail.line("alpha = tl.exp2(row_max - new_max)")
             tail.line("row_sum = row_sum * alpha + tl.exp2(extra - new_max)")
@@ -316,12 +320,6 @@ def _precision(dtype: str) -> str:
     return ', input_precision="ieee"' if dtype == "float32" else ""
 
 
-def _notation(region: Region) -> Sequence[str]:
+def _notation(region: Region) -> list[str]:
     """The region in index notation, as lines that cannot end a comment."""
-    try:
-        from refocus.notation import notation
-    except ImportError:
-        text = repr(region)
-    else:
-        text = notation(region)
-    return ["".join(c if c.isprintable() else "?" for c in line) for line in text.splitlines()]
+    return ["".join(c if c.isprintable() else "?" for c in line) for line in notation(region).splitlines()]

@@ -41,6 +41,8 @@ _BUILTIN = {
     "isinf": "isinf", "square": "square", "logaddexp": "logaddexp", "atan": "atan",
 }  # fmt: skip
 _NARROW = ("float16", "bfloat16")
+_SMALLEST, _LARGEST = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127
+
 
 @dataclass(frozen=True)
 class Argument:
@@ -144,6 +146,10 @@ class Place:
         text, strength = self._text(expr, exact)
         return text if strength >= level else f"({text})"
 
+    def number(self, expr: Expr, level: int = COMPARE, exact: bool = False) -> str:
+        """`text` of a float, or of an integer or condition made one."""
+        return self.text(expr, level, exact) if expr.is_float else f"tl.cast({self.text(expr)}, tl.float32)"
+
     def assign(self, name: str, expr: Expr) -> None:
         """Write `name = expr`."""
         shared = self.uses[expr] > 1
@@ -169,10 +175,10 @@ class Place:
             text = home._load(expr)
             text = f"{text}.to(tl.{dtype})" if expr.dtype != dtype else text
         else:
-            text = home.text(expr)
+            text = home.number(expr, COMPARE if guards else ATOM)
             if guards:
                 text = f"tl.where({conjunction(guards)}, {text}, 0.0)"
-            text = f"({text}).to(tl.{dtype})" if dtype != "float32" else text
+            text = f"{text}.to(tl.{dtype})" if dtype != "float32" else text
         suffixes = {self.layout[a] for a in expr.axes if a in self.layout}
         if len(suffixes) < 2:
             text = f"tl.zeros({shape}, tl.{dtype}) + {text}"
@@ -202,7 +208,7 @@ class Place:
         if home is not self and expr.loads:
             return home._bind(expr, exact), ATOM
         if isinstance(expr, Call) and expr.op == "cast" and expr.is_int and expr.args[0].is_float:
-            return self._bind(expr, exact), ATOM
+            return home._bind(expr, exact), ATOM
         if self.uses[expr] > 1 and isinstance(expr, Call) and any(isinstance(a, (Call, Load, Dot)) for a in expr.args):
             return home._bind(expr, exact), ATOM
         return self._show(expr, exact)
@@ -348,18 +354,15 @@ class Place:
         if expr.dtype == BOOL:
             return f"{self.text(arg, OR, exact)} != 0", COMPARE
         if expr.is_float:
-            return (self._text(arg, exact) if arg.is_float else (self._as_float(arg), ATOM))
+            return (self._text(arg, exact) if arg.is_float else (self.number(arg), ATOM))
         if arg.is_float:
             # A cast float is a position; positions fit.
             return f"tl.cast({self.text(arg, exact=True)}, tl.int32)", ATOM
         return (f"tl.cast({self.text(arg)}, tl.int32)", ATOM) if arg.dtype == BOOL else self._text(arg, exact)
 
-    def _as_float(self, arg: Expr, exact: bool = False) -> str:
-        return self.text(arg, exact=exact) if arg.is_float else f"tl.cast({self.text(arg)}, tl.float32)"
-
     def _float_call(self, op: str, args: tuple[Expr, ...], exact: bool) -> tuple[str, int]:
         if op == "div" and exact:
-            return f"tl.div_rn({self._as_float(args[0], True)}, {self._as_float(args[1], True)})", ATOM
+            return f"tl.div_rn({self.number(args[0], exact=True)}, {self.number(args[1], exact=True)})", ATOM
         if op == "div":
             return f"{self.text(args[0], MUL)} / {self.text(args[1], UNARY)}", MUL
         if op == "reciprocal":
@@ -368,7 +371,7 @@ class Place:
             return f"{self.text(args[0], MUL, exact)} % {self.text(args[1], UNARY, exact)}", MUL
         if op == "floordiv":
             return f"tl.floor({self.text(args[0], MUL, exact)} / {self.text(args[1], UNARY, exact)})", ATOM
-        inner = ", ".join(self._as_float(a, exact) for a in args)
+        inner = ", ".join(self.number(a, exact=exact) for a in args)
         name = _BUILTIN[op]
         if name in FUNCTIONS:
             self.scope.functions.add(name)
@@ -409,9 +412,12 @@ def conjunction(conditions: Iterable[str]) -> str:
 
 
 def literal(const: Const) -> tuple[str, int]:
+    """A constant, with its binding strength. Triton would make a float that float32 cannot hold a float64, and
+    everything that meets it."""
     value = const.value
-    if isinstance(value, float) and not math.isfinite(value):
-        return f'float("{value}")', ATOM
-    if isinstance(value, float) and value and abs(value) < 2.0**-126:
-        return "0.0", ATOM  # Triton would make it, and all it meets, a float64.
+    if isinstance(value, float):
+        if abs(value) > _LARGEST or math.isnan(value):
+            return f'float("{math.copysign(math.inf, value) if abs(value) > _LARGEST else value}")', ATOM
+        if abs(value) < _SMALLEST:
+            return "0.0", ATOM
     return repr(value), UNARY if value < 0 else ATOM

@@ -48,12 +48,18 @@ def is_causal(region: Region) -> bool:
     return region.query.size == region.key.size and region.mask == simplify.le(region.key, region.query)
 
 
+def bias(region: Region) -> Expr | None:
+    """What the region adds to its scaled product; None where that is nothing, or not all that it does."""
+    fitted = fit(region)
+    return None if isinstance(fitted, str) else _bias(fitted)
+
+
 def bias_axes(region: Region) -> tuple[tuple[Axis, ...], tuple[Axis, ...]]:
     """The outer and the inner batch axes (see `refocus.codegen.heads`) that the additive tensor has."""
     fitted = fit(region)
     assert isinstance(fitted, Fitted)
-    bias = _bias(fitted)
-    used = region.mask.axes | (bias.axes if bias is not None else frozenset())
+    added = _bias(fitted)
+    used = region.mask.axes | (added.axes if added is not None else frozenset())
     outer, inner = (group if any(a in used for a in group) else () for group in (fitted.outer, fitted.inner))
     return outer, inner
 
@@ -114,8 +120,8 @@ def _bias(fitted: Fitted) -> Expr | None:
 
 def _additive(region: Region, fitted: Fitted, tensors: Mapping[str, Tensor], sizes: Mapping[Sym, int]) -> Tensor:
     """Bias and mask as one tensor [B or 1, H or 1, L, S] of the query's dtype; what the mask removes is -inf."""
-    bias: Expr = _bias(fitted) or Const(0.0, "float32")
-    masked = simplify.where(region.mask, bias, Const(-math.inf, "float32"))
+    added: Expr = _bias(fitted) or Const(0.0, "float32")
+    masked = simplify.where(region.mask, added, Const(-math.inf, "float32"))
     outer, inner = bias_axes(region)
     axes = [*outer, *inner, region.query, region.key]
     device = next(iter(tensors.values())).device

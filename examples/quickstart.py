@@ -118,6 +118,7 @@ def main() -> None:
     except ModuleNotFoundError as missing:
         raise SystemExit(f"This example needs {missing.name}: pip install 'refocus[test,report]'") from None
     import refocus
+    from refocus.emit import emit_kernels
 
     model, inputs = build(options.tokens, layers=options.layers, window=options.window, device=options.device)
     rows = measure(model, inputs, engine=options.engine, repeats=options.repeats)
@@ -126,8 +127,11 @@ def main() -> None:
 
     report = refocus.explain(model, engine=options.engine, **inputs)
     print(f"\n{report}")
-    paths = sorted({site.kernel_path for site in report.sites if site.kernel_path})
-    print("\nGenerated Triton source:", *(paths or ["none"]), sep="\n  ")
+    # The kernel that a GPU would run is plain source, and can be written and read on any machine.
+    kernels = emit_kernels(model, **inputs)
+    print("\nGenerated Triton source:")
+    for text in dict.fromkeys(str(kernel.path or f"none for {kernel.location}: {kernel.reason}") for kernel in kernels):
+        print(f"  {text}")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
         raise CaptureFailed(f"{type(problem).__name__}: {problem}") from problem
     traced.meta.update(gm.meta)
     traced.graph.eliminate_dead_code()
-    for old, new in zip(placeholders, traced.graph.find_nodes(op="placeholder")):
+    for old, new, value in zip(placeholders, traced.graph.find_nodes(op="placeholder"), values):
+        new.meta["requires_grad"] = bool(getattr(value, "requires_grad", False))
         for key in ("tensor_dict", "grapharg", "_dynamo_source", "example_value"):
             if key in old.meta:
                 new.meta[key] = old.meta[key]

@@ -136,11 +136,22 @@ def several_batches() -> Case:
     return region, [q, k], [3, 2]
 
 
+def integers() -> Case:
+    """No product at all: a score and values made of integers, and a gate that is a condition."""
+    i, j, e = Axis("i", Const(20)), Axis("j", Const(30)), Axis("e", Const(4))
+    ids = torch.arange(30) % 7
+    values = cases.mul(Const(0.5, F), s.add(s.mul(j, 2), e, Load("ids", (j,), INT)))
+    gate = s.le(s.mod(s.add(i, j), 3), 1)
+    score = cases.mul(Const(-0.5, F), s.maximum(s.sub(i, j), s.sub(j, i)))
+    region = Region((), i, j, (e,), score, TRUE, score, values, (operand("ids", ids),), F, gate=gate, empty_row="never")
+    return region, [ids], []
+
+
 MORE: dict[str, Callable[[], Case]] = {
     f.__name__: f
     for f in (
         odd_width, two_axes, block_table, head_windows, prefix, dilated, bias_of_minima, transposed, scaled_keys,
-        mixed_dtypes, no_value_axis, several_batches,
+        mixed_dtypes, no_value_axis, several_batches, integers,
     )
 }  # fmt: skip
 
