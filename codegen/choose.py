@@ -39,7 +39,9 @@ def unsupported(engine: str, region: Region) -> str | None:
     return reason
 
 
-def plan_part(region: Region, numbers: Mapping[Sym, int], device: Any, engine: str | None, was_sdpa: bool) -> Chosen | Leave:
+def plan_part(
+    region: Region, numbers: Mapping[Sym, int], device: Any, engine: str | None, was_sdpa: bool
+) -> Chosen | Leave:
     """A plan for one region. `numbers`: representative values of its symbolic sizes, for cost alone; `was_sdpa`: the
     model itself calls PyTorch's fused attention here.
 
@@ -63,9 +65,13 @@ def _forced(region: Region, device: Any, engine: str) -> Chosen | Leave:
 
         problem = available(device)
         if problem is not None:
-            raise EngineUnavailable("the triton engine cannot run here", got=problem, todo="use engine='tiled', or a GPU")
+            raise EngineUnavailable(
+                "the triton engine cannot run here", got=problem, todo="use engine='tiled', or a GPU"
+            )
     elif engine == "cpp" and device.type != "cpu":
-        raise EngineUnavailable("the cpp engine runs on CPU only", got=f"tensors on {device}", todo="use engine='triton'")
+        raise EngineUnavailable(
+            "the cpp engine runs on CPU only", got=f"tensors on {device}", todo="use engine='triton'"
+        )
     reason = unsupported(engine, region)
     if reason is not None:
         return Leave(f"the {engine} engine does not take it: {reason}")

@@ -1,6 +1,6 @@
 """scaled_dot_product_attention, read as what its documentation says it computes.
 
-    O[.., i, e] = softmax_j(scale * q . k + bias | mask) . v       rows without any key are zero
+O[.., i, e] = softmax_j(scale * q . k + bias | mask) . v       rows without any key are zero
 """
 
 from __future__ import annotations
@@ -68,5 +68,7 @@ def lift_sdpa(lifter: Any, node: Any, index: tuple[Expr, ...]) -> Sdpa | Decline
         else:
             logits = s.call("add", logits, entry, dtype=dtype)
             # a finite fill is kept by the kernel as it is; only -inf everywhere gives zero
-            zero_rows = not any(isinstance(n, Const) and n.is_float and -math.inf < n.value <= -1e4 for n in entry.walk())
+            zero_rows = not any(
+                isinstance(n, Const) and n.is_float and -math.inf < n.value <= -1e4 for n in entry.walk()
+            )
     return Sdpa(key, value, Softmax(logits, (), Const(1.0, "float32")), zero_rows)

@@ -105,7 +105,7 @@ def match(core: Expr, key: Axis) -> Softmax | Declined:
     total = sums[0]
     extras: list[Expr] = []
     while isinstance(total, Call) and total.op == "add":  # a sink added to the sum by hand
-        plain = [a for a in total.args if isinstance(a, Call) and a.op == "exp" or isinstance(a, Const)]
+        plain = [a for a in total.args if (isinstance(a, Call) and a.op == "exp") or isinstance(a, Const)]
         rest = [a for a in total.args if a not in plain]
         numbers = [p.value for p in plain if isinstance(p, Const)]
         if len(rest) != 1 or not plain or any(n != 1 for n in numbers):
@@ -129,7 +129,9 @@ def match(core: Expr, key: Axis) -> Softmax | Declined:
     return Declined("the exponents of the weights and of the normaliser differ")
 
 
-def _match_at(top: _Split, total: Reduce, key: Axis, offset: int, surplus: int, extras: list[Expr], dtype: str) -> Softmax | None:
+def _match_at(
+    top: _Split, total: Reduce, key: Axis, offset: int, surplus: int, extras: list[Expr], dtype: str
+) -> Softmax | None:
     main = _split(s.substitute(total.body, {total.axis: s.add(key, offset)}))
     if main.divisors:
         return None
@@ -219,7 +221,9 @@ def _split(e: Expr) -> _Split:
         if e.op == "reciprocal":
             return _split(e.args[0]).invert()
         if e.op in ("exp", "exp2"):
-            scale = e.args[0] if e.op == "exp" else s.call("mul", e.args[0], Const(math.log(2.0), e.dtype), dtype=e.dtype)
+            scale = (
+                e.args[0] if e.op == "exp" else s.call("mul", e.args[0], Const(math.log(2.0), e.dtype), dtype=e.dtype)
+            )
             out = _Split([], [], [], [])
             for sign, term in _additive(scale, 1):
                 if isinstance(term, Call) and term.op == "log":

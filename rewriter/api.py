@@ -54,7 +54,12 @@ def optimize(
         twin._compiled_call_impl = _plain_errors(compiled)  # type: ignore[assignment]
         return twin
     if not callable(model):
-        raise UnknownOption("optimize takes a module or a function", expected="a callable", got=type(model).__name__, todo="pass the model")
+        raise UnknownOption(
+            "optimize takes a module or a function",
+            expected="a callable",
+            got=type(model).__name__,
+            todo="pass the model",
+        )
     return functools.wraps(model)(_plain_errors(torch.compile(model, backend=backend, dynamic=dynamic)))  # type: ignore[return-value]
 
 
@@ -96,7 +101,9 @@ def explain(model: Callable[..., Any], *args: Any, engine: str | None = None, **
     except torch._dynamo.exc.BackendCompilerFailed as problem:
         if isinstance(problem.inner_exception, RefocusError):
             raise problem.inner_exception from None
-        raise CannotExplain("the model could not be captured", got=problem, todo="run the model once without refocus") from problem
+        raise CannotExplain(
+            "the model could not be captured", got=problem, todo="run the model once without refocus"
+        ) from problem
     except RefocusError:
         raise
     except Exception as problem:

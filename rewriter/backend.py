@@ -40,8 +40,8 @@ def inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
     """Lower a graph with Inductor, as `torch.compile` alone would."""
     from torch._inductor.compile_fx import compile_fx
 
-    compiled: Compiled = compile_fx(gm, list(example_inputs))
-    return compiled
+    compiled: Any = compile_fx(gm, list(example_inputs))
+    return compiled  # type: ignore[no-any-return]
 
 
 def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, lower: Lower) -> Compiled:
@@ -73,8 +73,8 @@ def _warn(what: str, problem: Exception) -> None:
     debug.dump("problem", repr(problem))
     first = str(problem).strip().splitlines()
     warnings.warn(
-        f"{what}; the model runs without fused attention in this graph ({type(problem).__name__}: {first[0] if first else ''}). "
-        "Set REFOCUS_DUMP=dir for every stage.",
+        f"{what}; the model runs without fused attention in this graph "
+        f"({type(problem).__name__}: {first[0] if first else ''}). Set REFOCUS_DUMP=dir for every stage.",
         FallbackWarning,
         stacklevel=2,
     )
@@ -88,7 +88,13 @@ def deliver(report: Report, options: Options) -> None:
         options.report(report)
         return
     path = Path(options.report)
-    text = report.to_json() if path.suffix == ".json" else report.to_html() if path.suffix in (".html", ".htm") else str(report) + "\n"
+    text = (
+        report.to_json()
+        if path.suffix == ".json"
+        else report.to_html()
+        if path.suffix in (".html", ".htm")
+        else str(report) + "\n"
+    )
     path.write_text(text)
 
 

@@ -76,7 +76,7 @@ def make_functional(gm: fx.GraphModule, mode: Any) -> None:
         target = node.args[0]
         if not isinstance(target, fx.Node) or not _made_here(target) or _shared(target, node, order):
             continue
-        before = target.meta.get("val")
+        before = target.meta["val"]
         with mode:
             try:
                 args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
@@ -91,13 +91,23 @@ def make_functional(gm: fx.GraphModule, mode: Any) -> None:
         new.meta["val"] = after
         position = order[node]
         order[new] = position
-        target.replace_all_uses_with(new, delete_user_cb=lambda user, at=position: order[user] > at)
+        _replace_after(target, new, position, order)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
 
 
-_FRESH_ALIASING = {"view", "reshape", "permute", "transpose", "expand", "slice", "select", "unsqueeze", "squeeze", "t", "detach",
-                   "alias", "contiguous", "to", "split", "chunk", "unbind", "getitem", "flatten", "as_strided", "diagonal"}  # fmt: skip
+_FRESH_ALIASING = frozenset(
+    (
+        "view", "reshape", "permute", "transpose", "expand", "slice", "select",
+        "unsqueeze", "squeeze", "t", "detach", "alias", "contiguous", "to",
+        "split", "chunk", "unbind", "getitem", "flatten", "as_strided", "diagonal",
+    )
+)  # fmt: skip
+
+
+def _replace_after(old: fx.Node, new: fx.Node, position: int, order: dict[fx.Node, int]) -> None:
+    """Let everything past a position read `new` instead of `old`."""
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: order[user] > position)
 
 
 def _functional_overload(node: fx.Node) -> Any:
@@ -111,13 +121,18 @@ def _functional_overload(node: fx.Node) -> Any:
 
 
 def _name(node: fx.Node) -> str:
-    return node.target._schema.name.split("::")[1] if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
+    return (
+        node.target._schema.name.split("::")[1] if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
+    )
 
 
 def _made_here(node: fx.Node) -> bool:
     """Whether a value has storage of its own, made in this graph."""
-    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and _name(node) not in _FRESH_ALIASING and not any(
-        r.alias_info is not None for r in node.target._schema.returns
+    return (
+        node.op == "call_function"
+        and isinstance(node.target, torch._ops.OpOverload)
+        and _name(node) not in _FRESH_ALIASING
+        and not any(r.alias_info is not None for r in node.target._schema.returns)
     )
 
 
@@ -131,8 +146,10 @@ def _shared(target: fx.Node, write: fx.Node, order: dict[fx.Node, int]) -> bool:
                 if user.op == "output" and node is not target:
                     return True
                 continue
-            aliasing = not isinstance(user.target, torch._ops.OpOverload) or _name(user) in _FRESH_ALIASING or any(
-                r.alias_info is not None for r in user.target._schema.returns
+            aliasing = (
+                not isinstance(user.target, torch._ops.OpOverload)
+                or _name(user) in _FRESH_ALIASING
+                or any(r.alias_info is not None for r in user.target._schema.returns)
             )
             if aliasing and order[user] < order[write]:
                 seen.add(user)

@@ -13,7 +13,7 @@ import networkx as nx
 import torch
 from torch import fx
 
-from refocus.lift import dtype_of, is_tensor, op_name
+from refocus.lift import arguments, is_tensor, op_name
 from refocus.lift_reductions import CONTRACTIONS
 from refocus.lift_tables import MOVES, OPERATIONS
 
@@ -44,7 +44,7 @@ class Facts:
     # ------------------------------------------------------------------------------------------------ constants
 
     def constant(self, node: fx.Node) -> torch.Tensor | None:
-        """The value of a closed node (one that depends on no input), evaluated once; None where that is not possible."""
+        """The value of a closed node (one that depends on no input), evaluated once; None where it cannot be."""
         if node not in self.closed:
             return None
         if node not in self._constants:
@@ -101,7 +101,7 @@ def gather_facts(gm: fx.GraphModule) -> Facts:
         facts.order[node] = position
         facts.nodes[node.name] = node
         if node.op == "call_function" and getattr(node.target, "__name__", "") == "_set_grad_enabled":
-            grad = bool(node.args[0])
+            grad = bool(arguments(node)[0])
         facts.grad_enabled[node] = grad
         value = node.meta.get("val")
         floating = isinstance(value, torch.Tensor) and value.is_floating_point()
@@ -115,11 +115,17 @@ def gather_facts(gm: fx.GraphModule) -> Facts:
             facts.pure.add(node)
         elif node.op == "call_function":
             name = op_name(node)
-            if all(n in facts.pure or _is_number(n) for n in node.all_input_nodes) and (name in MOVES or name in OPERATIONS or name in _SPLITS):
+            if all(n in facts.pure or _is_number(n) for n in node.all_input_nodes) and (
+                name in MOVES or name in OPERATIONS or name in _SPLITS
+            ):
                 facts.pure.add(node)
             if all(n in facts.closed for n in node.all_input_nodes) and _deterministic(node):
                 facts.closed.add(node)
-            if grad and any(n in facts.needs_grad for n in node.all_input_nodes) and (floating or not isinstance(value, torch.Tensor)):
+            if (
+                grad
+                and any(n in facts.needs_grad for n in node.all_input_nodes)
+                and (floating or not isinstance(value, torch.Tensor))
+            ):
                 facts.needs_grad.add(node)
         facts.storage[node] = _storage_of(node, facts, ids)
         for target in _written(node):
@@ -133,24 +139,36 @@ def gather_facts(gm: fx.GraphModule) -> Facts:
 
 
 def _settle(facts: Facts) -> None:
-    """Closed stays what depends on closed values alone, and shares memory with nothing that an open value is written to."""
+    """Closed stays what depends on closed values alone, in memory that no open value is written to."""
     changed = True
     while changed:
         dirty = {s for s, writers in facts.writers.items() if any(w not in facts.closed for w in writers)}
         gone = {
             n for n in facts.closed
-            if facts.storage[n] in dirty or (n.op == "call_function" and any(i not in facts.closed for i in n.all_input_nodes))
+            if facts.storage[n] in dirty or (n.op == "call_function" and not facts.closed.issuperset(n.all_input_nodes))
         }  # fmt: skip
         facts.closed -= gone
         changed = bool(gone)
     for node in facts.order:  # purity follows its inputs too
-        if node.op == "call_function" and node in facts.pure and not all(
-            i in facts.pure or i in facts.closed or _is_number(i) for i in node.all_input_nodes
+        if (
+            node.op == "call_function"
+            and node in facts.pure
+            and not all(i in facts.pure or i in facts.closed or _is_number(i) for i in node.all_input_nodes)
         ):
             facts.pure.discard(node)
 
 
-_SPLITS = ("split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_split", "unsafe_chunk", "meshgrid", "broadcast_tensors")
+_SPLITS = (
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "tensor_split",
+    "unbind",
+    "unsafe_split",
+    "unsafe_chunk",
+    "meshgrid",
+    "broadcast_tensors",
+)
 
 
 def _is_number(node: fx.Node) -> bool:
@@ -169,7 +187,7 @@ def _written(node: fx.Node) -> Iterator[fx.Node]:
     if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
         for k, arg in enumerate(node.target._schema.arguments):
             if arg.alias_info is not None and arg.alias_info.is_write:
-                value = node.args[k] if k < len(node.args) else node.kwargs.get(arg.name)
+                value = arguments(node)[k] if k < len(arguments(node)) else node.kwargs.get(arg.name)
                 if isinstance(value, fx.Node):
                     yield value
                 elif isinstance(value, list | tuple):
@@ -181,19 +199,28 @@ _MAYBE_VIEWS = {"reshape", "contiguous", "to", "type_as", "flatten", "expand_as"
 
 def _storage_of(node: fx.Node, facts: Facts, ids: Iterator[int]) -> int:
     """Nodes with equal numbers may share memory."""
-    if node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
+    if node.op == "call_function" and arguments(node) and isinstance(arguments(node)[0], fx.Node):
         target = node.target
         shares = op_name(node) in _MAYBE_VIEWS
         if isinstance(target, torch._ops.OpOverload):
             returns = target._schema.returns
-            shares = shares or any(r.alias_info is not None for r in returns) or (op_name(node) in MOVES and op_name(node) not in _COPIES)
+            shares = (
+                shares
+                or any(r.alias_info is not None for r in returns)
+                or (op_name(node) in MOVES and op_name(node) not in _COPIES)
+            )
         if shares:
-            return facts.storage[node.args[0]]
+            return facts.storage[arguments(node)[0]]
     return next(ids)
 
 
-_COPIES = {"cat", "concat", "concatenate", "stack", "repeat", "tile", "repeat_interleave", "index", "index_select", "gather",
-           "take_along_dim", "embedding", "flip", "roll", "pad", "constant_pad_nd", "clone", "_to_copy", "lift_fresh_copy"}  # fmt: skip
+_COPIES = frozenset(
+    (
+        "cat", "concat", "concatenate", "stack", "repeat", "tile", "repeat_interleave",
+        "index", "index_select", "gather", "take_along_dim", "embedding", "flip", "roll",
+        "pad", "constant_pad_nd", "clone", "_to_copy", "lift_fresh_copy",
+    )
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- candidates
@@ -257,7 +284,7 @@ def _reached(normaliser: fx.Node, facts: Facts, covered: set[fx.Node]) -> Iterat
 
 
 def _is_product_sum(node: fx.Node) -> bool:
-    source = node.args[0]
+    source = arguments(node)[0]
     return isinstance(source, fx.Node) and op_name(source) in ("mul", "multiply")
 
 
@@ -265,13 +292,13 @@ def contraction_operands(node: fx.Node) -> list[fx.Node]:
     """The multiplied operands of a contraction, in order."""
     name = op_name(node)
     if name == "einsum":
-        return list(node.args[1])
+        return list(arguments(node)[1])
     if name in ("baddbmm", "addmm"):
-        return list(node.args[1:3])
+        return list(arguments(node)[1:3])
     if name == "sum":
-        source = node.args[0]
-        return [a for a in source.args[:2] if isinstance(a, fx.Node)]
-    return [a for a in node.args[:2] if isinstance(a, fx.Node)]
+        source = arguments(node)[0]
+        return [a for a in arguments(source)[:2] if isinstance(a, fx.Node)]
+    return [a for a in arguments(node)[:2] if isinstance(a, fx.Node)]
 
 
 def taint_of(node: fx.Node, facts: Facts) -> frozenset[fx.Node]:
@@ -288,9 +315,9 @@ def taint_of(node: fx.Node, facts: Facts) -> frozenset[fx.Node]:
         if name in CONTRACTIONS:
             found.add(n)
         elif n.op == "call_function" and (name in MOVES or name in OPERATIONS) and n not in facts.pure:
-            stack.extend(a for a in n.all_input_nodes if is_tensor(a) or op_name(a) in ("split", "chunk", "unbind", "max", "min", "topk", "sort"))
+            stack.extend(
+                a
+                for a in n.all_input_nodes
+                if is_tensor(a) or op_name(a) in ("split", "chunk", "unbind", "max", "min", "topk", "sort")
+            )
     return frozenset(found)
-
-
-def dtype_is_float(node: fx.Node) -> bool:
-    return dtype_of(node).startswith(("float", "bfloat"))

@@ -31,7 +31,7 @@ def hoist_distances(logits: Expr, query: Axis, key: Axis) -> tuple[Expr, dict[st
     span = s.sub(s.add(query.size, key.size), 1)
     distance = Axis(DISTANCE, span)
     shift = s.sub(key.size, 1)
-    as_distance = {query: s.add(key, distance, s.neg(shift))}
+    as_distance: dict[Expr, Expr] = {query: s.add(key, distance, s.neg(shift))}
 
     def visit(node: Expr) -> Expr | None:
         if not node.is_float or isinstance(node, Dot | Reduce) or not {query, key} <= node.axes or not _rounds(node):

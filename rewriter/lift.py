@@ -2,7 +2,7 @@
 
 `Lifter.at(node, index)` is the value of `node` at a position: views and gathers rewrite the position, pointwise
 operations become scalar operations, a contraction becomes a `Dot`, a softmax becomes exp(x) / sum exp(x). What each
-operation does is in the tables of `lift_views`, `lift_pointwise` and `lift_reductions`; an operation in no table is a leaf.
+operation does is in the tables of `lift_views`, `lift_pointwise` and `lift_reductions`; one in no table is a leaf.
 
 The rule of the cut decides where lifting stops: an operation belongs inside the region iff its iteration space holds
 both a query and a key axis. Anything smaller is a `Load` of a value that the rest of the graph computes as always.
@@ -37,6 +37,11 @@ def op_name(node: fx.Node) -> str:
     return getattr(target, "__name__", str(target))
 
 
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """Positional arguments of an operation; what they are is its schema's business, not the type checker's."""
+    return node.args
+
+
 def dtype_of(node: fx.Node) -> str:
     return str(node.meta["val"].dtype).removeprefix("torch.")
 
@@ -51,7 +56,7 @@ def kind_of(dtype: str) -> str:
 
 
 def is_mixed_radix(value: Expr) -> bool:
-    """Whether an index is a flattening (like 64*i + j): distinct positions give distinct values, and no div or mod hides."""
+    """Whether an index is a flattening (64*i + j): distinct positions give distinct values, no div or mod hides."""
     terms = []
     for mono, coef in to_poly(value).items():
         if not mono:
@@ -102,7 +107,9 @@ class Lifter:
         """The value of a tensor node at a position (one integer expression for each dimension)."""
         index = tuple(index)
         key = (node, index)
-        memo = self.known.lifted if node in self.known.pure else self._memo  # what is made of integers reads the same at every site
+        memo = (
+            self.known.lifted if node in self.known.pure else self._memo
+        )  # what is made of integers reads the same at every site
         if key not in memo:
             self.budget -= 1
             memo[key] = self._at(node, index) if self.budget > 0 else self.leaf(node, index)
@@ -198,7 +205,6 @@ class Lifter:
             return below
         return self.leaf(node, index)
 
-
     # ------------------------------------------------------------------------------------------------ for handlers
 
     def bound(self, node: fx.Node, which: int, size: Any) -> Axis:
@@ -247,7 +253,12 @@ def _complexity(index: Index) -> int:
     for entry in index:
         if isinstance(entry, Const | Axis):
             continue
-        simple = isinstance(entry, Call) and entry.op == "floordiv" and isinstance(entry.args[0], Axis) and isinstance(entry.args[1], Const)
+        simple = (
+            isinstance(entry, Call)
+            and entry.op == "floordiv"
+            and isinstance(entry.args[0], Axis)
+            and isinstance(entry.args[1], Const)
+        )
         cost += 1 if simple else 4
     axes = [a for a in index if isinstance(a, Axis)]
     return (cost // 4) + (len(axes) - len(set(axes)))

@@ -8,7 +8,7 @@ from torch import fx
 
 from refocus import simplify as s
 from refocus.ir import BOOL, INT, Const, Expr
-from refocus.lift import Handler, Index, Lifter, dtype_of, is_tensor, kind_of
+from refocus.lift import Handler, Index, Lifter, arguments, dtype_of, is_tensor, kind_of
 from refocus.sizes import shape_of
 
 
@@ -19,7 +19,7 @@ def _kind(node: fx.Node) -> str:
 def _plain(op: str) -> Handler:
     def handler(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
         kind = _kind(node)
-        args = [lift.broadcast(a, index, kind) for a in node.args[: 2 if op in _BINARY else 1]]
+        args = [lift.broadcast(a, index, kind) for a in arguments(node)[: 2 if op in _BINARY else 1]]
         if kind not in (INT, BOOL):
             args = [s.cast(a, kind) if a.dtype == BOOL else a for a in args]
         return s.call(op, *args, dtype=kind)
@@ -31,13 +31,13 @@ _BINARY = {"mul", "min", "max", "pow", "logaddexp", "fmod"}
 
 
 def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+    return arguments(node)[position] if len(arguments(node)) > position else node.kwargs.get(name, default)
 
 
 def _add_sub(op: str, swapped: bool = False) -> Handler:
     def handler(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
         kind = _kind(node)
-        a, b = (lift.broadcast(x, index, kind) for x in node.args[:2])
+        a, b = (lift.broadcast(x, index, kind) for x in arguments(node)[:2])
         alpha = _argument(node, 2, "alpha", 1)
         a, b = (s.cast(x, kind) if x.dtype == BOOL else x for x in (a, b))
         if swapped:
@@ -52,7 +52,7 @@ def _add_sub(op: str, swapped: bool = False) -> Handler:
 
 def _div(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     kind = _kind(node)
-    a, b = (lift.broadcast(x, index, kind) for x in node.args[:2])
+    a, b = (lift.broadcast(x, index, kind) for x in arguments(node)[:2])
     mode = node.kwargs.get("rounding_mode")
     if mode == "floor":
         return s.call("floordiv", a, b, dtype=kind)
@@ -66,18 +66,18 @@ def _div(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
 
 
 def _floordiv(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
-    a, b = (lift.broadcast(x, index, _kind(node)) for x in node.args[:2])
+    a, b = (lift.broadcast(x, index, _kind(node)) for x in arguments(node)[:2])
     return s.call("floordiv", a, b, dtype=_kind(node))
 
 
 def _remainder(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
-    a, b = (lift.broadcast(x, index, _kind(node)) for x in node.args[:2])
+    a, b = (lift.broadcast(x, index, _kind(node)) for x in arguments(node)[:2])
     return s.call("mod", a, b, dtype=_kind(node))
 
 
 def _compare(op: str, flip: bool = False) -> Handler:
     def handler(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
-        a, b = (lift.broadcast(x, index) for x in node.args[:2])
+        a, b = (lift.broadcast(x, index) for x in arguments(node)[:2])
         if BOOL in (a.dtype, b.dtype) and a.dtype != b.dtype:
             a, b = (s.where(x, Const(1), Const(0)) if x.dtype == BOOL else x for x in (a, b))
         if flip:
@@ -91,31 +91,31 @@ def _logic(op: str) -> Handler:
     def handler(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
         if _kind(node) != BOOL:
             return None
-        args = [s.as_bool(lift.broadcast(a, index)) for a in node.args[: 1 if op == "not" else 2]]
+        args = [s.as_bool(lift.broadcast(a, index)) for a in arguments(node)[: 1 if op == "not" else 2]]
         return s.call(op, *args, dtype=BOOL)
 
     return handler
 
 
 def _where(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
-    if len(node.args) < 3:
+    if len(arguments(node)) < 3:
         return None
     kind = _kind(node)
-    cond = s.as_bool(lift.broadcast(node.args[0], index))
-    a, b = (lift.broadcast(x, index, kind) for x in node.args[1:3])
+    cond = s.as_bool(lift.broadcast(arguments(node)[0], index))
+    a, b = (lift.broadcast(x, index, kind) for x in arguments(node)[1:3])
     return s.where(cond, s.cast(a, kind), s.cast(b, kind))
 
 
 def _masked_fill(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     kind = _kind(node)
-    source, mask, value = node.args[:3]
+    source, mask, value = arguments(node)[:3]
     cond = s.as_bool(lift.broadcast(mask, index))
     return s.where(cond, s.cast(lift.broadcast(value, index, kind), kind), lift.broadcast(source, index))
 
 
 def _clamp(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     kind = _kind(node)
-    value = lift.broadcast(node.args[0], index, kind)
+    value = lift.broadcast(arguments(node)[0], index, kind)
     for op, bound in (("max", _argument(node, 1, "min")), ("min", _argument(node, 2, "max"))):
         if bound is not None:
             value = s.call(op, value, lift.broadcast(bound, index, kind), dtype=kind)
@@ -125,7 +125,12 @@ def _clamp(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
 def _clamp_one(op: str, name: str) -> Handler:
     def handler(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
         kind = _kind(node)
-        return s.call(op, lift.broadcast(node.args[0], index), lift.broadcast(_argument(node, 1, name), index, kind), dtype=kind)
+        return s.call(
+            op,
+            lift.broadcast(arguments(node)[0], index),
+            lift.broadcast(_argument(node, 1, name), index, kind),
+            dtype=kind,
+        )
 
     return handler
 
@@ -134,7 +139,7 @@ def _max_or_min(op: str) -> Handler:
     """max(x, y); the reductions of the same name are in `lift_reductions`."""
 
     def handler(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
-        if len(node.args) == 2 and is_tensor(node.args[1]):
+        if len(arguments(node)) == 2 and is_tensor(arguments(node)[1]):
             return _plain(op)(lift, node, index)
         return None
 
@@ -142,7 +147,7 @@ def _max_or_min(op: str) -> Handler:
 
 
 def _dropout(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
-    source, p, train = node.args[0], _argument(node, 1, "p"), _argument(node, 2, "train")
+    source, p, train = arguments(node)[0], _argument(node, 1, "p"), _argument(node, 2, "train")
     if train is False or (isinstance(p, int | float) and p == 0):
         return lift.at(source, index)
     return None
@@ -156,19 +161,19 @@ def _triangle(lower: bool) -> Handler:
         keep = s.le(column, edge) if lower else s.ge(column, edge)
         kind = _kind(node)
         zero = Const(False, BOOL) if kind == BOOL else Const(0) if kind == INT else Const(0.0, kind)
-        return s.where(keep, lift.at(node.args[0], index), zero)
+        return s.where(keep, lift.at(arguments(node)[0], index), zero)
 
     return handler
 
 
 def _silu(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
-    x = lift.broadcast(node.args[0], index)
+    x = lift.broadcast(arguments(node)[0], index)
     return s.call("mul", x, s.call("sigmoid", x, dtype=_kind(node)), dtype=_kind(node))
 
 
 def _square(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     kind = _kind(node)
-    base, power = (lift.broadcast(x, index, kind) for x in node.args[:2])
+    base, power = (lift.broadcast(x, index, kind) for x in arguments(node)[:2])
     if isinstance(power, Const) and power.value == 2 and base.is_float:
         return s.call("square", base, dtype=kind)
     return s.call("pow", base, power, dtype=kind)
@@ -176,18 +181,18 @@ def _square(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
 
 def _cumsum(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     """A running sum of something that does not change along the way is a multiple of the position."""
-    source, dim = node.args[0], _argument(node, 1, "dim")
+    source, dim = arguments(node)[0], _argument(node, 1, "dim")
     rank = len(index)
     dim = dim + rank if dim < 0 else dim
     step = lift.bound(node, 0, shape_of(source)[dim])
-    body = lift.at(source, index[:dim] + (step,) + index[dim + 1 :])
+    body = lift.at(source, (*index[:dim], step, *index[dim + 1 :]))
     if step in body.axes or body.is_float:
         return None
     return s.mul(s.cast(body, INT), s.add(index[dim], 1))
 
 
 def _diff(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
-    source = node.args[0]
+    source = arguments(node)[0]
     n, dim = _argument(node, 1, "n", 1), _argument(node, 2, "dim", -1)
     before, after = _argument(node, 3, "prepend"), _argument(node, 4, "append")
     rank = len(index)
@@ -197,7 +202,7 @@ def _diff(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
         return None
 
     def read(tensor: fx.Node, at: Expr) -> Expr:
-        return lift.at(tensor, index[:dim] + (at,) + index[dim + 1 :])
+        return lift.at(tensor, (*index[:dim], at, *index[dim + 1 :]))
 
     def minus(a: Expr, b: Expr) -> Expr:
         return s.call("sub", a, b, dtype=kind)

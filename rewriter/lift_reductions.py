@@ -11,12 +11,12 @@ from torch import fx
 
 from refocus import simplify as s
 from refocus.ir import BOOL, INT, Axis, Const, Expr, Reduce
-from refocus.lift import Handler, Index, Lifter, contract, dtype_of, kind_of
+from refocus.lift import Handler, Index, Lifter, arguments, contract, dtype_of, kind_of
 from refocus.sizes import shape_of
 
 
 def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+    return arguments(node)[position] if len(arguments(node)) > position else node.kwargs.get(name, default)
 
 
 # ---------------------------------------------------------------------------------------------------- reductions
@@ -66,7 +66,7 @@ def _reducing(op: str) -> Handler:
             return None
         dims, keep = _argument(node, 1, "dim"), bool(_argument(node, 2, "keepdim", False))
         dims = [dims] if isinstance(dims, int) else list(dims) if dims else None
-        return reduce_over(lift, node, node.args[0], dims, keep, index, op, kind)
+        return reduce_over(lift, node, arguments(node)[0], dims, keep, index, op, kind)
 
     return handler
 
@@ -76,7 +76,7 @@ def _mean(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     if total is None:
         return None
     count: Expr = Const(1)
-    shape = shape_of(node.args[0])
+    shape = shape_of(arguments(node)[0])
     dims = _argument(node, 1, "dim")
     for d in [dims] if isinstance(dims, int) else dims or range(len(shape)):
         count = s.mul(count, shape[d])
@@ -85,7 +85,7 @@ def _mean(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
 
 def _logsumexp(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     dims, keep = _argument(node, 1, "dim"), bool(_argument(node, 2, "keepdim", False))
-    shape = shape_of(node.args[0])
+    shape = shape_of(arguments(node)[0])
     dims = [dims] if isinstance(dims, int) else list(dims)
     if len(dims) != 1:
         return None
@@ -97,13 +97,13 @@ def _logsumexp(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     else:
         position.insert(dim, axis)
     kind = kind_of(dtype_of(node))
-    body = s.call("exp", lift.at(node.args[0], position), dtype=kind)
+    body = s.call("exp", lift.at(arguments(node)[0], position), dtype=kind)
     return s.call("log", Reduce("sum", axis, body, kind), dtype=kind)
 
 
 def _softmax(log: bool) -> Handler:
     def handler(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
-        source, dim = node.args[0], _argument(node, 1, "dim")
+        source, dim = arguments(node)[0], _argument(node, 1, "dim")
         kind = kind_of(dtype_of(node))
         rank = len(index)
         if rank == 0:
@@ -112,7 +112,7 @@ def _softmax(log: bool) -> Handler:
         axis = lift.bound(node, 0, shape_of(source)[dim])
         lift.key_axes.add(axis)
         here = lift.at(source, index)
-        along = lift.at(source, index[:dim] + (axis,) + index[dim + 1 :])
+        along = lift.at(source, (*index[:dim], axis, *index[dim + 1:]))
         total = Reduce("sum", axis, s.call("exp", along, dtype=kind), kind)
         if log:
             return s.call("sub", here, s.call("log", total, dtype=kind), dtype=kind)
@@ -124,18 +124,20 @@ def _softmax(log: bool) -> Handler:
 # ---------------------------------------------------------------------------------------------------- contractions
 
 
-def operands_at(lift: Lifter, node: fx.Node, index: Index) -> tuple[tuple[Axis, ...], list[tuple[fx.Node, Index]]] | None:
+def operands_at(
+    lift: Lifter, node: fx.Node, index: Index
+) -> tuple[tuple[Axis, ...], list[tuple[fx.Node, Index]]] | None:
     """The summed axes of a contraction and where its operands are read for one element of the result."""
     name = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
     if name in ("matmul", "mm", "bmm", "mv", "dot", "linalg_matmul"):
-        return _matmul_at(lift, node, node.args[0], node.args[1], index)
+        return _matmul_at(lift, node, arguments(node)[0], arguments(node)[1], index)
     if name in ("baddbmm", "addmm", "addbmm"):
-        return None if name == "addbmm" else _matmul_at(lift, node, node.args[1], node.args[2], index)
+        return None if name == "addbmm" else _matmul_at(lift, node, arguments(node)[1], arguments(node)[2], index)
     if name == "linear":
-        axis = lift.bound(node, 0, shape_of(node.args[1])[-1])
-        weight: Index = (index[-1], axis) if len(shape_of(node.args[1])) == 2 else (axis,)
-        lead = index[:-1] if len(shape_of(node.args[1])) == 2 else index
-        return (axis,), [(node.args[0], (*lead, axis)), (node.args[1], weight)]
+        axis = lift.bound(node, 0, shape_of(arguments(node)[1])[-1])
+        weight: Index = (index[-1], axis) if len(shape_of(arguments(node)[1])) == 2 else (axis,)
+        lead = index[:-1] if len(shape_of(arguments(node)[1])) == 2 else index
+        return (axis,), [(arguments(node)[0], (*lead, axis)), (arguments(node)[1], weight)]
     if name == "einsum":
         return _einsum_at(lift, node, index)
     return None
@@ -154,11 +156,16 @@ def _matmul_at(
         lead = shape[: len(shape) - keep]
         return tuple(Const(0) if d == Const(1) else x for d, x in zip(lead, rest[len(rest) - len(lead) :]))
 
-    return (axis,), [(left, (*batch(ls, len(row) + 1), *row, axis)), (right, (*batch(rs, len(column) + 1), axis, *column))]
+    return (axis,), [
+        (left, (*batch(ls, len(row) + 1), *row, axis)),
+        (right, (*batch(rs, len(column) + 1), axis, *column)),
+    ]
 
 
-def _einsum_at(lift: Lifter, node: fx.Node, index: Index) -> tuple[tuple[Axis, ...], list[tuple[fx.Node, Index]]] | None:
-    equation, operands = node.args[0], list(node.args[1])
+def _einsum_at(
+    lift: Lifter, node: fx.Node, index: Index
+) -> tuple[tuple[Axis, ...], list[tuple[fx.Node, Index]]] | None:
+    equation, operands = arguments(node)[0], list(arguments(node)[1])
     inputs, labels = parse_einsum(equation, [len(shape_of(o)) for o in operands])
     at: dict[str, Expr] = dict(zip(labels, index))
     summed: list[Axis] = []
@@ -213,11 +220,12 @@ def _contraction(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
         return None
     name = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
     if name in ("baddbmm", "addmm"):
-        beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
+        options: dict[str, Any] = dict(node.kwargs)
+        beta, alpha = options.get("beta", 1), options.get("alpha", 1)
         if alpha != 1:
             value = s.call("mul", value, Const(float(alpha), kind), dtype=kind)
         if beta != 0:
-            extra = lift.broadcast(node.args[0], index)
+            extra = lift.broadcast(arguments(node)[0], index)
             if beta != 1:
                 extra = s.call("mul", extra, Const(float(beta), kind), dtype=kind)
             value = s.call("add", value, extra, dtype=kind)

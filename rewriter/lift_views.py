@@ -1,10 +1,10 @@
 """Operations that move elements without computing: each rewrites the position it is read at.
 
-    transpose(x)[i, j]           ->  x[j, i]
-    x.view(a, b*c)[i, j]         ->  x[i, j // c, j % c]
-    roll(x, 3)[i]                ->  x[(i - 3) % n]
-    cat([x, y])[i]               ->  x[i] where i < len(x) else y[i - len(x)]
-    x[idx][i]                    ->  x[idx[i]]
+transpose(x)[i, j]           ->  x[j, i]
+x.view(a, b*c)[i, j]         ->  x[i, j // c, j % c]
+roll(x, 3)[i]                ->  x[(i - 3) % n]
+cat([x, y])[i]               ->  x[i] where i < len(x) else y[i - len(x)]
+x[idx][i]                    ->  x[idx[i]]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import fx
 
 from refocus import simplify as s
 from refocus.ir import BOOL, Const, Expr
-from refocus.lift import Handler, Index, Lifter, dtype_of, is_tensor, kind_of
+from refocus.lift import Handler, Index, Lifter, arguments, dtype_of, is_tensor, kind_of
 from refocus.sizes import shape_of, size_expr
 
 
@@ -28,8 +28,8 @@ def _args(node: fx.Node, *names: str, **defaults: Any) -> list[Any]:
     """Arguments by schema position and name."""
     out = []
     for k, name in enumerate(names):
-        if k < len(node.args):
-            out.append(node.args[k])
+        if k < len(arguments(node)):
+            out.append(arguments(node)[k])
         else:
             out.append(node.kwargs.get(name, defaults.get(name)))
     return out
@@ -87,7 +87,7 @@ def reindex(index: Index, out_shape: Index, in_shape: Index) -> Index:
 
 
 def _reshape(lift: Lifter, node: fx.Node, index: Index) -> Expr:
-    source = node.args[0]
+    source = arguments(node)[0]
     return lift.at(source, reindex(index, shape_of(node), shape_of(source)))
 
 
@@ -109,7 +109,11 @@ def _transpose(lift: Lifter, node: fx.Node, index: Index) -> Expr:
 
 
 def _t(lift: Lifter, node: fx.Node, index: Index) -> Expr:
-    return lift.at(node.args[0], index[::-1])
+    return lift.at(arguments(node)[0], index[::-1])
+
+
+def _swap_last(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    return lift.at(arguments(node)[0], (*index[:-2], index[-1], index[-2]))
 
 
 def _movedim(lift: Lifter, node: fx.Node, index: Index) -> Expr:
@@ -126,7 +130,7 @@ def _movedim(lift: Lifter, node: fx.Node, index: Index) -> Expr:
 
 
 def _expand(lift: Lifter, node: fx.Node, index: Index) -> Expr:
-    return lift.broadcast(node.args[0], index)
+    return lift.broadcast(arguments(node)[0], index)
 
 
 def _unsqueeze(lift: Lifter, node: fx.Node, index: Index) -> Expr:
@@ -146,11 +150,11 @@ def _squeeze(lift: Lifter, node: fx.Node, index: Index) -> Expr:
 
 
 def _same(lift: Lifter, node: fx.Node, index: Index) -> Expr:
-    return lift.at(node.args[0], index)
+    return lift.at(arguments(node)[0], index)
 
 
 def _repeat(lift: Lifter, node: fx.Node, index: Index) -> Expr:
-    source = node.args[0]
+    source = arguments(node)[0]
     shape = shape_of(source)
     tail = index[len(index) - len(shape) :]
     return lift.at(source, [Const(0) if d == Const(1) else s.mod(x, d) for d, x in zip(shape, tail)])
@@ -161,7 +165,10 @@ def _repeat_interleave(lift: Lifter, node: fx.Node, index: Index) -> Expr | None
     if not isinstance(repeats, int):
         return None
     if dim is None:
-        return lift.at(source, reindex((s.floordiv(index[0], repeats),), (size_expr(source.meta["val"].numel()),), shape_of(source)))
+        return lift.at(
+            source,
+            reindex((s.floordiv(index[0], repeats),), (size_expr(source.meta["val"].numel()),), shape_of(source)),
+        )
     dim = _dim(dim, len(index))
     return lift.at(source, [s.floordiv(x, repeats) if k == dim else x for k, x in enumerate(index)])
 
@@ -196,22 +203,22 @@ def _select(lift: Lifter, node: fx.Node, index: Index) -> Expr:
     source, dim, at = _args(node, "self", "dim", "index")
     shape = shape_of(source)
     dim = _dim(dim, len(shape))
-    return lift.at(source, index[:dim] + (_start(at, shape[dim]),) + index[dim:])
+    return lift.at(source, (*index[:dim], _start(at, shape[dim]), *index[dim:]))
 
 
 def _getitem(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     """One of several results: a part of a split, one of an unbind, the values of max(dim)."""
     from refocus.lift import op_name
 
-    producer, which = node.args
+    producer, which = arguments(node)
     if not isinstance(producer, fx.Node) or producer.op != "call_function":
         return None
     name = op_name(producer)
-    source = producer.args[0]
+    source = arguments(producer)[0]
     lift.visited.add(producer)
     if name == "unbind":
         dim = _dim(_args(producer, "self", "dim", dim=0)[1], len(index) + 1)
-        return lift.at(source, index[:dim] + (Const(which),) + index[dim:])
+        return lift.at(source, (*index[:dim], Const(which), *index[dim:]))
     if name in ("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"):
         dim = _dim(_args(producer, "self", "n", "dim", dim=0)[2], len(index))
         before = s.add(0, *(size_expr(part.shape[dim]) for part in producer.meta["val"][:which]))
@@ -227,9 +234,9 @@ def _getitem(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
 
 
 def _broadcast_many(lift: Lifter, producer: fx.Node, which: int, index: Index) -> Expr | None:
-    tensors = producer.args[0]
+    tensors = arguments(producer)[0]
     if producer.target in (torch.ops.aten.meshgrid.default, torch.ops.aten.meshgrid.indexing):
-        indexing = producer.kwargs.get("indexing", producer.args[1] if len(producer.args) > 1 else "ij")
+        indexing = producer.kwargs.get("indexing", arguments(producer)[1] if len(arguments(producer)) > 1 else "ij")
         at = which
         if indexing == "xy" and which < 2:
             at = 1 - which
@@ -250,7 +257,9 @@ def _advanced(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     front = used[0] if adjacent else 0
     position = index[front : front + rank]
     rest = iter(index[:front] + index[front + rank :])
-    return lift.at(source, [next(rest) if e is None else _wrap(lift.broadcast(e, position), d) for e, d in zip(entries, shape)])
+    return lift.at(
+        source, [next(rest) if e is None else _wrap(lift.broadcast(e, position), d) for e, d in zip(entries, shape)]
+    )
 
 
 def _wrap(value: Expr, size: Expr) -> Expr:
@@ -268,14 +277,14 @@ def _index_select(lift: Lifter, node: fx.Node, index: Index) -> Expr:
     source, dim, which = _args(node, "self", "dim", "index")
     dim = _dim(dim, len(index))
     at = lift.at(which, (index[dim],) if shape_of(which) else ())
-    return lift.at(source, index[:dim] + (at,) + index[dim + 1 :])
+    return lift.at(source, (*index[:dim], at, *index[dim + 1 :]))
 
 
 def _gather(lift: Lifter, node: fx.Node, index: Index) -> Expr:
     source, dim, which = _args(node, "self", "dim", "index")
     at = lift.at(which, index)
     dim = _dim(dim, len(index))
-    return lift.at(source, index[:dim] + (at,) + index[dim + 1 :])
+    return lift.at(source, (*index[:dim], at, *index[dim + 1 :]))
 
 
 def _take_along_dim(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
@@ -290,7 +299,7 @@ def _take_along_dim(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
 
 
 def _embedding(lift: Lifter, node: fx.Node, index: Index) -> Expr:
-    table, which = node.args[:2]
+    table, which = arguments(node)[:2]
     return lift.at(table, (lift.at(which, index[:-1]), index[-1]))
 
 
@@ -332,7 +341,7 @@ def _cat(lift: Lifter, node: fx.Node, index: Index) -> Expr:
         if begun != Const(False, BOOL) and reached != Const(False, BOOL):
             facts = {**s.assume(s.and_(begun, reached))}
             at = Const(0) if size == Const(1) else s.under(local, facts)
-            pieces.append((reached, lift.at(tensor, index[:dim] + (at,) + index[dim + 1 :])))
+            pieces.append((reached, lift.at(tensor, (*index[:dim], at, *index[dim + 1 :]))))
             if reached == Const(True, BOOL):
                 break
         start = end
@@ -354,8 +363,14 @@ def _stack(lift: Lifter, node: fx.Node, index: Index) -> Expr:
 
 def _pad(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     source, pads, *_ = _args(node, "self", "pad")
-    mode = node.args[2] if len(node.args) > 2 and isinstance(node.args[2], str) else node.kwargs.get("mode", "constant")
-    value = node.kwargs.get("value", node.args[-1] if len(node.args) > 2 and not isinstance(node.args[-1], str) else None)
+    mode = (
+        arguments(node)[2]
+        if len(arguments(node)) > 2 and isinstance(arguments(node)[2], str)
+        else node.kwargs.get("mode", "constant")
+    )
+    value = node.kwargs.get(
+        "value", arguments(node)[-1] if len(arguments(node)) > 2 and not isinstance(arguments(node)[-1], str) else None
+    )
     if mode != "constant":
         return None
     shape = shape_of(source)
@@ -368,7 +383,9 @@ def _pad(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     facts = s.assume(ok)
     dtype = kind_of(dtype_of(node))
     fill = Const(False, BOOL) if dtype == BOOL else lift.scalar(value or (0 if dtype == "int64" else 0.0), dtype)
-    return s.where(ok, lift.at(source, [s.under(p, facts) for p in position]), s.cast(fill, dtype) if dtype != "int64" else fill)
+    return s.where(
+        ok, lift.at(source, [s.under(p, facts) for p in position]), s.cast(fill, dtype) if dtype != "int64" else fill
+    )
 
 
 def _diagonal(lift: Lifter, node: fx.Node, index: Index) -> Expr:
@@ -390,12 +407,14 @@ def _diagonal(lift: Lifter, node: fx.Node, index: Index) -> Expr:
 def _unfold(lift: Lifter, node: fx.Node, index: Index) -> Expr:
     source, dim, _, step = _args(node, "self", "dimension", "size", "step")
     dim = _dim(dim, len(index) - 1)
-    return lift.at(source, [s.add(s.mul(x, size_expr(step)), index[-1]) if k == dim else x for k, x in enumerate(index[:-1])])
+    return lift.at(
+        source, [s.add(s.mul(x, size_expr(step)), index[-1]) if k == dim else x for k, x in enumerate(index[:-1])]
+    )
 
 
 def _as_typed(lift: Lifter, node: fx.Node, index: Index) -> Expr:
     """A cast moves nothing either; between floats it is the identity over the reals."""
-    return s.cast(lift.at(node.args[0], index), kind_of(dtype_of(node)))
+    return s.cast(lift.at(arguments(node)[0], index), kind_of(dtype_of(node)))
 
 
 VIEWS: dict[str, Handler] = {
@@ -403,7 +422,7 @@ VIEWS: dict[str, Handler] = {
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _transpose),
     **dict.fromkeys(("t", "numpy_T"), _t),
     **dict.fromkeys(("movedim", "moveaxis"), _movedim),
-    **dict.fromkeys(("mT", "matrix_H", "adjoint"), lambda l, n, i: l.at(n.args[0], (*i[:-2], i[-1], i[-2]))),
+    **dict.fromkeys(("mT", "matrix_H", "adjoint"), _swap_last),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
     **dict.fromkeys(("repeat", "tile"), _repeat),
     **dict.fromkeys(("contiguous", "clone", "alias", "detach", "lift_fresh", "lift_fresh_copy", "positive", "resolve_conj"), _same),
@@ -422,10 +441,12 @@ VIEWS: dict[str, Handler] = {
 
 
 def _arange(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
-    args = [a for a in node.args]
+    args = list(arguments(node))
     start, step = (args[0], args[2] if len(args) > 2 else 1) if len(args) > 1 else (0, 1)
     if any(isinstance(v, float) and not v.is_integer() for v in (start, step)):
-        return s.call("add", lift.scalar(start), s.call("mul", lift.scalar(step), index[0], dtype="float32"), dtype="float32")
+        return s.call(
+            "add", lift.scalar(start), s.call("mul", lift.scalar(step), index[0], dtype="float32"), dtype="float32"
+        )
     whole = [size_expr(int(v)) if isinstance(v, float) else size_expr(v) for v in (start, step)]
     return s.add(whole[0], s.mul(whole[1], index[0]))
 
@@ -445,12 +466,12 @@ def _number(lift: Lifter, value: Any, kind: str) -> Expr | None:
 
 
 def _full(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
-    value = node.kwargs.get("fill_value", node.args[-1])
+    value = node.kwargs.get("fill_value", arguments(node)[-1])
     return _number(lift, value, kind_of(dtype_of(node)))
 
 
 def _scalar_tensor(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
-    return _number(lift, node.args[0], kind_of(dtype_of(node)))
+    return _number(lift, arguments(node)[0], kind_of(dtype_of(node)))
 
 
 def _eye(lift: Lifter, node: fx.Node, index: Index) -> Expr:

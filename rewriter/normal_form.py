@@ -36,7 +36,9 @@ class Draft:
 BATCH_NAMES = ("b", "h", "g", "r", "s", "t", "u", "w")
 
 
-def finish(draft: Draft, facts: Facts, out_dtype: str, zero_rows: bool) -> tuple[Region, tuple[Binding, ...], tuple[Axis, ...]]:
+def finish(
+    draft: Draft, facts: Facts, out_dtype: str, zero_rows: bool
+) -> tuple[Region, tuple[Binding, ...], tuple[Axis, ...]]:
     """The region, what its operands are bound to, and the site's axes in the order of the region's result."""
     from refocus.recognize import _Stop
 

@@ -31,11 +31,24 @@ class Options:
         unknown = set(given) - set(cls.__dataclass_fields__)
         if unknown:
             raise UnknownOption(
-                f"unknown option {sorted(unknown)[0]!r}", expected=", ".join(cls.__dataclass_fields__), got=", ".join(sorted(unknown)), todo="leave it out"
+                f"unknown option {sorted(unknown)[0]!r}",
+                expected=", ".join(cls.__dataclass_fields__),
+                got=", ".join(sorted(unknown)),
+                todo="leave it out",
             )
         made = cls(**given)
         if made.engine not in (None, *ENGINES):
-            raise UnknownOption(f"there is no engine {made.engine!r}", expected=", ".join(ENGINES), got=made.engine, todo="name one of these, or none")
+            raise UnknownOption(
+                f"there is no engine {made.engine!r}",
+                expected=", ".join(ENGINES),
+                got=made.engine,
+                todo="name one of these, or none",
+            )
         if made.verify not in VERIFY:
-            raise UnknownOption(f"verify cannot be {made.verify!r}", expected=", ".join(map(repr, VERIFY)), got=made.verify, todo="name one of these")
+            raise UnknownOption(
+                f"verify cannot be {made.verify!r}",
+                expected=", ".join(map(repr, VERIFY)),
+                got=made.verify,
+                todo="name one of these",
+            )
         return made

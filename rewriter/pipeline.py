@@ -93,7 +93,9 @@ def _plan(site: Site, facts: Facts, options: Options) -> tuple[list[Plan] | None
     plans = []
     reasons = []
     for part in site.parts:
-        outcome = plan_part(part.region, numbers_of(site), site.root.meta["val"].device, options.engine, site.normaliser is site.root)
+        outcome = plan_part(
+            part.region, numbers_of(site), site.root.meta["val"].device, options.engine, site.normaliser is site.root
+        )
         if isinstance(outcome, Leave):
             return None, outcome.reason
         plans.append(outcome.plan)
@@ -104,7 +106,7 @@ def _plan(site: Site, facts: Facts, options: Options) -> tuple[list[Plan] | None
 def _needs_gradient(site: Site, facts: Facts) -> Declined | None:
     if not facts.grad_enabled[site.root]:
         return None
-    inputs = {n for n in site.root.all_input_nodes} | set(site.interior)
+    inputs = set(site.root.all_input_nodes) | set(site.interior)
     if any(n in facts.needs_grad for n in inputs):
         return Declined("needs gradients; fused training is not built yet")
     return None
@@ -128,4 +130,3 @@ def _mode(gm: fx.GraphModule) -> object:
         if isinstance(value, torch.Tensor) and hasattr(value, "fake_mode"):
             return value.fake_mode
     raise CaptureFailed("no fake tensor in the captured graph")
-

@@ -107,7 +107,10 @@ def _rejoin(poly: Poly) -> Poly:
     return poly
 
 
-def divide_term(mono: tuple[Expr, ...], coef: int, by: tuple[tuple[Expr, ...], int]) -> tuple[tuple[Expr, ...], int] | None:
+Term = tuple[tuple[Expr, ...], int]
+
+
+def divide_term(mono: tuple[Expr, ...], coef: int, by: Term) -> Term | None:
     """coef*mono divided by a monomial, or None when it does not divide exactly."""
     by_mono, by_coef = by
     if coef % by_coef:
@@ -202,7 +205,8 @@ def atom_bound(atom: Expr, upper: bool, facts: Facts, fuel: int) -> Poly | None:
     if atom.op in ("min", "max"):
         ends = [extreme(to_poly(a), upper, facts, fuel) for a in args]
         if (atom.op == "min") == upper:  # either end will do
-            return next((e for e in ends if e is not None and set(e) <= {()}), None) or next((e for e in ends if e is not None), None)
+            known_ends = [e for e in ends if e is not None]
+            return next((e for e in known_ends if set(e) <= {()}), known_ends[0] if known_ends else None)
         return _wider(ends[0], ends[1], upper, facts, fuel)
     if atom.op == "where":
         ends = [extreme(to_poly(a), upper, facts, fuel) for a in args[1:]]

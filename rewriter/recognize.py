@@ -1,12 +1,12 @@
 """Find attention: lift a candidate, read its weight as a softmax over keys, name the axes, build the region.
 
-    candidate   matmul(P, V) whose P descends from a normaliser
-    lift        P[b,h,i,j] and V[b,h,j,e] in index notation            (refocus.lift)
-    match       P = sum over mixed of factor * softmax_j(logits)        (refocus.patterns.softmax)
-    axes        key: the summed axis; value: in V and the result only; query: the axis that meets the key in the
-                scores; everything else is batch
-    split       an axis that is only ever used as a // c and a % c is two axes
-    close       no value that holds scores may be read elsewhere, and nothing it reads may be written meanwhile
+candidate   matmul(P, V) whose P descends from a normaliser
+lift        P[b,h,i,j] and V[b,h,j,e] in index notation            (refocus.lift)
+match       P = sum over mixed of factor * softmax_j(logits)        (refocus.patterns.softmax)
+axes        key: the summed axis; value: in V and the result only; query: the axis that meets the key in the
+            scores; everything else is batch
+split       an axis that is only ever used as a // c and a % c is two axes
+close       no value that holds scores may be read elsewhere, and nothing it reads may be written meanwhile
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def recognize(facts: Facts) -> list[Site | Left]:
     for group in groups:
         level: int | None = None
         for candidate in group:
-            if candidate.root in done or level is not None and candidate.mixes != level:
+            if candidate.root in done or (level is not None and candidate.mixes != level):
                 continue
             outcome = recognize_one(candidate, facts)
             if isinstance(outcome, Site):
@@ -160,7 +160,14 @@ def _attempt(candidate: Candidate, facts: Facts, axes: _Axes) -> _Lifted | Decli
         found = lift_sdpa(lifter, root, index)
         if isinstance(found, Declined):
             return found
-        return _Lifted(found.key, found.values, [((), Const(1.0, "float32"), found.softmax)], Const(0.0, "float32"), lifter, found.zero_rows)
+        return _Lifted(
+            found.key,
+            found.values,
+            [((), Const(1.0, "float32"), found.softmax)],
+            Const(0.0, "float32"),
+            lifter,
+            found.zero_rows,
+        )
     reads = _reads(lifter, root, index)
     if reads is None:
         return Declined("the product with the values has no index notation", op_name(root))
@@ -214,7 +221,13 @@ def _cut_axes(candidates_: list[Axis], weights_index: tuple[Expr, ...], key: Axi
     """The axis that counts as the query for the cut. Heads that share one value head are not in the values either, but
     keys may depend on them; the row of the weights matrix is preferred, then the longest axis, then the last."""
     at = next((k for k, e in enumerate(weights_index) if e == key), 0)
-    row = weights_index[at - 1].axes if at > 0 else weights_index[at + 1].axes if at + 1 < len(weights_index) else frozenset()
+    row = (
+        weights_index[at - 1].axes
+        if at > 0
+        else weights_index[at + 1].axes
+        if at + 1 < len(weights_index)
+        else frozenset()
+    )
 
     def rank(axis: Axis) -> tuple[bool, float, int]:
         size = float(axis.size.value) if isinstance(axis.size, Const) else float("inf")
@@ -223,9 +236,13 @@ def _cut_axes(candidates_: list[Axis], weights_index: tuple[Expr, ...], key: Axi
     return {max(candidates_, key=rank)} if candidates_ else set()
 
 
-def _reads(lifter: Lifter, root: fx.Node, index: tuple[Expr, ...]) -> tuple[tuple[Axis, ...], list[tuple[fx.Node, tuple[Expr, ...]]]] | None:
+def _reads(
+    lifter: Lifter, root: fx.Node, index: tuple[Expr, ...]
+) -> tuple[tuple[Axis, ...], list[tuple[fx.Node, tuple[Expr, ...]]]] | None:
     if op_name(root) in CONTRACTIONS:
-        if op_name(root) in ("baddbmm", "addmm") or (op_name(root) == "linear" and len(root.args) > 2 and root.args[2] is not None):
+        if op_name(root) in ("baddbmm", "addmm") or (
+            op_name(root) == "linear" and len(root.args) > 2 and root.args[2] is not None
+        ):
             return None
         return operands_at(lifter, root, index)
     # sum(p * v): a contraction spelled as multiply and sum
@@ -262,7 +279,9 @@ def _untidy(lifted: _Lifted) -> int:
     """How many index entries of loads are neither an axis, a constant, nor an axis over a constant."""
     from refocus.lift import _complexity
 
-    return sum(_complexity(load.index) for e in _expressions(lifted) for load in (e.loads if not isinstance(e, Load) else (e,)))
+    return sum(
+        _complexity(load.index) for e in _expressions(lifted) for load in (e.loads if not isinstance(e, Load) else (e,))
+    )
 
 
 def _split_axis(lifted: _Lifted, axes: _Axes) -> _Axes | None:
@@ -276,7 +295,11 @@ def _split_axis(lifted: _Lifted, axes: _Axes) -> _Axes | None:
                         by[node.args[1]] = None
             for inner in by:
                 outer = s.floordiv(axis.size, inner)
-                if outer == Const(1) or s.mul(outer, inner) != axis.size or any(isinstance(a, Call) for m in to_poly(outer) for a in m):
+                if (
+                    outer == Const(1)
+                    or s.mul(outer, inner) != axis.size
+                    or any(isinstance(a, Call) for m in to_poly(outer) for a in m)
+                ):
                     continue
                 halves = [Axis(f"{axis.name}a", outer), Axis(f"{axis.name}b", inner)]
                 dims = [list(g) for g in axes.dims]
@@ -320,9 +343,24 @@ def _close(candidate: Candidate, facts: Facts, axes: _Axes, lifted: _Lifted) -> 
     if not (isinstance(lifted.rest, Const) and lifted.rest.value == 0):
         from refocus.ir import Reduce
 
-        epilogue = s.call("add", epilogue, s.call("mul", lifted.rest, Reduce("sum", lifted.key, lifted.values, "float32"), dtype="float32"), dtype="float32")
+        epilogue = s.call(
+            "add",
+            epilogue,
+            s.call("mul", lifted.rest, Reduce("sum", lifted.key, lifted.values, "float32"), dtype="float32"),
+            dtype="float32",
+        )
         plain = False
-    return Site(root, candidate.normaliser, tuple(parts), epilogue, plain, tuple(tuple(g) for g in axes.dims), tuple(orders), (), frozenset(interior))
+    return Site(
+        root,
+        candidate.normaliser,
+        tuple(parts),
+        epilogue,
+        plain,
+        tuple(tuple(g) for g in axes.dims),
+        tuple(orders),
+        (),
+        frozenset(interior),
+    )
 
 
 def _no_writes_between(facts: Facts, readers: set[fx.Node], root: fx.Node) -> None:
@@ -340,7 +378,11 @@ def _no_writes_between(facts: Facts, readers: set[fx.Node], root: fx.Node) -> No
 def _sum(axis: Axis, factor: Expr, part: Load, term: Expr) -> Expr:
     from refocus.ir import Reduce
 
-    return Dot((axis,), factor, part, "float32") if axis in factor.axes and isinstance(term, Call) else Reduce("sum", axis, term, "float32")
+    return (
+        Dot((axis,), factor, part, "float32")
+        if axis in factor.axes and isinstance(term, Call)
+        else Reduce("sum", axis, term, "float32")
+    )
 
 
 def _interior(candidate: Candidate, facts: Facts, lifted: _Lifted) -> set[fx.Node]:

@@ -158,7 +158,7 @@ def _divide_rest(rest: Poly, mono: tuple[Expr, ...], coef: int, b: Expr, facts: 
             return q, from_poly(poly_add(poly_mul(to_poly(r), unit), low))
     value = from_poly(_strip_mods(rest, mono, coef))
     if to_poly(value) != rest:
-        inner_q, inner_r = _divide(value, b, facts)
+        _, inner_r = _divide(value, b, facts)
         # (x % (k*b)) keeps its remainder, but not its quotient
         return _quotient_of_rest(rest, b), inner_r
     return _quotient_of_rest(rest, b), Call("mod", (value, b), INT)
@@ -317,7 +317,7 @@ def ne(a: IntLike, b: IntLike, facts: Facts = NO_FACTS) -> Expr:
 
 
 def _over_where(diff: Poly, compare: Callable[[Expr], Expr]) -> Expr | None:
-    """A comparison with one `where` of constants in it is a choice between two comparisons (bool masks kept as ints)."""
+    """A comparison with one `where` of constants in it is a choice of two comparisons (bool masks kept as ints)."""
     for mono in diff:
         if len(mono) == 1 and isinstance(mono[0], Call) and mono[0].op == "where":
             cond, a, b = mono[0].args
@@ -612,6 +612,11 @@ def assume(cond: Expr) -> dict[Expr, tuple[int | None, int | None]]:
     return facts
 
 
+_RANGED: dict[str, Callable[[Expr, Expr, Facts], Expr]] = {
+    "floordiv": floordiv, "mod": mod, "min": minimum, "max": maximum, "le": le, "eq": eq,
+}  # fmt: skip
+
+
 def under(target: Expr, facts: Facts) -> Expr:
     """Simplify index arithmetic again, knowing `facts`."""
     if not facts or not any(a in facts for a in target.axes):
@@ -619,17 +624,16 @@ def under(target: Expr, facts: Facts) -> Expr:
 
     def again(node: Expr, children: tuple[Expr, ...]) -> Expr:
         if isinstance(node, Call) and all(c.is_int for c in children):
-            if node.op in ("floordiv", "mod", "min", "max", "le", "eq"):
-                return {"floordiv": floordiv, "mod": mod, "min": minimum, "max": maximum, "le": le, "eq": eq}[node.op](
-                    *children, facts
-                )
+            if node.op in _RANGED:
+                return _RANGED[node.op](children[0], children[1], facts)
         return rebuild(node, children)
 
     memo: dict[Expr, Expr] = {}
 
     def go(node: Expr) -> Expr:
         if node not in memo:
-            memo[node] = again(node, tuple(go(c) for c in node.children)) if node.children and not isinstance(node, Axis) else node
+            children = () if isinstance(node, Axis) else tuple(go(c) for c in node.children)
+            memo[node] = again(node, children) if children else node
         return memo[node]
 
     return go(target)

@@ -39,7 +39,12 @@ def location_of(node: fx.Node) -> str:
 def describe_left(name: str, left: Left) -> Row:
     """A site that was not recognised."""
     return Row(
-        name, location_of(left.root), False, False, reason=left.declined.reason, blame=left.declined.blame or op_name(left.root)
+        name,
+        location_of(left.root),
+        False,
+        False,
+        reason=left.declined.reason,
+        blame=left.declined.blame or op_name(left.root),
     )
 
 
@@ -91,7 +96,9 @@ def tiles_of(region: Region, plan: Plan | None, numbers: dict[Sym, int]) -> Tile
     """Tile counts of the mask at these sizes. Values that are known at run time only count as partial."""
     block_q, block_k = (plan.block_q, plan.block_k) if plan else (_TILE, _TILE)
     try:
-        found = masks.classify(region.mask, region.batch, region.query, region.key, block_q, block_k, {}, numbers, "cpu")
+        found = masks.classify(
+            region.mask, region.batch, region.query, region.key, block_q, block_k, {}, numbers, "cpu"
+        )
     except KeyError:
         return None
     counts = found.counts()
@@ -117,7 +124,10 @@ def costs(site: Site, numbers: dict[Sym, int], tiles: Tiles | None) -> tuple[Cos
         value = math.prod(size_of(a.size, numbers) for a in region.value) if region.value else 1
         flops = pairs * (2 * dot + 2 * value + 6)
         size = site.root.meta["val"].element_size()
-        io = _numel(part, numbers) + math.prod(size_of(a.size, numbers) for a in (*region.batch, region.query, *region.value)) * size
+        io = (
+            _numel(part, numbers)
+            + math.prod(size_of(a.size, numbers) for a in (*region.batch, region.query, *region.value)) * size
+        )
         before_flops, after_flops = before_flops + flops, after_flops + int(flops * kept)
         before_bytes, after_bytes = before_bytes + io + 4 * pairs * size, after_bytes + io
     return Cost(before_flops, before_bytes), Cost(after_flops, after_bytes)

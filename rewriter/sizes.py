@@ -60,11 +60,11 @@ def _convert(value: sympy.Expr, shape_env: Any) -> Expr:
     if value.is_Pow and isinstance(args[1], Const) and 0 <= args[1].value <= 4:
         return s.mul(1, *(args[0],) * int(args[1].value))
     if name in ("FloorDiv", "CleanDiv"):
-        return s.floordiv(*args)
+        return s.floordiv(args[0], args[1])
     if name in ("Mod", "PythonMod"):
-        return s.mod(*args)
+        return s.mod(args[0], args[1])
     if name == "Min":
-        return s.minimum(*args)
+        return s.minimum(args[0], args[1])
     if name == "Max":
-        return s.maximum(*args)
+        return s.maximum(args[0], args[1])
     return Sym("u_" + re.sub(r"\W+", "_", str(value)), 0)

@@ -179,7 +179,10 @@ def _body_key(site: Site, plans: Sequence[Plan], inputs: list[fx.Node]) -> Any:
     bindings = tuple(
         tuple(where[b.name] if isinstance(b, fx.Node) else text(b.value) for b in p.bindings) for p in site.parts
     )
-    metas = tuple((tuple(map(str, n.meta["val"].shape)), tuple(map(str, n.meta["val"].stride())), n.meta["val"].dtype) for n in inputs)
+    metas = tuple(
+        (tuple(map(str, n.meta["val"].shape)), tuple(map(str, n.meta["val"].stride())), n.meta["val"].dtype)
+        for n in inputs
+    )
     root = site.root.meta["val"]
     layout = (tuple(map(str, root.shape)), tuple(map(str, root.stride())), root.dtype)
     regions = tuple(p.region for p in site.parts)
@@ -187,7 +190,9 @@ def _body_key(site: Site, plans: Sequence[Plan], inputs: list[fx.Node]) -> Any:
     return regions, tuple(plans), bindings, metas, layout, text(site.epilogue), site.dims, site.axes
 
 
-def _function(site: Site, plans: Sequence[Plan], inputs: list[fx.Node], syms: list[Sym]) -> Callable[[list[Tensor], list[int]], Tensor]:
+def _function(
+    site: Site, plans: Sequence[Plan], inputs: list[fx.Node], syms: list[Sym]
+) -> Callable[[list[Tensor], list[int]], Tensor]:
     """What stands in for the root, as a function of the tensors that it reads and the symbolic sizes."""
     root = site.root.meta["val"]
     shape = shape_of(site.root)
@@ -203,8 +208,7 @@ def _function(site: Site, plans: Sequence[Plan], inputs: list[fx.Node], syms: li
             out = _attend(part.region, plan, operands, [sizes[x] for x in part.region.syms])
             results[f"part{k}"] = out if any(a.name == "one" for a in axes) else _without_dummy(out, part.region, axes)
         if site.plain:
-            axes = list(site.axes[0])
-            value = results["part0"].permute([axes.index(a) for a in flat])
+            value = results["part0"].permute([site.axes[0].index(a) for a in flat])
         else:
             value = evaluate(site.epilogue, arange_env(flat, sizes), {**named, **results}, sizes)
             value = value.expand([size_of(a.size, sizes) for a in flat])

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from refocus import oracle, simplify
+from refocus import inductor, oracle, simplify
 from refocus.codegen import cpp, heads, repair
 from refocus.codegen.plan import Plan
 from refocus.errors import EngineUnavailable
-from refocus.inductor import InductorFailed
 from refocus.ir import BOOL, INT, TRUE, Axis, Const, Dot, Expr, Load, Operand, Region
 from refocus.tolerances import FACTOR, magnitude, tolerance
 from tests import region_cases as cases
@@ -283,7 +282,7 @@ def _call(case: cases.Case) -> tuple[Region, Plan, list[Tensor], list[int]]:
 
 def test_inductor_failing_is_survived(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
-        raise InductorFailed("no compiler")
+        raise inductor.InductorFailed("no compiler")
 
     monkeypatch.setattr(cpp, "compiled", fail)
     case = cases.dense(n=21)
@@ -306,7 +305,7 @@ def test_in_a_compiled_graph() -> None:
 
     x = torch.randn(64, 1, 1, 16)
     with torch.no_grad():
-        out = torch.compile(model, fullgraph=True)(x)
+        [out] = inductor.compiled(lambda x: [model(x)], [x])(x)
         q, k, v = (x * projection).permute(1, 2, 0, 3)[:, None].expand(3, cases.B, -1, -1, -1)
         expected = oracle.run(region, [q, k, v]).transpose(1, 2).flatten(2) * 2.0 + 1.0
     torch.testing.assert_close(out, expected.to(torch.float32), rtol=0, atol=1e-5)

@@ -121,12 +121,14 @@ NAMES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_against_the_oracle(results: dict[str, Any], name: str) -> None:
     for error, allowed in results[name]:
         assert error <= allowed
 
 
+@pytest.mark.slow
 def test_sizes_of_zero(results: dict[str, Any]) -> None:
     assert results["no_queries"] == [2, 4, 0, 16]
     assert results["no_keys"] == [[2, 4, 53, 16], 0.0]
