@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import itertools
 import math
 import re
 import statistics
@@ -44,13 +45,15 @@ def time_peers(
     device: torch.device,
     repeats: int = 7,
     warmup: int = 2,
+    at_least: float = 0.0,
     budget: float = 60.0,
     on_call: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing]:
     """Median time of each peer, called in turns: a b c, b c a, c a b, ...
 
-    `warmup` calls of each come first (the first one compiles). At least three rounds are timed, then more until
-    `repeats` rounds or `budget` seconds are reached. `on_call` is told the name before each call.
+    `warmup` calls of each come first (the first one compiles). Rounds are timed until there are `repeats` of them and
+    they have taken `at_least` so many seconds; after three rounds, `budget` seconds end it early. `on_call` is told the
+    name before each call.
     """
     synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     names = list(peers)
@@ -61,8 +64,9 @@ def time_peers(
     synchronize()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     started = time.perf_counter()
-    for turn in range(repeats):
-        if turn >= 3 and time.perf_counter() - started > budget:
+    for turn in itertools.count():
+        elapsed = time.perf_counter() - started
+        if (turn >= repeats and elapsed >= at_least) or (turn >= 3 and elapsed > budget):
             break
         first = turn % len(names)
         for name in names[first:] + names[:first]:

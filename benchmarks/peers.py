@@ -23,6 +23,7 @@ class Row:
 
     peer: str
     seconds: float
+    fastest: float
     first: float
     memory: int | None
     difference: float
@@ -35,6 +36,7 @@ def compare(
     *,
     engine: str | None = None,
     repeats: int = 7,
+    at_least: float = 0.0,
     budget: float = 60.0,
     memory: bool = True,
     on_step: Callable[[str, str], None] = lambda peer, step: None,
@@ -66,11 +68,28 @@ def compare(
         del output, reference
         calls = {name: (lambda peer=peer: peer(**inputs)) for name, peer in peers.items()}
         timings = time_peers(
-            calls, device=device, repeats=repeats, warmup=1, budget=budget, on_call=lambda name: on_step(name, "time")
+            calls,
+            device=device,
+            repeats=repeats,
+            warmup=1,
+            at_least=at_least,
+            budget=budget,
+            on_call=lambda name: on_step(name, "time"),
         )
         peaks: dict[str, int | None] = dict.fromkeys(peers)
         if memory:
             for name, call in calls.items():
                 on_step(name, "memory")
                 peaks[name] = peak_memory(call, device=device)
-    return {name: Row(name, timings[name].median, first[name], peaks[name], differences[name], scale) for name in peers}
+    return {
+        name: Row(
+            name,
+            seconds=timings[name].median,
+            fastest=timings[name].fastest,
+            first=first[name],
+            memory=peaks[name],
+            difference=differences[name],
+            scale=scale,
+        )
+        for name in peers
+    }

@@ -243,10 +243,11 @@ def _like(tensor: Tensor, operand: Operand, sizes: dict[Sym, Any]) -> Tensor:
 
 def _order(tensor: Tensor) -> tuple[int, ...] | None:
     """The dimensions from the slowest to the fastest, where the tensor has no gaps."""
-    order = sorted(range(tensor.dim()), key=lambda d: (-tensor.stride(d), d))
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda d: (-strides[d], d))
     step = 1
     for dim in reversed(order):
-        if tensor.shape[dim] != 1 and tensor.stride(dim) != step:
+        if tensor.shape[dim] != 1 and strides[dim] != step:
             return None
         step *= tensor.shape[dim]
     return tuple(order)

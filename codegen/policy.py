@@ -164,7 +164,8 @@ def _function_cost(score: Expr | None) -> float:
 
 def _live(region: Region, block_q: int, block_k: int, numbers: Mapping[Sym, int]) -> float:
     """The share of tiles that are not empty: counted for the closed part of the mask, guessed for what is loaded."""
-    closed, loaded = TRUE, 1.0
+    closed: Expr = TRUE
+    loaded = 1.0
     for part in conjuncts(region.mask):
         if not part.loads:
             closed = simplify.and_(closed, part)

@@ -48,8 +48,4 @@ def _text(value: Any) -> str:
         return str(value.print_readable(print_output=False))
     if isinstance(value, list):
         return "\n\n".join(_text(v) for v in value)
-    if hasattr(value, "parts"):
-        from refocus.notation import notation
-
-        return f"{value.root}\n" + "\n".join(notation(p.region) for p in value.parts)
     return str(value)

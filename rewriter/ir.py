@@ -15,7 +15,7 @@ people. Integer arithmetic must be built through `refocus.simplify`, which keeps
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import inf, nan
 from typing import Any
@@ -49,7 +49,11 @@ class Expr:
         put = object.__setattr__
         put(self, "axes", axes - frozenset(bound) if bound else axes)
         put(self, "loads", tuple(loads))
-        put(self, "_hash", hash((type(self).__name__, *(getattr(self, f.name) for f in fields(self)))))  # type: ignore[arg-type]
+        put(self, "_hash", hash((type(self).__name__, *(getattr(self, f) for f in self.__dataclass_fields__))))  # type: ignore[attr-defined]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Hashes of strings differ between processes: a node is made anew rather than copied.
+        return type(self), tuple(getattr(self, f) for f in self.__dataclass_fields__)  # type: ignore[attr-defined]
 
     def __hash__(self) -> int:
         return self._hash
@@ -87,6 +91,8 @@ class Const(Expr):
     dtype: str = INT
 
     def __post_init__(self) -> None:
+        if self.value != self.value:
+            object.__setattr__(self, "value", nan)  # one object, so that a NaN equals its own parse
         self._seal(())
 
     __hash__ = Expr.__hash__

@@ -139,7 +139,7 @@ class Lifter:
                 self.visited.add(node)
                 return value
             return self.constant(node, index) or self.leaf(node, index)
-        inside = self.inside(index)
+        inside = self.within(node, index)
         if not inside and (not self.tainted(node) or name in CONTRACTIONS):
             return self.leaf(node, index)
         value = handler(self, node, index)
@@ -167,13 +167,19 @@ class Lifter:
                 has_query = True
         return has_key and has_query
 
+    def within(self, node: fx.Node, index: Index) -> bool:
+        """`inside`, for one node. Where there is but one query, its axis is gone: scores are told by their source."""
+        if self.query_axes:
+            return self.inside(index)
+        return self.tainted(node) and any(entry.axes & self.key_axes for entry in index)
+
     def leaf(self, node: fx.Node, index: Index) -> Load:
         """Stop here: the region loads this value."""
         dtype = kind_of(dtype_of(node)) if kind_of(dtype_of(node)) == BOOL else dtype_of(node)
         return Load(node.name, index, dtype)
 
     def _stop(self, node: fx.Node, index: Index) -> Expr:
-        if self.blame is None and self.inside(index) and self.tainted(node):
+        if self.blame is None and self.within(node, index) and self.tainted(node):
             self.blame = node
         return self.leaf(node, index)
 

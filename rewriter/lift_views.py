@@ -425,7 +425,7 @@ VIEWS: dict[str, Handler] = {
     **dict.fromkeys(("mT", "matrix_H", "adjoint"), _swap_last),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
     **dict.fromkeys(("repeat", "tile"), _repeat),
-    **dict.fromkeys(("contiguous", "clone", "alias", "detach", "lift_fresh", "lift_fresh_copy", "positive", "resolve_conj"), _same),
+    **dict.fromkeys(("contiguous", "clone", "alias", "detach", "lift_fresh", "lift_fresh_copy", "positive"), _same),
     **dict.fromkeys(("squeeze", "squeeze_copy"), _squeeze),
     **dict.fromkeys(("cat", "concat", "concatenate"), _cat),
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),

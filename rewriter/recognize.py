@@ -21,6 +21,7 @@ from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Region, Sym
 from refocus.lift import Lifter, Unliftable, dtype_of, is_tensor, op_name
 from refocus.lift_reductions import CONTRACTIONS, operands_at
 from refocus.normal_form import Binding, Draft, finish
+from refocus.notation import notation
 from refocus.patterns.declined import Declined
 from refocus.patterns.sdpa import lift_sdpa
 from refocus.patterns.softmax import Softmax, match, terms_of
@@ -53,6 +54,9 @@ class Site:
     operands: tuple[tuple[str, fx.Node], ...] = ()
     interior: frozenset[fx.Node] = frozenset()
     family: str = "softmax"
+
+    def __str__(self) -> str:
+        return f"{self.root}:\n" + "\n".join(notation(part.region) for part in self.parts)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ LONGEST = 500
 LAYERS: dict[str, tuple[str, ...]] = {
     "base": ("errors", "debug", "options", "tolerances", "report", "inductor"),
     "ir": ("ir", "notation"),
-    "algebra": ("polynomial", "simplify"),
+    "algebra": ("polynomial", "proofs", "division", "comparisons", "constants", "simplify"),
     "meaning": ("hoist", "intervals", "key_bounds", "grid", "operations", "evaluate", "oracle", "tile_grid", "masks"),
     "lift": ("capture", "fold", "sizes", "lift", "lift_*", "facts"),
     "patterns": ("patterns", "patterns.*"),

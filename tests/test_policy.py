@@ -1,0 +1,60 @@
+"""Which engine the CPU policy picks: the orderings that were measured, not its figures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.engines_cpu import region_of
+from refocus.codegen import cpp
+from refocus.codegen.choose import Chosen, Leave
+from refocus.codegen.policy import choose_cpu
+from tests import region_cases as cases
+
+pytestmark = pytest.mark.skipif(cpp.machine_reason() is not None, reason=str(cpp.machine_reason()))
+
+
+def picked(kind: str, n: int, *, kv_heads: int = 8, was_sdpa: bool = False) -> str:
+    region = region_of(kind, 8, kv_heads, 1 if kind == "decode" else n, n, 64)
+    outcome = choose_cpu(region, {}, was_sdpa)
+    return outcome.plan.engine if isinstance(outcome, Chosen) else "leave"
+
+
+@pytest.mark.parametrize(
+    "kind, n, engine",
+    [
+        ("window", 4096, "cpp"), ("window", 1024, "cpp"), ("causal", 1024, "cpp"), ("causal", 8192, "sdpa"),
+        ("dense", 4096, "sdpa"), ("bias", 2048, "sdpa"), ("bias", 64, "leave"), ("dense", 64, "leave"),
+    ],
+)  # fmt: skip
+def test_measured_orderings(kind: str, n: int, engine: str) -> None:
+    assert picked(kind, n) == engine
+
+
+def test_decoding_does_not_repeat_grouped_keys() -> None:
+    assert picked("decode", 4096, kv_heads=2) == "sdpa"
+
+
+def test_what_calls_sdpa_already_is_replaced_only_for_sparsity() -> None:
+    assert picked("dense", 4096, was_sdpa=True) == "leave"
+    assert picked("causal", 4096, was_sdpa=True) == "leave"
+    assert picked("window", 4096, was_sdpa=True) == "cpp"
+
+
+def test_tiles_follow_the_mask() -> None:
+    narrow = choose_cpu(region_of("window", 8, 8, 4096, 4096, 64), {})
+    assert isinstance(narrow, Chosen) and (narrow.plan.block_q, narrow.plan.block_k) == (64, 64)
+    causal = choose_cpu(region_of("causal", 8, 8, 1024, 1024, 64), {})
+    assert isinstance(causal, Chosen) and (causal.plan.block_q, causal.plan.block_k) == (128, 128)
+
+
+@pytest.mark.parametrize("name", cases.all_names())
+def test_every_case_has_an_answer(name: str) -> None:
+    region, _, sizes = cases.CASES[name]()
+    outcome = choose_cpu(region, dict(zip(region.syms, sizes)))
+    assert outcome.reason
+
+
+def test_what_no_engine_takes_is_left_with_the_reason() -> None:
+    outcome = choose_cpu(cases.dense(torch.float64)[0], {})
+    assert isinstance(outcome, Leave) and "float64" in outcome.reason
