@@ -256,29 +256,40 @@ def separate_mask(logits: Expr, scale: float = 1.0) -> tuple[Expr, Expr]:
 
         where(p, x, -inf) + bias        ->  x + bias,  p
         x + where(p, 0.0, finfo.min)    ->  x,         p
+        x * [p] - 1e4 * (1 - [p])       ->  x,         p
     """
+    score, mask = _separate(logits, scale)
+    if mask != TRUE:  # where the mask holds, its parts are known
+        score = s.substitute(score, dict.fromkeys(s.conjuncts(mask), TRUE))
+    return score, mask
+
+
+def _separate(logits: Expr, scale: float) -> tuple[Expr, Expr]:
     if not (isinstance(logits, Call) and logits.is_float):
         return logits, TRUE
     args = logits.args
     if logits.op == "where":
         for cond, kept, fill in ((args[0], args[1], args[2]), (s.not_(args[0]), args[2], args[1])):
             if isinstance(fill, Const) and fill.value * scale <= MASK_FILL:
-                score, mask = separate_mask(kept, scale)
+                score, mask = _separate(kept, scale)
                 return score, s.and_(cond, mask)
     elif logits.op == "add":
-        parts = [separate_mask(a, scale) for a in args]
+        parts = [_separate(a, scale) for a in args]
         score = parts[0][0]
         for part, _ in parts[1:]:
             score = s.call("add", score, part, dtype=logits.dtype)
         return score, s.and_(*(m for _, m in parts))
     elif logits.op == "sub":
-        score, mask = separate_mask(args[0], scale)
-        return s.call("sub", score, args[1], dtype=logits.dtype), mask
+        taken = args[1]
+        if isinstance(taken, Call) and taken.op == "where" and all(isinstance(a, Const) for a in taken.args[1:]):
+            return _separate(s.call("add", args[0], s.call("neg", taken, dtype=logits.dtype), dtype=logits.dtype), scale)
+        score, mask = _separate(args[0], scale)
+        return s.call("sub", score, taken, dtype=logits.dtype), mask
     elif logits.op in ("mul", "div"):
         for inner, factor in ((args[0], args[1]), (args[1], args[0])):
             if isinstance(factor, Const) and factor.value > 0 and (logits.op == "mul" or factor is args[1]):
                 ratio = factor.value if logits.op == "mul" else 1 / factor.value
-                score, mask = separate_mask(inner, scale * ratio)
+                score, mask = _separate(inner, scale * ratio)
                 pair = (score, factor) if inner is args[0] else (factor, score)
                 return s.call(logits.op, *pair, dtype=logits.dtype), mask
     return logits, TRUE
