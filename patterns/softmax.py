@@ -282,7 +282,8 @@ def _separate(logits: Expr, scale: float) -> tuple[Expr, Expr]:
     elif logits.op == "sub":
         taken = args[1]
         if isinstance(taken, Call) and taken.op == "where" and all(isinstance(a, Const) for a in taken.args[1:]):
-            return _separate(s.call("add", args[0], s.call("neg", taken, dtype=logits.dtype), dtype=logits.dtype), scale)
+            given = s.call("neg", taken, dtype=logits.dtype)
+            return _separate(s.call("add", args[0], given, dtype=logits.dtype), scale)
         score, mask = _separate(args[0], scale)
         return s.call("sub", score, taken, dtype=logits.dtype), mask
     elif logits.op in ("mul", "div"):
