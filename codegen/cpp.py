@@ -29,7 +29,7 @@ from refocus.codegen.plan import Plan
 from refocus.errors import EngineUnavailable
 from refocus.evaluate import size_of
 from refocus.inductor import InductorFailed, compiled, compiled_open, replayed
-from refocus.ir import TRUE, Dot, Load, Operand, Reduce, Region, Sym
+from refocus.ir import TRUE, Const, Dot, Load, Operand, Reduce, Region, Sym
 from refocus.masks import BlockLists
 
 # Kernels for all sizes that one kind of operands may have: each holds under its own guards (short or long queries, ..).
@@ -78,7 +78,8 @@ def _query_operand(fitted: Fitted) -> str | None:
     load = fitted.products[0].query
     wanted = [a for a in (*region.batch, region.query, *fitted.products[0].over) if a in load.axes]
     shared = any(load.tensor == other.tensor for e in sides for other in e.loads)
-    return load.tensor if list(load.index) == wanted and not shared else None
+    order = [x for x in load.index if not isinstance(x, Const)]
+    return load.tensor if order == wanted and not shared else None
 
 
 def run(region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:

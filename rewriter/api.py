@@ -115,7 +115,8 @@ def explain(model: Callable[..., Any], *args: Any, engine: str | None = None, **
         ) from problem
     sites = [site for report in found for site in report.sites]
     named = tuple(_renamed(site, k) for k, site in enumerate(sites))
-    return Report(named, len(found), sum(r.seconds for r in found))
+    notes = tuple(note for report in found for note in report.notes)
+    return Report(named, len(found), sum(r.seconds for r in found), notes)
 
 
 def _fresh(target: Callable[..., Any]) -> Callable[..., Any]:

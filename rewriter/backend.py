@@ -52,6 +52,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
         raise
     except Exception as problem:  # our own defect must not stop the user's model
         _warn("rewriting a graph failed", problem)
+        deliver(Report((), notes=(f"rewriting a graph failed: {problem!r}",)), options)
         return lower(gm, example_inputs)
     deliver(rewritten.report, options)
     if rewritten.gm is gm:

@@ -51,7 +51,8 @@ def rewrite(gm: fx.GraphModule, options: Options) -> Rewritten:
     except CaptureFailed as problem:
         debug.log(1, f"capture failed: {problem}")
         debug.dump("capture", str(problem))
-        return Rewritten(gm, Report((), 1, time.perf_counter() - started))
+        note = f"a graph could not be captured, and runs as it is: {problem}"
+        return Rewritten(gm, Report((), 1, time.perf_counter() - started, (note,)))
     debug.dump("capture", traced)
     facts = gather_facts(traced)
     found = recognize(facts)

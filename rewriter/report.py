@@ -105,12 +105,13 @@ class Report:
     """All sites of one model, in the order in which they run.
 
     `graphs`: how many graphs the capture made (more than one: the model has graph breaks). `seconds`: time that
-    Refocus's own passes took.
+    Refocus's own passes took. `notes`: what kept a whole graph from being read, if anything did.
     """
 
     sites: tuple[Site, ...]
     graphs: int = 1
     seconds: float = 0.0
+    notes: tuple[str, ...] = ()
 
     @property
     def fused(self) -> tuple[Site, ...]:
@@ -130,8 +131,8 @@ class Report:
         )
 
     def __str__(self) -> str:
-        lines = [self.summary]
-        if not self.sites:
+        lines = [self.summary, *(f"note: {note}" for note in self.notes)]
+        if not self.sites and not self.notes:
             lines.append("No attention was found: no product of two tensors is normalised and applied to a third.")
         for names, site in self._groups():
             lines += ["", f"{names}  {site.location}  {site.state}"]
@@ -146,7 +147,8 @@ class Report:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Report:
-        return cls(tuple(Site.from_dict(site) for site in data["sites"]), data["graphs"], data["seconds"])
+        sites = tuple(Site.from_dict(site) for site in data["sites"])
+        return cls(sites, data["graphs"], data["seconds"], tuple(data.get("notes", ())))
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -164,6 +166,7 @@ class Report:
         from rich.text import Text
 
         panels: list[RenderableType] = [Text(self.summary, style="bold")]
+        panels += [Text(f"note: {note}", style="yellow") for note in self.notes]
         for names, site in self._groups():
             grid = Table.grid(padding=(0, 2))
             grid.add_column(style="dim", no_wrap=True)

@@ -413,7 +413,7 @@ def _reduce_tiles(tensor: Tensor, reads: Mapping[int, _Reads]) -> tuple[Tensor, 
     truth = tensor.dtype == torch.bool
     # Measured on a 4096 x 4096 bool mask, one core: amin or amax of bytes along the outer dimension takes 1 ms, along
     # the inner one 8 ms, any() 10 ms. aminmax() starts threads even for tiny tensors.
-    lo = hi = tensor.view(torch.uint8) if truth else tensor
+    lo = hi = tensor.to(torch.uint8) if truth else tensor
     for dim in sorted(reads):
         lo, hi = _reduce_dim(lo, dim, reads[dim], torch.amin), _reduce_dim(hi, dim, reads[dim], torch.amax)
     return (lo.bool(), hi.bool()) if truth else (lo, hi)
