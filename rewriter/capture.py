@@ -65,8 +65,8 @@ def make_functional(gm: fx.GraphModule, mode: Any) -> None:
 
         scores.masked_fill_(mask, v); use(scores)    ->    new = masked_fill(scores, mask, v); use(new)
 
-    A write through a view, to an input, or to something that was viewed before and is read through that view later
-    is left as it is (the lift never reads across it).
+    A write to an input, or to memory that is read through another view later, is left as it is (the lift never reads
+    across it).
     """
     order = {n: k for k, n in enumerate(gm.graph.nodes)}
     for node in list(gm.graph.nodes):
@@ -74,7 +74,7 @@ def make_functional(gm: fx.GraphModule, mode: Any) -> None:
         if functional is None:
             continue
         target = node.args[0]
-        if not isinstance(target, fx.Node) or not _made_here(target) or _shared(target, node, order):
+        if not isinstance(target, fx.Node) or not _only_seen_here(target, node, order):
             continue
         before = target.meta["val"]
         with mode:
@@ -126,34 +126,28 @@ def _name(node: fx.Node) -> str:
     )
 
 
-def _made_here(node: fx.Node) -> bool:
-    """Whether a value has storage of its own, made in this graph."""
-    return (
-        node.op == "call_function"
-        and isinstance(node.target, torch._ops.OpOverload)
-        and _name(node) not in _FRESH_ALIASING
-        and not any(r.alias_info is not None for r in node.target._schema.returns)
-    )
+def _aliases(node: fx.Node) -> bool:
+    """Whether the result may share memory with the first argument."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return True
+    return _name(node) in _FRESH_ALIASING or any(r.alias_info is not None for r in node.target._schema.returns)
 
 
-def _shared(target: fx.Node, write: fx.Node, order: dict[fx.Node, int]) -> bool:
-    """Whether a view of `target`, made before the write, is read after it."""
-    stack, seen = [target], set()
+def _only_seen_here(target: fx.Node, write: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether a write to `target` changes nothing else that is read later: its memory was made in this graph, and no
+    other view of it is read after the write."""
+    base = target
+    while base.op == "call_function" and _aliases(base):
+        source = base.args[0] if base.args else None
+        if not isinstance(source, fx.Node):
+            return False
+        base = source
+    if base.op != "call_function":
+        return False
+    stack, group = [base], {base}
     while stack:
-        node = stack.pop()
-        for user in node.users:
-            if user in seen or user is write or user.op != "call_function":
-                if user.op == "output" and node is not target:
-                    return True
-                continue
-            aliasing = (
-                not isinstance(user.target, torch._ops.OpOverload)
-                or _name(user) in _FRESH_ALIASING
-                or any(r.alias_info is not None for r in user.target._schema.returns)
-            )
-            if aliasing and order[user] < order[write]:
-                seen.add(user)
-                if any(order.get(u, 0) > order[write] for u in user.users):
-                    return True
+        for user in stack.pop().users:
+            if user not in group and user.op == "call_function" and order[user] < order[write] and _aliases(user):
+                group.add(user)
                 stack.append(user)
-    return False
+    return all(order[user] <= order[write] for member in group - {target} for user in member.users)

@@ -111,10 +111,9 @@ def gather_facts(gm: fx.GraphModule) -> Facts:
             if floating and node.meta.get("requires_grad", value.requires_grad):
                 facts.needs_grad.add(node)
         elif node.op == "get_attr":
-            # A literal, unless modules keep their tensors as attributes of the graph: those may change between calls.
-            if torch._dynamo.config.inline_inbuilt_nn_modules:
-                facts.closed.add(node)
-                facts.pure.add(node)
+            # A literal of the model's code. Parameters and buffers are inputs of a graph, not attributes.
+            facts.closed.add(node)
+            facts.pure.add(node)
         elif node.op == "call_function":
             name = op_name(node)
             if all(n in facts.pure or _is_number(n) for n in node.all_input_nodes) and (

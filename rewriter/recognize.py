@@ -195,6 +195,8 @@ def _attempt(candidate: Candidate, facts: Facts, axes: _Axes) -> _Lifted | Decli
             reach[node] = bool(taint_of(node, facts) & taint)
         return reach[node]
 
+    if taint & taint_of(values_node, facts):
+        return Declined("the values depend on the weights", values_node.name)
     values = lifter.at(values_node, values_index)
     lifter.query_axes = _cut_axes([a for a in axes.flat() if a not in values.axes], weights_index, key)
     lifter.tainted = tainted
@@ -373,6 +375,8 @@ def _no_writes_between(facts: Facts, readers: set[fx.Node], root: fx.Node) -> No
     for reader in readers:
         for source in reader.all_input_nodes:
             storage = facts.storage.get(source, -1)
+            if facts.storage[reader] == storage and reader is not root:
+                continue  # a view reads nothing yet
             first_read[storage] = min(first_read.get(storage, facts.order[reader]), facts.order[reader])
     for position, storage in facts.writes:
         if first_read.get(storage, facts.order[root]) < position < facts.order[root]:
