@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
+import types
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -50,7 +53,7 @@ def optimize(
 
     if isinstance(model, torch.nn.Module):
         twin = copy.copy(model)
-        compiled = torch.compile(twin._call_impl, backend=backend, dynamic=dynamic)
+        compiled = torch.compile(_entry(twin._call_impl), backend=backend, dynamic=dynamic)
         twin._compiled_call_impl = _plain_errors(compiled)  # type: ignore[assignment]
         return twin
     if not callable(model):
@@ -94,7 +97,7 @@ def explain(model: Callable[..., Any], *args: Any, engine: str | None = None, **
 
     target = model._call_impl if isinstance(model, torch.nn.Module) else model
     # A cache of its own: what was compiled for other calls of this model neither answers here nor is thrown away.
-    run = torch.compile(_fresh(target), backend=backend, dynamic=False)
+    run = torch.compile(_entry(target), backend=backend, dynamic=False)
     try:
         with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
             run(*args, **kwargs)
@@ -119,14 +122,22 @@ def explain(model: Callable[..., Any], *args: Any, engine: str | None = None, **
     return Report(named, len(found), sum(r.seconds for r in found), notes)
 
 
-def _fresh(target: Callable[..., Any]) -> Callable[..., Any]:
-    def explained(*args: Any, **kwargs: Any) -> Any:
+def _entry(target: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls `target`, for Dynamo to start from.
+
+    Starting in a module's own `__call__`, which lies inside torch, Dynamo would pass over it and over containers, and
+    compile their parts one by one. What it has compiled it keeps by code object, and gives up on one after a few
+    models; so every entry has a code object of its own."""
+
+    def entry(*args: Any, **kwargs: Any) -> Any:
         return target(*args, **kwargs)
 
-    return explained
+    code = entry.__code__.replace(co_name=f"entry_{next(_entries)}")
+    return types.FunctionType(code, entry.__globals__, code.co_name, entry.__defaults__, entry.__closure__)
+
+
+_entries = itertools.count()
 
 
 def _renamed(site: Any, number: int) -> Any:
-    from dataclasses import replace
-
     return replace(site, name=f"attention{number}")

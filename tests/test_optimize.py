@@ -251,6 +251,16 @@ def test_graph_breaks() -> None:
         assert close(refocus.optimize(model, engine="tiled", require=True)(x), model(x))
 
 
+def test_containers_are_one_graph_and_many_models_are_compiled() -> None:
+    x = torch.randn(1, 8, 32)
+    for _ in range(10):  # more than Dynamo compiles from one code object
+        model = nn.Sequential(Attention(), Attention()).eval()
+        found: list[refocus.Report] = []
+        with torch.no_grad():
+            assert close(refocus.optimize(model, engine="tiled", report=found.append)(x), model(x))
+        assert [len(r.sites) for r in found] == [2]
+
+
 def test_equal_layers_are_equal_regions() -> None:
     model = nn.Sequential(*(Attention() for _ in range(12))).eval()
     report = refocus.explain(model, torch.randn(1, 8, 32), engine="tiled")
