@@ -5,7 +5,7 @@ nanoseconds for each (query, key) pair of each head that is visited. Only their 
 head, of the pairs:
 
                       visited                     ns a pair     d=16   d=32   d=64   d=128
-    eager, compiled   all                         3.8 + d/24     4.3    5.1    7.0    9.0    (in cache, up to 2^23: half)
+    eager, compiled   all                         3.8 + d/24     4.3    5.1    7.0    9.0    (half in cache)
     SDPA              all, or half if causal      0.9 + d/25     1.4    2.3    3.4    6.0
     SDPA + mask       all                         1.5 + d/25     2.0    2.7    4.1    7.3
     cpp, 64 x 64      tiles that are not empty    1.7 + d/30     2.2    2.9    3.8    5.9
