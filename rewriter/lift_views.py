@@ -326,6 +326,12 @@ def _roll(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     return lift.at(source, position)
 
 
+def _clamped(position: Expr, size: Expr) -> Expr:
+    """A position that is only used where a condition holds, kept in range where it does not: a load is carried out
+    everywhere. It is the position itself wherever the range is proved, as it is once the condition is decided."""
+    return s.minimum(s.maximum(position, 0), s.sub(size, 1))
+
+
 def _cat(lift: Lifter, node: fx.Node, index: Index) -> Expr:
     tensors, dim = _args(node, "tensors", "dim", dim=0)
     dim = _dim(dim, len(index))
@@ -340,7 +346,7 @@ def _cat(lift: Lifter, node: fx.Node, index: Index) -> Expr:
         begun = s.ge(index[dim], start)
         if begun != Const(False, BOOL) and reached != Const(False, BOOL):
             facts = {**s.assume(s.and_(begun, reached))}
-            at = Const(0) if size == Const(1) else s.under(local, facts)
+            at = Const(0) if size == Const(1) else _clamped(s.under(local, facts), size)
             pieces.append((reached, lift.at(tensor, (*index[:dim], at, *index[dim + 1 :]))))
             if reached == Const(True, BOOL):
                 break
@@ -384,7 +390,9 @@ def _pad(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     dtype = kind_of(dtype_of(node))
     fill = Const(False, BOOL) if dtype == BOOL else lift.scalar(value or (0 if dtype == "int64" else 0.0), dtype)
     return s.where(
-        ok, lift.at(source, [s.under(p, facts) for p in position]), s.cast(fill, dtype) if dtype != "int64" else fill
+        ok,
+        lift.at(source, [_clamped(s.under(p, facts), d) for p, d in zip(position, shape)]),
+        s.cast(fill, dtype) if dtype != "int64" else fill,
     )
 
 

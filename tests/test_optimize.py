@@ -376,3 +376,15 @@ def test_a_graph_without_attention_is_untouched() -> None:
 
     torch.compile(nn.Linear(4, 4), backend=through)(torch.randn(2, 4))
     assert calls == gm_seen
+
+
+def test_padded_reads_stay_in_range() -> None:
+    """A padded bias and a key that is concatenated: what a condition guards is still loaded within its tensor."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, more: Tensor) -> Tensor:
+        scores = torch.cat([q @ k.mT, more], dim=-1) + nn.functional.pad(bias, (3, 0))
+        return scores.softmax(-1) @ v
+
+    q, k = torch.randn(2, 6, 8), torch.randn(2, 5, 8)
+    v, bias, more = torch.randn(2, 7, 8), torch.randn(6, 4), torch.randn(2, 6, 2)
+    assert close(refocus.optimize(attend, engine="tiled")(q, k, v, bias, more), attend(q, k, v, bias, more))
