@@ -204,6 +204,12 @@ def _additive(e: Expr, sign: int) -> list[tuple[int, Expr]]:
             return _additive(e.args[0], sign) + _additive(e.args[1], -sign)
         if e.op == "neg":
             return _additive(e.args[0], -sign)
+        if e.op == "mul" and any(isinstance(n, Reduce) for n in e.walk()):
+            # c * (x - max x): the row's maximum is a term of its own
+            for inner, factor in ((e.args[0], e.args[1]), (e.args[1], e.args[0])):
+                if isinstance(factor, Const):
+                    parts = _additive(inner, sign)
+                    return [(way, s.call("mul", part, factor, dtype=e.dtype)) for way, part in parts]
     return [(sign, e)]
 
 

@@ -388,3 +388,15 @@ def test_padded_reads_stay_in_range() -> None:
     q, k = torch.randn(2, 6, 8), torch.randn(2, 5, 8)
     v, bias, more = torch.randn(2, 7, 8), torch.randn(6, 4), torch.randn(2, 6, 2)
     assert close(refocus.optimize(attend, engine="tiled")(q, k, v, bias, more), attend(q, k, v, bias, more))
+
+
+def test_a_scaled_stable_shift_cancels() -> None:
+    """Base-2 softmax over a transposed score matrix, the maximum subtracted before the scale."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = torch.einsum("bjd,bid->bji", k, q)
+        p = torch.exp2((s - s.amax(1, keepdim=True)) * 1.4426950408889634)
+        return torch.einsum("bji,bje->bie", p / p.sum(1, keepdim=True), v)
+
+    q, k, v = torch.randn(3, 2, 9, 8).unbind()
+    assert close(refocus.optimize(attend, engine="tiled", require=True)(q, k, v), attend(q, k, v))
