@@ -49,6 +49,7 @@ _LAUNCH = 60e3  # ns: the operator, Inductor's wrapper, making views
 _TILE = 1.5e3  # ns: reading the lists of one query tile
 _LARGEST_MASK = 64 << 20  # bytes that a written-out mask may take
 _GAIN = 0.9  # less than a tenth is noise, and not worth a compilation
+_LEAST_GAIN = 0.2e6  # ns: nor is less than this, which the figures above do not resolve
 _SLOW = frozenset(("exp", "log", "tanh", "sigmoid", "erf", "pow", "sin", "cos", "exp2", "log2", "atan", "softplus"))
 
 
@@ -94,7 +95,7 @@ def choose_cpu(region: Region, numbers: Mapping[Sym, int], was_sdpa: bool = Fals
     if not costs:
         return Leave(f"no engine is faster: {cpp.supports(region)}")
     engine = "sdpa" if costs.get("sdpa", math.inf) * _GAIN <= costs.get("cpp", math.inf) else "cpp"
-    if costs[engine] > _GAIN * leave:
+    if costs[engine] > _GAIN * leave or leave - costs[engine] < _LEAST_GAIN:
         return Leave(f"no engine is faster at {_sizes(work)}")
     reason = f"about {leave / costs[engine]:.1f} times faster than leaving it, at {_sizes(work)}"
     return Chosen(Plan(engine, block_q=blocks[0], block_k=blocks[1]), reason)
@@ -165,6 +166,11 @@ def _function_cost(score: Expr | None) -> float:
     return loads * 1.1 + sum(isinstance(n, Call) and n.op in _SLOW for n in nodes) * 1.2
 
 
+def _reads_pairs(part: Expr, region: Region) -> bool:
+    """Whether a tensor is read for each pair: a dense mask says nothing about tiles before it is read."""
+    return any({region.query, region.key} <= load.axes for load in part.loads)
+
+
 def _live(region: Region, block_q: int, block_k: int, numbers: Mapping[Sym, int]) -> float:
     """The share of tiles that are not empty: counted for the closed part of the mask, guessed for what is loaded."""
     closed: Expr = TRUE
@@ -172,7 +178,7 @@ def _live(region: Region, block_q: int, block_k: int, numbers: Mapping[Sym, int]
     for part in conjuncts(region.mask):
         if not part.loads:
             closed = simplify.and_(closed, part)
-        elif region.query in part.axes and region.key in part.axes:
+        elif region.query in part.axes and region.key in part.axes and not _reads_pairs(part, region):
             loaded *= 0.7  # documents, clusters
     if closed == TRUE or isinstance(closed, Const):
         return loaded

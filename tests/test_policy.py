@@ -31,6 +31,11 @@ def test_measured_orderings(kind: str, n: int, engine: str) -> None:
     assert picked(kind, n) == engine
 
 
+def test_what_gains_less_than_can_be_measured_is_left() -> None:
+    assert picked("causal", 128) == "leave"
+    assert picked("window", 128) == "leave"
+
+
 def test_decoding_does_not_repeat_grouped_keys() -> None:
     assert picked("decode", 4096, kv_heads=2) == "sdpa"
 
