@@ -1,10 +1,14 @@
-"""The operator that stands in a graph for one fused region.
+"""The operators that stand in a graph for one fused region.
 
     refocus::attend(Tensor[] operands, SymInt[] sizes, str region, str plan) -> Tensor
+    refocus::attend_saving(the same) -> (Tensor, Tensor)              with the row sums that its backward needs
+    refocus::attend_backward(Tensor grad, Tensor[] operands, Tensor out, Tensor sums, SymInt[] sizes,
+                             str region, str plan, bool[] needs) -> Tensor[]
 
 `operands` are in the order of `region.operands`, `sizes` in that of `region.syms`. `region` and `plan` are the
 `repr` of a `Region` and a `Plan`: a graph that holds the call can be printed, hashed, saved and loaded. The result is
-contiguous, (*batch, query, *value), of dtype `region.out_dtype`, and shares no memory with the operands.
+contiguous, (*batch, query, *value), of dtype `region.out_dtype`, and shares no memory with the operands; the row sums
+are (2, *batch, query), float32 or float64. Gradients come for operands that require one, and only for those.
 """
 
 from __future__ import annotations
@@ -30,6 +34,10 @@ ENGINES: dict[str, str] = {
     "triton": "refocus.codegen.triton_engine",
     "cpp": "refocus.codegen.cpp",
     "sdpa": "refocus.codegen.sdpa",
+}
+# engine -> modules with `run_saving` (as `run`, and the row sums) and `run_backward`
+TRAINERS: dict[str, tuple[str, str]] = {
+    "tiled": ("refocus.codegen.tiled", "refocus.codegen.tiled_backward"),
 }
 Engine = Callable[[Region, Plan, Sequence[Tensor], Sequence[int]], Tensor]
 
@@ -99,7 +107,7 @@ def _no_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         "refocus::attend has no gradient",
         expected="operands that require none, or torch.no_grad()",
         got=f"requires_grad on {', '.join(names)}",
-        todo="run the model under torch.no_grad() or torch.inference_mode(), or leave this region to the eager code",
+        todo="use refocus::attend_saving, or run the model under torch.no_grad() or torch.inference_mode()",
     )
 
 
@@ -108,6 +116,104 @@ def _no_backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
 
 
 attend.register_autograd(_no_backward, setup_context=lambda ctx, inputs, output: _no_gradient(ctx, inputs, output))
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+
+def call_saving(region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[int] = ()) -> Tensor:
+    """Run a region by the operator that can be differentiated, as a graph would."""
+    result: Tensor = attend_saving(list(operands), list(sizes), repr(region), repr(plan))[0]
+    return result
+
+
+@torch.library.custom_op(
+    "refocus::attend_saving",
+    mutates_args=(),
+    schema="(Tensor[] operands, SymInt[] sizes, str region, str plan) -> (Tensor, Tensor)",
+)
+def attend_saving(operands: list[Tensor], sizes: list[int], region: str, plan: str) -> tuple[Tensor, Tensor]:
+    """As `attend`, with the row sums. Raises `BadRegion`, and `EngineUnavailable` for an engine without a backward."""
+    (what, syms), how = parse_region(region), plans.parse(plan)
+    _check(what, syms, operands, sizes)
+    result: tuple[Tensor, Tensor] = _trainer(how.engine)[0](what, how, operands, sizes)
+    return result
+
+
+@torch.library.custom_op(
+    "refocus::attend_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor[] operands, Tensor out, Tensor sums, SymInt[] sizes, str region, str plan, "
+    "bool[] needs) -> Tensor[]",
+)
+def attend_backward(
+    grad: Tensor, operands: list[Tensor], out: Tensor, sums: Tensor, sizes: list[int], region: str, plan: str,
+    needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of the operands for which `needs` holds."""
+    (what, _), how = parse_region(region), plans.parse(plan)
+    result: list[Tensor] = _trainer(how.engine)[1](what, how, grad, operands, out, sums, sizes, needs)
+    return result
+
+
+@lru_cache(maxsize=16)
+def _trainer(engine: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    if engine not in TRAINERS:
+        raise EngineUnavailable(
+            f"the engine {engine!r} has no backward", expected=", ".join(TRAINERS), todo="name one of these engines"
+        )
+    forward, backward = (importlib.import_module(module) for module in TRAINERS[engine])
+    return forward.run_saving, backward.run_backward
+
+
+@attend_saving.register_fake
+def _fake_saving(operands: list[Tensor], sizes: list[int], region: str, plan: str) -> tuple[Tensor, Tensor]:
+    what, syms = parse_region(region)
+    out = _fake(operands, sizes, region, plan)
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in operands) else torch.float32
+    rows = result_shape(what, dict(zip(syms, sizes, strict=True)))[: len(what.batch) + 1]
+    return out, out.new_empty([2, *rows], dtype=dtype)
+
+
+@attend_backward.register_fake
+def _fake_backward(
+    grad: Tensor, operands: list[Tensor], out: Tensor, sums: Tensor, sizes: list[int], region: str, plan: str,
+    needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    return [t.new_empty(t.shape) for t, need in zip(operands, needs, strict=True) if need]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    operands, sizes, region, plan = inputs
+    out, sums = output
+    ctx.mark_non_differentiable(sums)
+    ctx.save_for_backward(*operands, out, sums)
+    ctx.sizes, ctx.region, ctx.plan = sizes, region, plan
+    ctx.needs = [bool(t.requires_grad) for t in operands]
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[list[Tensor | None], list[None], None, None]:
+    *operands, out, sums = ctx.saved_tensors
+    found = iter(attend_backward(grad, operands, out, sums, ctx.sizes, ctx.region, ctx.plan, ctx.needs))
+    return [next(found) if need else None for need in ctx.needs], [None] * len(ctx.sizes), None, None
+
+
+attend_saving.register_autograd(_backward, setup_context=_save)
+
+
+def _no_second(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    raise NeedsGradient(
+        "a fused attention has no second derivative",
+        expected="backward() without create_graph=True",
+        todo="run the model without refocus where a gradient is differentiated again",
+    )
+
+
+def _no_second_backward(ctx: Any, *grads: Any) -> Any:
+    raise NeedsGradient("a fused attention has no second derivative")
+
+
+attend_backward.register_autograd(_no_second_backward, setup_context=_no_second)
 
 
 def _check(region: Region, syms: tuple[Sym, ...], operands: Sequence[Tensor], sizes: Sequence[int]) -> None:

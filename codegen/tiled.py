@@ -32,12 +32,30 @@ def run(region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[
 
     `operands` in the order of `region.operands`, `sizes` in that of `region.syms`.
     """
-    tensors = {o.name: t for o, t in zip(region.operands, operands, strict=True)}
-    return _Run(region, plan, tensors, dict(zip(region.syms, sizes, strict=True))).result()
+    return Tiles.of(region, plan, operands, sizes).forward()[0]
 
 
-class _Run:
-    """One call. Dimensions of every value, from the left: batch axes (split ones several), query, key, value axes."""
+def run_saving(
+    region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """The result, and the row sums that the backward needs: (2, *batch, query), float32 or float64.
+
+    They are the largest logit of a row and log sum exp(logit - largest), of the logits which the row was computed from
+    (its fills, where the mask leaves it no key). Their sum is the log-sum-exp; kept apart, they still tell one fill
+    from the mean of a thousand where the fill is -1e9.
+    """
+    return Tiles.of(region, plan, operands, sizes).forward()
+
+
+class Tiles:
+    """One call, cut into tiles.
+
+    Dimensions of every value, from the left: batch axes (split ones several), query, key, value axes."""
+
+    @classmethod
+    def of(cls, region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tiles:
+        tensors = {o.name: t for o, t in zip(region.operands, operands, strict=True)}
+        return cls(region, plan, tensors, dict(zip(region.syms, sizes, strict=True)))
 
     def __init__(self, region: Region, plan: Plan, tensors: Mapping[str, Tensor], sizes: Mapping[Sym, int]) -> None:
         self.region, self.plan, self.sizes = region, plan, sizes
@@ -61,39 +79,71 @@ class _Run:
             )
         self.gated = region.gate != Const(1.0, region.gate.dtype)
 
-    def result(self) -> Tensor:
-        lead = [n for a in self.region.batch for n in self.parts[a]]
+    @property
+    def lead(self) -> list[int]:
+        """The lengths of the batch dimensions."""
+        return [n for a in self.region.batch for n in self.parts[a]]
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """The result (*batch, query, *value) and the row sums (2, *batch, query)."""
+        lead, device = self.lead, self.scope.device
         dtype = getattr(torch, self.region.out_dtype)
-        out = torch.empty([*lead, self.queries, *self.value], dtype=dtype, device=self.scope.device)
+        out = torch.empty([*lead, self.queries, *self.value], dtype=dtype, device=device)
+        sums = torch.empty([2, *lead, self.queries], dtype=self.scope.float_dtype, device=device)
         if self.keys == 0:
             out.zero_()
-        elif out.numel():
-            scores = math.prod(self.batch) * self.block_q * self.block_k
-            whole = [a for a in self.region.batch if len(self.parts[a]) == 1]
-            for scope, target in self._chunks(self.scope, out, whole, scores):
-                states = self._states(scope)
-                for row, start in enumerate(range(0, self.queries, self.block_q)):
-                    length = min(self.block_q, self.queries - start)
-                    rows = scope.child({self.region.query: grids.grid(start, (Term(self.query_dim, length, 1),))})
-                    tile = target.narrow(len(lead), start, length)
-                    tile.copy_(self._rows(rows, states[row], tile))
-        return out.reshape([*self.batch, self.queries, *self.value])
+            sums.fill_(-math.inf)
+        elif sums.numel():
+            for scope, parts in self.chunks(out, *sums):
+                states = self.states(scope)
+                for row, rows, start, length in self.rows(scope):
+                    tiles = [t.narrow(len(lead), start, length) for t in parts]
+                    for tile, result in zip(tiles, self._row(rows, states[row], tiles[0])):
+                        tile.copy_(result)
+        return (
+            out.reshape([*self.batch, self.queries, *self.value]),
+            sums.reshape([2, *self.batch, self.queries]),
+        )
 
-    def _chunks(self, scope: Scope, out: Tensor, axes: Sequence[Axis], scores: int) -> Iterator[tuple[Scope, Tensor]]:
+    def chunks(self, *tensors: Tensor) -> Iterator[tuple[Scope, tuple[Tensor, ...]]]:
+        """Parts of the batch small enough for tiles to stay in cache, with those parts of tensors (*batch, ...)."""
+        whole = [a for a in self.region.batch if len(self.parts[a]) == 1]
+        scores = math.prod(self.batch) * self.block_q * self.block_k
+        yield from self._chunks(self.scope, tensors, whole, scores)
+
+    def rows(self, scope: Scope) -> Iterator[tuple[int, Scope, int, int]]:
+        """(number, scope, first query, count) of every tile of queries."""
+        for row, start in enumerate(range(0, self.queries, self.block_q)):
+            length = min(self.block_q, self.queries - start)
+            place = grids.grid(start, (Term(self.query_dim, length, 1),))
+            yield row, scope.child({self.region.query: place}), start, length
+
+    def columns(self, rows: Scope, states: Sequence[int]) -> Iterator[tuple[int, Scope, int]]:
+        """(state, scope, keys) of every tile of keys that is not empty."""
+        for column, start in enumerate(range(0, self.keys, self.block_k)):
+            if states[column] != EMPTY:
+                length = min(self.block_k, self.keys - start)
+                place = grids.grid(start, (Term(self.key_dim, length, 1),))
+                yield states[column], rows.child({self.region.key: place}), length
+
+    def _chunks(
+        self, scope: Scope, tensors: tuple[Tensor, ...], axes: Sequence[Axis], scores: int
+    ) -> Iterator[tuple[Scope, tuple[Tensor, ...]]]:
         """Ranges of batch axes, outermost first, such that a tile has no more than `TILE_ELEMENTS` of `scores`."""
         if scores <= TILE_ELEMENTS or not axes:
-            yield scope, out
+            yield scope, tensors
             return
         axis, size = axes[0], self.parts[axes[0]][0]
         position = sum(len(self.parts[a]) for a in self.region.batch[: self.region.batch.index(axis)])
-        dim = position - (out.dim() + 1)  # scores have a key dimension more than the result
+        depth = len(self.lead) + 2 + len(self.value)
         step = max(1, size * TILE_ELEMENTS // scores)
         for start in range(0, size, step):
             length = min(step, size - start)
-            part = scope.child({axis: grids.grid(start, (Term(dim, length, 1),), scope.device)})
-            yield from self._chunks(part, out.narrow(position, start, length), axes[1:], -(-scores * step // size))
+            part = scope.child({axis: grids.grid(start, (Term(position - depth, length, 1),), scope.device)})
+            narrow = tuple(t.narrow(position, start, length) for t in tensors)
+            yield from self._chunks(part, narrow, axes[1:], -(-scores * step // size))
 
-    def _states(self, scope: Scope) -> list[list[int]]:
+    def states(self, scope: Scope) -> list[list[int]]:
         """The state of each (query tile, key tile), over all batch positions of this scope."""
         if self.map is None:
             state = FULL if self.region.mask == TRUE else PARTIAL
@@ -110,23 +160,24 @@ class _Run:
 
     # ------------------------------------------------------------------------------------------------ rows
 
-    def _rows(self, rows: Scope, states: Sequence[int], like: Tensor) -> Tensor:
-        """The result for one range of queries, shaped as `like`."""
+    def _row(self, rows: Scope, states: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The result for one range of queries, shaped as `like`, and its two row sums."""
         region = self.region
-        out, kept = self._online(rows, like, region.score, states, region.empty_row != "never")
+        out, top, total, kept = self._online(rows, like, region.score, states, region.empty_row != "never")
         if kept is not None and not bool(kept.all()):
             if region.empty_row == "zero":
-                other: Tensor | float = 0.0
+                out = torch.where(kept, out, 0.0)
             else:
                 # What a mask with finite fills does to an emptied row is in the logits, over all keys.
-                other, _ = self._online(rows, like, region.logits, [FULL] * self.tiles, False)
-            out = torch.where(kept, out, other)
-        return out.squeeze(self.key_dim)
+                others = self._online(rows, like, region.logits, [FULL] * self.tiles, False)
+                out, top, total = (torch.where(kept, a, b) for a, b in zip((out, top, total), others[:3]))
+        flat = tuple(range(self.key_dim, 0))
+        return out.squeeze(self.key_dim), top.squeeze(flat), total.squeeze(flat)
 
     def _online(
         self, rows: Scope, like: Tensor, score: Expr, states: Sequence[int], watch: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Softmax of `score` where the mask keeps it, times values; and, if `watch`, which rows keep any key."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Softmax of `score` where the mask keeps it, times values; the row sums; if `watch`, which rows keep a key."""
         region, key_dim, dtype = self.region, self.key_dim, rows.float_dtype
         lead = list(like.shape[: like.dim() - len(self.value)])
         ones = [1] * len(self.value)
@@ -134,13 +185,9 @@ class _Run:
         total = torch.zeros_like(top)
         acc = torch.zeros([*lead, 1, *self.value], dtype=dtype, device=like.device)
         kept: Tensor | None = torch.zeros(1, dtype=torch.bool, device=like.device) if watch else None
-        for column, start in enumerate(range(0, self.keys, self.block_k)):
-            if states[column] == EMPTY:
-                continue
-            length = min(self.block_k, self.keys - start)
-            tile = rows.child({region.key: grids.grid(start, (Term(key_dim, length, 1),))})
+        for state, tile, length in self.columns(rows, states):
             logits = tile.tensor(score)
-            if states[column] == PARTIAL:
+            if state == PARTIAL:
                 keep = tile.tensor(region.mask)
                 if kept is not None:
                     kept = kept | spread(keep, key_dim, length).any(key_dim, keepdim=True)
@@ -165,7 +212,7 @@ class _Run:
             total.mul_(shrink).add_(torch.sub(logit, base).exp_())
             acc.mul_(shrink)
             top = higher
-        return acc / total, kept
+        return acc / total, top, total.log(), kept
 
 
 def spread(t: Tensor, dim: int, length: int) -> Tensor:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from refocus import counter
 from refocus import grid as grids
 from refocus.grid import Grid, Term
 from refocus.ir import BOOL, Axis, Call, Const, Dot, Expr, Load, Reduce, Sym
@@ -172,6 +173,9 @@ class Scope:
             return self._where(node, declared)
         if node.op == "cast":
             return self._cast(node, declared)
+        if node.op == "random":
+            drawn = counter.random(*(self._laid_out(a, a, True) for a in node.args))
+            return self._float(drawn, self._dtype(node, declared))
         if node.is_float or node.op in ("isnan", "isinf") or any(a.is_float for a in node.args):
             return self._float_call(node, declared)
         return self._exact_call(node, declared)
@@ -185,7 +189,7 @@ class Scope:
         dim, length = self.bound[axis]
         return grids.grid(0, (Term(dim, length, 1),))
 
-    def _bind(self, over: tuple[Axis, ...]) -> tuple[Scope, dict[int, int]]:
+    def bind(self, over: tuple[Axis, ...]) -> tuple[Scope, dict[int, int]]:
         """The scope of a body, and the dimension -> length of each bound axis.
 
         A bound axis takes a dimension left of all others, the same in every scope: so one side of a product is computed
@@ -207,7 +211,7 @@ class Scope:
         return value if value.dtype == torch.bool else value.to(torch.int64)
 
     def _dot(self, node: Dot, declared: bool) -> Value:
-        scope, over = self._bind(node.over)
+        scope, over = self.bind(node.over)
         query, key = scope._laid_out(node.query, node, declared), scope._laid_out(node.key, node, declared)
         return grids.contract(query, key, over)
 
@@ -220,7 +224,7 @@ class Scope:
         return torch.scalar_tensor(value, dtype=dtype, device=self.device)
 
     def _reduce(self, node: Reduce, declared: bool) -> Value:
-        scope, lengths = self._bind((node.axis,))
+        scope, lengths = self.bind((node.axis,))
         [(dim, length)] = lengths.items()
         body = scope._laid_out(node.body, node, declared)
         if body.dim() < -dim:

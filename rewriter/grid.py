@@ -130,6 +130,11 @@ def read(tensor: Tensor, index: list[Grid | int | Tensor], device: torch.device)
     return place(view, labels)
 
 
+def gathers(index: list[Grid | int | Tensor]) -> bool:
+    """Whether `read` at these positions has to copy: otherwise it is a view, and may be written to."""
+    return bool(_gathered(index))
+
+
 def _gathered(index: list[Grid | int | Tensor]) -> set[int]:
     """Positions that need a gather: tensors, grids that are no slice, and grids that share a dimension with others."""
     out = {p for p, i in enumerate(index) if isinstance(i, Tensor) or (isinstance(i, Grid) and not _sliceable(i))}

@@ -76,7 +76,7 @@ EXACT: dict[str, Callable[..., Value]] = _COMPARE | {
     "sign": lambda a: torch.sign(a) if isinstance(a, Tensor) else (a > 0) - (a < 0),
     **dict.fromkeys(("floor", "ceil", "round", "trunc"), lambda a: a),
 }  # fmt: skip
-TENSORS_ONLY = {"logaddexp", "fmod"}
+TENSORS_ONLY = {"logaddexp", "fmod", "detach"}
 FLOAT: dict[str, Callable[..., Value]] = _COMPARE | {
     "add": operator.add, "mul": operator.mul, "sub": operator.sub, "div": operator.truediv, "neg": operator.neg,
     "floordiv": operator.floordiv, "mod": torch.remainder, "fmod": torch.fmod, "min": _MIN, "max": _MAX,
@@ -86,7 +86,7 @@ FLOAT: dict[str, Callable[..., Value]] = _COMPARE | {
     "erf": torch.erf, "sin": torch.sin, "cos": torch.cos, "atan": torch.atan, "floor": torch.floor,
     "ceil": torch.ceil, "round": torch.round, "trunc": torch.trunc, "sign": torch.sign,
     "softplus": torch.nn.functional.softplus, "isnan": torch.isnan, "isinf": torch.isinf, "square": torch.square,
-    "logaddexp": torch.logaddexp,
+    "logaddexp": torch.logaddexp, "detach": torch.detach,
 }  # fmt: skip
 REDUCE: dict[str, Callable[[Tensor, int], Tensor]] = {
     "sum": lambda t, d: t.sum(d, keepdim=True), "prod": lambda t, d: t.prod(d, keepdim=True),

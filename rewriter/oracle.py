@@ -18,8 +18,9 @@ def run(
     """The region's result (*batch, query, *value) in `dtype`; stores every score.
 
     `tensors` in the order of `region.operands`, `sizes` in the order of `region.syms`. All float work is done in
-    `dtype`, but rows that the mask empties take their weights from logits of float32 (float64 for float64 operands):
-    there the rounding is the meaning. Adding -1e9 to a float32 score leaves -1e9, and so the mean of all values.
+    `dtype`, and autograd can differentiate it; but rows that the mask empties take their weights from logits of float32
+    (float64 for float64 operands): there the rounding is the meaning. Adding -1e9 to a float32 score leaves -1e9, and
+    so the mean of all values.
     """
     named = {o.name: t for o, t in zip(region.operands, tensors, strict=True)}
     numbers = dict(zip(region.syms, sizes, strict=True))
@@ -47,9 +48,11 @@ def weights(region: Region, scope: Scope, key: int) -> Tensor:
     mask = scope.tensor(region.mask)
     score = scope.tensor(region.score)
     length = size_of(region.key.size, scope.sizes)
-    score = _spread(torch.where(mask, score, -torch.inf), key, length)
+    some = _spread(mask, key, length).any(key, keepdim=True)
+    # A row without keys is given scores before it is taken out, so that no NaN flows back through it.
+    score = _spread(torch.where(some, torch.where(mask, score, -torch.inf), 0.0), key, length)
     weight = softmax(score, [scope.tensor(x) for x in region.extra], key)
-    return torch.where(_spread(mask, key, length).any(key, keepdim=True), weight, torch.zeros_like(weight))
+    return torch.where(some, weight, torch.zeros_like(weight))
 
 
 def softmax(logits: Tensor, extra: Sequence[Tensor], dim: int) -> Tensor:

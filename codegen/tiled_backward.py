@@ -1,0 +1,206 @@
+"""The backward of the portable engine: the same tiles as its forward, probabilities computed again from the saved sums.
+
+    for each tile of queries, for each tile of keys that the mask does not empty:
+        p = exp(score - largest - log of the sum) where the mask keeps the pair, else 0
+        every operand that wants it receives its shares (`refocus.codegen.cotangents`)
+
+Each share is summed over what the operand does not depend on, within the tile, and added to the place that the operand
+is read at, tile after tile: the order never changes, so gradients are the same in every run. Sums are float32 (float64
+for float64 operands). Beyond the gradients themselves, memory is a few tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from refocus import grid as grids
+from refocus.codegen.cotangents import Cotangents, cotangents
+from refocus.codegen.plan import Plan
+from refocus.codegen.tiled import Tiles, spread
+from refocus.differentiate import Share
+from refocus.evaluate import Scope
+from refocus.grid import Grid, contract
+from refocus.ir import Expr, Load, Region
+from refocus.masks import FULL, PARTIAL
+
+
+def run_backward(
+    region: Region,
+    plan: Plan,
+    grad: Tensor,
+    operands: Sequence[Tensor],
+    out: Tensor,
+    sums: Tensor,
+    sizes: Sequence[int],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The gradient of each operand for which `needs` holds, in order, in the operand's shape and dtype.
+
+    `grad`: what flows back into the result `out`, (*batch, query, *value). `sums`: from `tiled.run_saving`.
+    """
+    return _Backward(region, plan, operands, sizes, needs).gradients(grad, out, sums)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the backward knows of a tile of queries: what flows back into its result, `delta`, and its row sums."""
+
+    grad: Tensor
+    delta: Tensor
+    top: Tensor
+    log_total: Tensor
+
+    def probability(self, logits: Tensor) -> Tensor:
+        return torch.sub(logits, self.top).sub_(self.log_total).exp_()
+
+
+class _Backward:
+    def __init__(
+        self, region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[int], needs: Sequence[bool]
+    ) -> None:
+        self.region, self.operands = region, operands
+        self.tiles = Tiles.of(region, plan, operands, sizes)
+        self.dtype = self.tiles.scope.float_dtype
+        self.wanted = [o.name for o, need in zip(region.operands, needs, strict=True) if need]
+        self.flows: Cotangents = cotangents(region, frozenset(self.wanted))
+        self.totals = {
+            o.name: torch.zeros(t.shape, dtype=self.dtype, device=self.tiles.scope.device)
+            for o, t in zip(region.operands, operands)
+            if o.name in self.wanted
+        }
+
+    def gradients(self, grad: Tensor, out: Tensor, sums: Tensor) -> list[Tensor]:
+        tiles = self.tiles
+        lead, rank = tiles.lead, len(self.region.batch) + 1
+        if sums.numel() and tiles.keys:
+            whole = [t.reshape([*lead, tiles.queries, *t.shape[rank:]]) for t in (grad, out, *sums)]
+            for scope, parts in tiles.chunks(*whole):
+                states = tiles.states(scope)
+                for row, rows, start, length in tiles.rows(scope):
+                    self._row(rows, states[row], *(t.narrow(len(lead), start, length) for t in parts))
+        named = {o.name: t for o, t in zip(self.region.operands, self.operands)}
+        return [self.totals[name].to(device=named[name].device, dtype=named[name].dtype) for name in self.wanted]
+
+    # ------------------------------------------------------------------------------------------------ rows
+
+    def _row(
+        self, rows: Scope, states: Sequence[int], grad: Tensor, out: Tensor, top: Tensor, total: Tensor
+    ) -> None:
+        """One tile of queries. Tensors are (*batch, query, *value); here they get a key dimension of 1."""
+        tiles, flows = self.tiles, self.flows
+        ones = [1] * (1 + len(tiles.value))
+        grad = grad.to(self.dtype).unsqueeze(tiles.key_dim)
+        over = tuple(range(tiles.key_dim + 1, 0))
+        product = grad * out.to(self.dtype).unsqueeze(tiles.key_dim)
+        delta = product.sum(over, keepdim=True) if over else product
+        row = Row(grad, delta, top.reshape([*top.shape, *ones]), total.reshape([*total.shape, *ones]))
+        empty = self._empty(rows, states)
+        _give(rows, flows.out, grad)
+        for state, tile, length in tiles.columns(rows, states):
+            keep = tile.tensor(self.region.mask) if state == PARTIAL else None
+            self._tile(tile, length, self.region.score, keep, row, flows.of_score)
+        if empty is not None:
+            for _, tile, length in tiles.columns(rows, [FULL] * tiles.tiles):
+                self._tile(tile, length, self.region.logits, empty, row, flows.of_logits)
+        for k, (extra, seed) in enumerate(zip(self.region.extra, flows.extra)):
+            _give(rows, seed, -row.probability(rows.tensor(extra)) * delta)
+            self._receive(rows, flows.of_extra[k])
+
+    def _empty(self, rows: Scope, states: Sequence[int]) -> Tensor | None:
+        """Which rows have no key and were computed from their fills; None if there are none."""
+        tiles = self.tiles
+        if self.region.empty_row != "logits" or FULL in states:
+            return None
+        kept = torch.zeros(1, dtype=torch.bool, device=rows.device)
+        for _, tile, length in tiles.columns(rows, states):
+            kept = kept | spread(tile.tensor(self.region.mask), tiles.key_dim, length).any(tiles.key_dim, keepdim=True)
+        return None if bool(kept.all()) else ~kept
+
+    def _tile(
+        self,
+        tile: Scope,
+        length: int,
+        score: Expr,
+        keep: Tensor | None,
+        row: Row,
+        shares: Iterable[Share],
+    ) -> None:
+        """One tile of pairs, in which `keep` (None: all) count; `shares` are those of the score."""
+        tiles, region, flows = self.tiles, self.region, self.flows
+        probability = row.probability(spread(tile.tensor(score), tiles.key_dim, length))
+        if keep is not None:
+            probability = torch.where(keep, probability, 0.0)
+        back = contract(row.grad, tile.tensor(region.values), self._values(row.grad))
+        gated = back
+        if tiles.gated:
+            gate = tile.tensor(region.gate)
+            gated = gate * back
+            _give(tile, flows.weight, probability * gate)
+            if flows.of_gate:
+                _give(tile, flows.gate, probability * back)
+        else:
+            _give(tile, flows.weight, probability)
+        self._receive(tile, flows.of_values)
+        self._receive(tile, flows.of_gate)
+        if shares:
+            back_score = probability * (gated - row.delta)
+            # What does not count gives nothing, whatever is infinite or NaN in its row.
+            _give(tile, flows.score, back_score if keep is None else torch.where(keep, back_score, 0.0))
+            self._receive(tile, shares)
+
+    def _values(self, grad: Tensor) -> dict[int, int]:
+        """The value dimensions, with their lengths."""
+        return {dim: grad.shape[dim] for dim in range(self.tiles.key_dim + 1, 0)}
+
+    # ------------------------------------------------------------------------------------------------ gradients
+
+    def _receive(self, scope: Scope, shares: Iterable[Share]) -> None:
+        for share in shares:
+            sums = self.totals[share.load.tensor]
+            inner, _ = scope.bind(share.over) if share.over and share.other is not None else (scope, {})
+            index = [inner.value(i) for i in share.load.index]
+            kept = set[int]()
+            for at in index:
+                kept |= at.dims if isinstance(at, Grid) else grids.spread(at) if isinstance(at, Tensor) else set()
+            cotangent = inner.tensor(share.cotangent)
+            other = inner.tensor(share.other) if share.other is not None else torch.ones((), dtype=self.dtype)
+            lengths = self._lengths(scope, cotangent, other)
+            part = contract(cotangent, other, {d: n for d, n in lengths.items() if d not in kept})
+            _add_at(sums, index, part, scope.device)
+
+    def _lengths(self, scope: Scope, *parts: Tensor) -> dict[int, int]:
+        """How often each position of a share counts: the length of every dimension of the tile, and of a product."""
+        rank = len(self.tiles.lead) + 2 + len(self.tiles.value)
+        lengths = {}
+        for axis in (*self.region.batch, self.region.query, self.region.key):
+            position = scope.axes.get(axis)
+            if isinstance(position, Grid):
+                lengths.update({term.dim: term.length for term in position.terms})
+        for part in parts:
+            for dim in grids.spread(part):
+                if dim >= -rank or dim not in lengths:
+                    lengths[dim] = part.shape[dim]
+        return lengths
+
+
+def _give(scope: Scope, load: Load, value: Tensor) -> None:
+    """Let an expression that loads a quantity of the backward find it."""
+    scope.memo[load, 0] = value
+
+
+def _add_at(sums: Tensor, index: list[Grid | int | Tensor], part: Tensor, device: torch.device) -> None:
+    """sums[index] += part, where several positions may be the same place."""
+    if not grids.gathers(index):
+        view = grids.read(sums, index, device)
+        view += part.reshape(part.shape[part.dim() - view.dim() :]) if part.dim() > view.dim() else part
+        return
+    places = [i.tensor(device) if isinstance(i, Grid) else torch.as_tensor(i, device=device) for i in index]
+    shape = torch.broadcast_shapes(*(p.shape for p in places))
+    if part.dim() > len(shape):
+        part = part.reshape(part.shape[part.dim() - len(shape) :])
+    # index_put_ adds one after the other (on a GPU after sorting): repeated places give the same sum in every run.
+    sums.index_put_(tuple(p.expand(shape) for p in places), part.expand(shape), accumulate=True)
