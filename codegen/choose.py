@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from refocus.codegen.cotangents import why_not_trainable
+from refocus.codegen.operator import TRAINERS
 from refocus.codegen.plan import Plan
 from refocus.errors import EngineUnavailable
 from refocus.ir import Region, Sym
@@ -40,13 +42,21 @@ def unsupported(engine: str, region: Region) -> str | None:
 
 
 def plan_part(
-    region: Region, numbers: Mapping[Sym, int], device: Any, engine: str | None, was_sdpa: bool
+    region: Region,
+    numbers: Mapping[Sym, int],
+    device: Any,
+    engine: str | None,
+    was_sdpa: bool,
+    trained: Collection[str] | None = None,
 ) -> Chosen | Leave:
     """A plan for one region. `numbers`: representative values of its symbolic sizes, for cost alone; `was_sdpa`: the
-    model itself calls PyTorch's fused attention here.
+    model itself calls PyTorch's fused attention here; `trained`: the operands that need gradients, if a backward will
+    be asked for.
 
     Raises EngineUnavailable when the named engine cannot run on this machine at all.
     """
+    if trained is not None:
+        return _plan_training(region, numbers, device, engine, was_sdpa, trained)
     if engine is not None:
         return _forced(region, device, engine)
     if device.type == "cpu":
@@ -57,6 +67,21 @@ def plan_part(
     if reason is not None:
         return Leave(f"the triton engine does not take it: {reason}")
     return Chosen(default_plan("triton", region), "the generated kernel")
+
+
+def _plan_training(
+    region: Region, numbers: Mapping[Sym, int], device: Any, engine: str | None, was_sdpa: bool, trained: Collection[str]
+) -> Chosen | Leave:
+    reason = why_not_trainable(region, trained)
+    if reason is not None:
+        return Leave(f"its gradient cannot be generated: {reason}")
+    if engine is None:
+        from refocus.codegen.policy import choose_training
+
+        return choose_training(region, numbers, device, was_sdpa)
+    if engine not in TRAINERS:
+        return Leave(f"needs gradients, and the {engine} engine has no backward")
+    return _forced(region, device, engine)
 
 
 def _forced(region: Region, device: Any, engine: str) -> Chosen | Leave:

@@ -32,6 +32,25 @@ def tanh(x):
     return tl.where(x < 0, -y, y)
 """,
     """
+def counter_mix(x):
+    # The finaliser "lowbias32" of C. Wellons' hash prospector, on 32-bit words.
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)
+""",
+    """
+def counter_random(seed, row, column):
+    # Uniform in [0, 1), a function of the seed and the position alone.
+    low = tl.cast(seed, tl.uint32)
+    high = tl.cast(seed >> 32, tl.uint32)
+    first = counter_mix(tl.cast(row, tl.uint32) ^ low)
+    second = counter_mix(first + high)
+    word = counter_mix(counter_mix(tl.cast(column, tl.uint32) + first) ^ second)
+    return tl.cast(word >> 8, tl.float32) * 5.9604644775390625e-08
+""",
+    """
 def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 """,

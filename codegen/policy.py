@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from refocus import simplify
 from refocus.codegen import cpp, sdpa
@@ -99,6 +100,13 @@ def choose_cpu(region: Region, numbers: Mapping[Sym, int], was_sdpa: bool = Fals
         return Leave(f"no engine is faster at {_sizes(work)}")
     reason = f"about {leave / costs[engine]:.1f} times faster than leaving it, at {_sizes(work)}"
     return Chosen(Plan(engine, block_q=blocks[0], block_k=blocks[1]), reason)
+
+
+def choose_training(region: Region, numbers: Mapping[Sym, int], device: Any, was_sdpa: bool = False) -> Chosen | Leave:
+    """As `choose_cpu`, for a region whose backward will be asked for. Only `tiled` has one so far."""
+    if device.type != "cpu":
+        return Leave("no engine of this device has a backward")
+    return Leave("needs gradients; engine='tiled' trains it")
 
 
 def _sizes(work: Work) -> str:

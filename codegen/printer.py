@@ -371,6 +371,11 @@ class Place:
             return f"{self.text(args[0], MUL, exact)} % {self.text(args[1], UNARY, exact)}", MUL
         if op == "floordiv":
             return f"tl.floor({self.text(args[0], MUL, exact)} / {self.text(args[1], UNARY, exact)})", ATOM
+        if op == "random":
+            self.scope.functions.add("counter_random")
+            return f"counter_random({', '.join(self.text(a) for a in args)})", ATOM
+        if op == "detach":
+            return self._text(args[0], exact)
         inner = ", ".join(self.number(a, exact=exact) for a in args)
         name = _BUILTIN[op]
         if name in FUNCTIONS:

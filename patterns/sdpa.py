@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from refocus import simplify as s
+from refocus.dropout import keep
 from refocus.ir import BOOL, Axis, Const, Dot, Expr
 from refocus.patterns.declined import Declined
 from refocus.patterns.softmax import Softmax
@@ -31,8 +32,9 @@ def lift_sdpa(lifter: Any, node: Any, index: tuple[Expr, ...]) -> Sdpa | Decline
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     args = dict(zip(names, node.args)) | dict(node.kwargs)
     query, keys, values = args["query"], args["key"], args["value"]
-    if args.get("dropout_p", 0.0) != 0.0:
-        return Declined("dropout is active", "dropout_p")
+    p = args.get("dropout_p", 0.0)
+    if not isinstance(p, int | float) or not 0 <= p < 1:
+        return Declined("the dropout rate is not known while compiling, or nothing is kept", "dropout_p")
     qs, ks, vs = shape_of(query), shape_of(keys), shape_of(values)
     dtype = dtype_of(node)
     *lead, row, column = index
@@ -71,4 +73,7 @@ def lift_sdpa(lifter: Any, node: Any, index: tuple[Expr, ...]) -> Sdpa | Decline
             zero_rows = not any(
                 isinstance(n, Const) and n.is_float and -math.inf < n.value <= -1e4 for n in entry.walk()
             )
-    return Sdpa(key, value, Softmax(logits, (), Const(1.0, "float32")), zero_rows)
+    gate: Expr = Const(1.0, "float32")
+    if p:
+        gate = keep(node.name, p, (*lead, row, key), (*shape_of(node)[:-1], key.size), dtype)
+    return Sdpa(key, value, Softmax(logits, (), gate), zero_rows)

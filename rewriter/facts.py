@@ -32,6 +32,7 @@ class Facts:
     pure: set[fx.Node] = field(default_factory=set)
     closed: set[fx.Node] = field(default_factory=set)
     needs_grad: set[fx.Node] = field(default_factory=set)
+    cuts: set[fx.Node] = field(default_factory=set)  # values that no gradient flows through, though one reaches them
     grad_enabled: dict[fx.Node, bool] = field(default_factory=dict)
     writes: list[tuple[int, int]] = field(default_factory=list)  # (position, storage id)
     writers: dict[int, list[fx.Node]] = field(default_factory=dict)
@@ -122,12 +123,13 @@ def gather_facts(gm: fx.GraphModule) -> Facts:
                 facts.pure.add(node)
             if all(n in facts.closed for n in node.all_input_nodes) and _deterministic(node):
                 facts.closed.add(node)
-            if (
-                grad
-                and any(n in facts.needs_grad for n in node.all_input_nodes)
-                and (floating or not isinstance(value, torch.Tensor))
+            if (floating or not isinstance(value, torch.Tensor)) and any(
+                n in facts.needs_grad for n in node.all_input_nodes
             ):
-                facts.needs_grad.add(node)
+                if not grad or name in _STOPS:
+                    facts.cuts.add(node)
+                else:
+                    facts.needs_grad.add(node)
         facts.storage[node] = _storage_of(node, facts, ids)
         for target in _written(node):
             storage = facts.storage.get(target, -1)
@@ -159,6 +161,7 @@ def _settle(facts: Facts) -> None:
             facts.pure.discard(node)
 
 
+_STOPS = ("detach", "detach_copy")
 _SPLITS = (
     "split",
     "split_with_sizes",

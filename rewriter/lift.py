@@ -79,6 +79,7 @@ class Known(Protocol):
     pure: set[fx.Node]  # made of integers and literals only
     opaque: set[fx.Node]  # written in place somewhere: never looked through
     lifted: dict[tuple[fx.Node, Index], Expr]  # pure values, shared by all sites
+    cuts: set[fx.Node]  # no gradient flows through these
 
     def constant(self, node: fx.Node) -> torch.Tensor | None: ...
 
@@ -112,7 +113,10 @@ class Lifter:
         )  # what is made of integers reads the same at every site
         if key not in memo:
             self.budget -= 1
-            memo[key] = self._at(node, index) if self.budget > 0 else self.leaf(node, index)
+            value = self._at(node, index) if self.budget > 0 else self.leaf(node, index)
+            if node in self.known.cuts and value.is_float and any(x.tensor != node.name for x in _loads(value)):
+                value = s.call("detach", value, dtype=value.dtype)
+            memo[key] = value
         return memo[key]
 
     def _at(self, node: fx.Node, index: Index) -> Expr:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import fx
 
 from refocus import simplify as s
+from refocus.dropout import keep
 from refocus.ir import BOOL, INT, Const, Expr
 from refocus.lift import Handler, Index, Lifter, arguments, dtype_of, is_tensor, kind_of
 from refocus.sizes import shape_of
@@ -150,7 +151,10 @@ def _dropout(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     source, p, train = arguments(node)[0], _argument(node, 1, "p"), _argument(node, 2, "train")
     if train is False or (isinstance(p, int | float) and p == 0):
         return lift.at(source, index)
-    return None
+    if train is not True or not isinstance(p, float) or not 0 < p < 1 or not index:
+        return None
+    kind = _kind(node)
+    return s.call("mul", lift.at(source, index), keep(node.name, p, index, shape_of(node), kind), dtype=kind)
 
 
 def _triangle(lower: bool) -> Handler:
@@ -236,6 +240,6 @@ POINTWISE: dict[str, Handler] = {
     "where": _where, "masked_fill": _masked_fill, "clamp": _clamp, "clip": _clamp,
     "clamp_min": _clamp_one("max", "min"), "clamp_max": _clamp_one("min", "max"),
     "minimum": _plain("min"), "maximum": _plain("max"), "max": _max_or_min("max"), "min": _max_or_min("min"),
-    "pow": _square, "dropout": _dropout, "feature_dropout": _dropout, "tril": _triangle(True), "triu": _triangle(False),
+    "pow": _square, "dropout": _dropout, "tril": _triangle(True), "triu": _triangle(False),
     "silu": _silu, "cumsum": _cumsum, "diff": _diff,
 }  # fmt: skip

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from refocus import simplify as s
+from refocus.dropout import dropping
 from refocus.facts import Facts
 from refocus.hoist import Hoisted, hoist_distances
 from refocus.ir import Axis, Const, Dot, Expr, Load, Operand, Reduce, Region, rewrite
@@ -19,7 +20,14 @@ from refocus.patterns.declined import Declined
 from refocus.patterns.softmax import Softmax, separate_mask
 from refocus.sizes import shape_of
 
-Binding = fx.Node | Hoisted
+@dataclass(frozen=True)
+class Seed:
+    """An operand that is drawn outside the region: one int64 number, the same for all reads of one `site`."""
+
+    site: str
+
+
+Binding = fx.Node | Hoisted | Seed
 
 
 @dataclass(frozen=True)
@@ -155,8 +163,10 @@ class _Operands:
         return self._side(value, "v")
 
     def _load(self, load: Load, role: str) -> Load:
-        outside = self.hoisted.get(load.tensor)
-        if outside is not None:
+        outside, site = self.hoisted.get(load.tensor), dropping(load.tensor)
+        if site is not None:
+            name = self._name(load.tensor, "seed", load.dtype, (), Seed(site))
+        elif outside is not None:
             name = self._name(load.tensor, role, load.dtype, tuple(a.size for a in outside.axes), outside)
         else:
             node = self.facts.nodes[load.tensor]

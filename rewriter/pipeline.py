@@ -23,12 +23,12 @@ from refocus.codegen.choose import Leave, plan_part
 from refocus.codegen.plan import Plan
 from refocus.errors import RegionNotFused
 from refocus.facts import Facts, gather_facts
+from refocus.normal_form import Binding
 from refocus.options import Options
-from refocus.patterns.declined import Declined
 from refocus.recognize import Left, Site, recognize
 from refocus.report import Report
 from refocus.sites import describe_left, describe_site, numbers_of
-from refocus.splice import CannotSplice, Splicer
+from refocus.splice import CannotSplice, Splicer, sources
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,11 @@ def rewrite(gm: fx.GraphModule, options: Options) -> Rewritten:
         if isinstance(site, Left):
             rows.append(describe_left(name, site))
             continue
-        plans, reason = _plan(site, facts, options)
+        trained = _trained(site, facts)
+        plans, reason = _plan(site, trained, options)
         if plans is not None:
             try:
-                splicer.replace(site, plans)
+                splicer.replace(site, plans, any(trained))
                 fused += 1
             except CannotSplice as problem:
                 plans, reason = None, str(problem)
@@ -86,16 +87,18 @@ def rewrite(gm: fx.GraphModule, options: Options) -> Rewritten:
     return Rewritten(traced, report)
 
 
-def _plan(site: Site, facts: Facts, options: Options) -> tuple[list[Plan] | None, str]:
+def _plan(site: Site, trained: list[frozenset[str]], options: Options) -> tuple[list[Plan] | None, str]:
     """A plan for every part, or the reason to leave the site."""
-    grad = _needs_gradient(site, facts)
-    if grad is not None:
-        return None, grad.reason
     plans = []
     reasons = []
-    for part in site.parts:
+    for part, names in zip(site.parts, trained):
         outcome = plan_part(
-            part.region, numbers_of(site), site.root.meta["val"].device, options.engine, site.normaliser is site.root
+            part.region,
+            numbers_of(site),
+            site.root.meta["val"].device,
+            options.engine,
+            site.normaliser is site.root,
+            names if any(trained) else None,
         )
         if isinstance(outcome, Leave):
             return None, outcome.reason
@@ -104,13 +107,17 @@ def _plan(site: Site, facts: Facts, options: Options) -> tuple[list[Plan] | None
     return plans, reasons[0] if reasons else ""
 
 
-def _needs_gradient(site: Site, facts: Facts) -> Declined | None:
+def _trained(site: Site, facts: Facts) -> list[frozenset[str]]:
+    """For each part, the operands into which gradients will flow."""
     if not facts.grad_enabled[site.root]:
-        return None
-    inputs = set(site.root.all_input_nodes) | set(site.interior)
-    if any(n in facts.needs_grad for n in inputs):
-        return Declined("needs gradients; fused training is not built yet")
-    return None
+        return [frozenset() for _ in site.parts]
+
+    def reached(binding: Binding) -> bool:
+        return any(n in facts.needs_grad for n in sources(binding, facts))
+
+    return [
+        frozenset(o.name for o, b in zip(part.region.operands, part.bindings) if reached(b)) for part in site.parts
+    ]
 
 
 def _require(report: Report) -> None:

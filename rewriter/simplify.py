@@ -398,6 +398,8 @@ def call(op: str, *args: Expr, dtype: str) -> Expr:
             return maximum(args[0], 0)
     if op in ("isnan", "isinf"):
         dtype = BOOL
+    if op == "detach" and (isinstance(args[0], Const) or not args[0].is_float):
+        return args[0]
     numbers = [a for a in args if isinstance(a, Const)]
     folded = fold(op, numbers, dtype) if len(numbers) == len(args) else None
     if folded is not None:

@@ -108,7 +108,7 @@ def tiles_of(region: Region, plan: Plan | None, numbers: dict[Sym, int]) -> Tile
 def _numel(part: Part, numbers: dict[Sym, int]) -> int:
     total = 0
     for operand, binding in zip(part.region.operands, part.bindings):
-        width = 8 if isinstance(binding, Hoisted) else binding.meta["val"].element_size()
+        width = binding.meta["val"].element_size() if isinstance(binding, fx.Node) else 8
         total += math.prod(size_of(d, numbers) for d in operand.shape) * width
     return total
 

@@ -23,7 +23,7 @@ from refocus.evaluate import arange_env, evaluate, size_of
 from refocus.facts import Facts
 from refocus.hoist import Hoisted
 from refocus.ir import Axis, Expr, Load, Sym
-from refocus.normal_form import Binding
+from refocus.normal_form import Binding, Seed
 from refocus.recognize import Site
 from refocus.sizes import hint, shape_of
 
@@ -44,17 +44,18 @@ class Splicer:
     mode: Any
     _bodies: dict[Any, fx.GraphModule] = field(default_factory=dict)
 
-    def replace(self, site: Site, plans: Sequence[Plan]) -> None:
-        """Put the fused form of `site` in place of its root. Raises CannotSplice before anything is changed."""
-        inputs = list(dict.fromkeys(n for p in site.parts for b in p.bindings for n in _nodes(b, self.facts)))
+    def replace(self, site: Site, plans: Sequence[Plan], trained: bool = False) -> None:
+        """Put the fused form of `site` in place of its root; with `trained`, one that has a gradient. Raises
+        CannotSplice before anything is changed."""
+        inputs = list(dict.fromkeys(n for p in site.parts for b in p.bindings for n in sources(b, self.facts)))
         inputs += [n for n in _loads_of(site.epilogue, self.facts) if n not in inputs]
         syms = _syms_of(site)
         sym_nodes = [self._sym_node(sym, site.root) for sym in syms]
         values = [n.meta["val"] for n in inputs]
-        key = _body_key(site, plans, inputs)
+        key = (_body_key(site, plans, inputs), trained)
         body = self._bodies.get(key)
         if body is None:
-            function = _function(site, plans, inputs, syms)
+            function = _function(site, plans, inputs, syms, trained)
             with self.mode, torch.fx.traceback.preserve_node_meta(False), torch.no_grad():
                 body = make_fx(function, pre_dispatch=True)(values, [n.meta["val"] for n in sym_nodes])
             _drop_grad_switches(body)
@@ -146,7 +147,10 @@ def _loads_of(value: Expr, facts: Facts) -> list[fx.Node]:
     return [facts.nodes[x.tensor] for x in _loads(value) if x.tensor in facts.nodes]
 
 
-def _nodes(binding: Binding, facts: Facts) -> list[fx.Node]:
+def sources(binding: Binding, facts: Facts) -> list[fx.Node]:
+    """The nodes that an operand is made of."""
+    if isinstance(binding, Seed):
+        return []
     return _loads_of(binding.value, facts) if isinstance(binding, Hoisted) else [binding]
 
 
@@ -176,9 +180,14 @@ def _body_key(site: Site, plans: Sequence[Plan], inputs: list[fx.Node]) -> Any:
             out = out.replace(f"'{name}'", f"<{where[name]}>")
         return out
 
-    bindings = tuple(
-        tuple(where[b.name] if isinstance(b, fx.Node) else text(b.value) for b in p.bindings) for p in site.parts
-    )
+    seeds: dict[str, int] = {}
+
+    def bound(binding: Binding) -> Any:
+        if isinstance(binding, Seed):
+            return "seed", seeds.setdefault(binding.site, len(seeds))
+        return where[binding.name] if isinstance(binding, fx.Node) else text(binding.value)
+
+    bindings = tuple(tuple(bound(b) for b in p.bindings) for p in site.parts)
     metas = tuple(
         (tuple(map(str, n.meta["val"].shape)), tuple(map(str, n.meta["val"].stride())), n.meta["val"].dtype)
         for n in inputs
@@ -191,7 +200,7 @@ def _body_key(site: Site, plans: Sequence[Plan], inputs: list[fx.Node]) -> Any:
 
 
 def _function(
-    site: Site, plans: Sequence[Plan], inputs: list[fx.Node], syms: list[Sym]
+    site: Site, plans: Sequence[Plan], inputs: list[fx.Node], syms: list[Sym], trained: bool
 ) -> Callable[[list[Tensor], list[int]], Tensor]:
     """What stands in for the root, as a function of the tensors that it reads and the symbolic sizes."""
     root = site.root.meta["val"]
@@ -203,9 +212,10 @@ def _function(
         named = {n.name: t for n, t in zip(inputs, tensors)}
         sizes = dict(zip(syms, numbers))
         results: dict[str, Tensor] = {}
+        drawn = {b.site: _draw(root.device) for p in site.parts for b in p.bindings if isinstance(b, Seed)}
         for k, (part, plan, axes) in enumerate(zip(site.parts, plans, site.axes)):
-            operands = [_operand(b, named, sizes) for b in part.bindings]
-            out = _attend(part.region, plan, operands, [sizes[x] for x in part.region.syms])
+            operands = [drawn[b.site] if isinstance(b, Seed) else _operand(b, named, sizes) for b in part.bindings]
+            out = _attend(part.region, plan, operands, [sizes[x] for x in part.region.syms], trained)
             results[f"part{k}"] = out if any(a.name == "one" for a in axes) else _without_dummy(out, part.region, axes)
         if site.plain:
             value = results["part0"].permute([site.axes[0].index(a) for a in flat])
@@ -223,7 +233,12 @@ def _without_dummy(out: Tensor, region: Any, axes: Sequence[Axis]) -> Tensor:
     return out if out.dim() == len(axes) else out.squeeze(len(region.batch))
 
 
-def _operand(binding: Binding, named: dict[str, Tensor], sizes: dict[Sym, int]) -> Tensor:
+def _draw(device: torch.device) -> Tensor:
+    """A seed from PyTorch's generator."""
+    return torch.randint(0, 1 << 62, (), device=device, dtype=torch.int64)
+
+
+def _operand(binding: fx.Node | Hoisted, named: dict[str, Tensor], sizes: dict[Sym, int]) -> Tensor:
     if isinstance(binding, Hoisted):
         value = evaluate(binding.value, arange_env(binding.axes, sizes), named, sizes)
         return value.expand([size_of(a.size, sizes) for a in binding.axes]).to(_dtype(binding)).contiguous()
@@ -236,7 +251,9 @@ def _dtype(binding: Hoisted) -> torch.dtype:
     return found
 
 
-def _attend(region: Any, plan: Plan, operands: list[Tensor], sizes: list[int]) -> Tensor:
+def _attend(region: Any, plan: Plan, operands: list[Tensor], sizes: list[int], trained: bool) -> Tensor:
+    if trained:
+        return operator.call_saving(region, plan, operands, sizes)
     if plan.engine in IN_GRAPH:
         result: Tensor = importlib.import_module(IN_GRAPH[plan.engine]).attend(region, plan, operands, sizes)
         return result
