@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from refocus.codegen.cotangents import why_not_trainable
 from refocus.codegen.operator import TRAINERS
-from refocus.codegen.plan import Plan
+from refocus.codegen.plan import Chosen, Leave, Plan
+from refocus.codegen.policy import choose_cpu, choose_training, training_plan
 from refocus.errors import EngineUnavailable
 from refocus.ir import Region, Sym
 
@@ -18,19 +19,6 @@ _SUPPORTS = {
     "cpp": "refocus.codegen.cpp",
     "sdpa": "refocus.codegen.sdpa",
 }
-
-
-@dataclass(frozen=True)
-class Chosen:
-    plan: Plan
-    reason: str
-
-
-@dataclass(frozen=True)
-class Leave:
-    """The region is understood, but stays as it is."""
-
-    reason: str
 
 
 def unsupported(engine: str, region: Region) -> str | None:
@@ -60,8 +48,6 @@ def plan_part(
     if engine is not None:
         return _forced(region, device, engine)
     if device.type == "cpu":
-        from refocus.codegen.policy import choose_cpu
-
         return choose_cpu(region, numbers, was_sdpa)
     reason = unsupported("triton", region)
     if reason is not None:
@@ -70,18 +56,26 @@ def plan_part(
 
 
 def _plan_training(
-    region: Region, numbers: Mapping[Sym, int], device: Any, engine: str | None, was_sdpa: bool, trained: Collection[str]
+    region: Region,
+    numbers: Mapping[Sym, int],
+    device: Any,
+    engine: str | None,
+    was_sdpa: bool,
+    trained: Collection[str],
 ) -> Chosen | Leave:
     reason = why_not_trainable(region, trained)
     if reason is not None:
         return Leave(f"its gradient cannot be generated: {reason}")
     if engine is None:
-        from refocus.codegen.policy import choose_training
-
-        return choose_training(region, numbers, device, was_sdpa)
+        if device.type != "cpu":
+            return Leave("needs gradients, and no engine of this device has a backward; engine='tiled' trains it")
+        return choose_training(region, numbers, was_sdpa)
     if engine not in TRAINERS:
         return Leave(f"needs gradients, and the {engine} engine has no backward")
-    return _forced(region, device, engine)
+    forced = _forced(region, device, engine)
+    if isinstance(forced, Chosen) and engine == "tiled":
+        return replace(forced, plan=training_plan(engine))
+    return forced
 
 
 def _forced(region: Region, device: Any, engine: str) -> Chosen | Leave:

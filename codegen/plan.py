@@ -22,6 +22,21 @@ class Plan:
     num_stages: int = 2
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What was planned, and why."""
+
+    plan: Plan
+    reason: str
+
+
+@dataclass(frozen=True)
+class Leave:
+    """The region is understood, but stays as it is."""
+
+    reason: str
+
+
 @lru_cache(maxsize=512)
 def parse(text: str) -> Plan:
     """Rebuild a plan from its `repr`. The text only ever comes from `repr` of our own values."""

@@ -27,13 +27,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from refocus import simplify
 from refocus.codegen import cpp, sdpa
-from refocus.codegen.choose import Chosen, Leave
 from refocus.codegen.heads import Fitted, fit
-from refocus.codegen.plan import Plan
+from refocus.codegen.plan import Chosen, Leave, Plan
 from refocus.evaluate import size_of
 from refocus.ir import TRUE, Call, Const, Expr, Load, Region, Sym
 from refocus.masks import EMPTY, classify
@@ -102,11 +100,26 @@ def choose_cpu(region: Region, numbers: Mapping[Sym, int], was_sdpa: bool = Fals
     return Chosen(Plan(engine, block_q=blocks[0], block_k=blocks[1]), reason)
 
 
-def choose_training(region: Region, numbers: Mapping[Sym, int], device: Any, was_sdpa: bool = False) -> Chosen | Leave:
-    """As `choose_cpu`, for a region whose backward will be asked for. Only `tiled` has one so far."""
-    if device.type != "cpu":
-        return Leave("no engine of this device has a backward")
-    return Leave("needs gradients; engine='tiled' trains it")
+def choose_training(region: Region, numbers: Mapping[Sym, int], was_sdpa: bool = False) -> Chosen | Leave:
+    """As `choose_cpu`, where a backward will be asked for: only the tiled engine has one on CPU.
+
+    Forward and backward together take 16 to 18 ns a pair compiled, about 7 through SDPA, and 24 to 36 ns for each pair
+    in tiles of 128 x 128 that are not empty (`benchmarks/training.py`; one core, d=64): sparsity must pay for it.
+    """
+    batch = math.prod(size_of(a.size, numbers) for a in region.batch)
+    queries, keys = (size_of(a.size, numbers) for a in (region.query, region.key))
+    plan = training_plan("tiled")
+    leave = batch * queries * keys * (7.0 if was_sdpa else 17.0)
+    cost = batch * queries * keys * 32.0 * _live(region, plan.block_q, plan.block_k, numbers) + _LAUNCH
+    sizes = f"{batch} heads x {queries} queries x {keys} keys"
+    if cost > _GAIN * leave or leave - cost < _LEAST_GAIN:
+        return Leave(f"needs gradients, and no engine with a backward is faster at {sizes}; engine='tiled' trains it")
+    return Chosen(plan, f"about {leave / cost:.1f} times faster than leaving it, at {sizes}")
+
+
+def training_plan(engine: str) -> Plan:
+    """Tiles of the portable engine for forward and backward: large enough for the products to outweigh the calls."""
+    return Plan(engine, block_q=128, block_k=128)
 
 
 def _sizes(work: Work) -> str:

@@ -7,7 +7,6 @@ import functools
 import itertools
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -17,7 +16,7 @@ from torch import fx
 from refocus.backend import compile_graph, inductor
 from refocus.errors import CannotExplain, RefocusError, UnknownOption
 from refocus.options import Options
-from refocus.report import Report
+from refocus.report import Report, joined
 
 Model = TypeVar("Model", bound=Callable[..., Any])
 
@@ -116,10 +115,7 @@ def explain(model: Callable[..., Any], *args: Any, engine: str | None = None, **
             got=f"{type(problem).__name__}: {problem}",
             todo="call model(*args, **kwargs) with the same arguments first",
         ) from problem
-    sites = [site for report in found for site in report.sites]
-    named = tuple(_renamed(site, k) for k, site in enumerate(sites))
-    notes = tuple(note for report in found for note in report.notes)
-    return Report(named, len(found), sum(r.seconds for r in found), notes)
+    return joined(found, len(found))
 
 
 def _entry(target: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,7 +133,3 @@ def _entry(target: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _entries = itertools.count()
-
-
-def _renamed(site: Any, number: int) -> Any:
-    return replace(site, name=f"attention{number}")

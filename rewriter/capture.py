@@ -13,6 +13,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from refocus.bodies import Retrace
+
 
 class CaptureFailed(Exception):
     """The graph holds something that cannot be re-traced; it is compiled as it was."""
@@ -33,7 +35,7 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
     casts = any(getattr(n.target, "__name__", "") == "_enter_autocast" for n in gm.graph.nodes)
     try:
         with mode, torch.fx.traceback.preserve_node_meta():
-            traced = make_fx(fx.Interpreter(gm).run, pre_dispatch=not casts)(*values)
+            traced = make_fx(Retrace(gm).run, pre_dispatch=not casts)(*values)
     except Exception as problem:  # anything may go wrong while tracing foreign code; the caller falls back
         raise CaptureFailed(f"{type(problem).__name__}: {problem}") from problem
     traced.meta.update(gm.meta)

@@ -20,6 +20,7 @@ from refocus.patterns.declined import Declined
 from refocus.patterns.softmax import Softmax, separate_mask
 from refocus.sizes import shape_of
 
+
 @dataclass(frozen=True)
 class Seed:
     """An operand that is drawn outside the region: one int64 number, the same for all reads of one `site`."""

@@ -6,7 +6,8 @@
     plan         region + shapes + device -> engine and tile sizes, or leave it     refocus.codegen.policy
     splice       swap each root for its fused form; keep shape, strides, order      refocus.splice
 
-The result is lowered by `refocus.backend`. `REFOCUS_DUMP=dir` writes what every stage produced.
+Bodies of activation checkpoints are graphs of their own, and rewritten first (refocus.bodies). The result is lowered by
+`refocus.backend`. `REFOCUS_DUMP=dir` writes what every stage produced.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ import torch
 from torch import fx
 
 from refocus import debug
+from refocus.bodies import with_bodies
 from refocus.capture import CaptureFailed, capture
-from refocus.codegen.choose import Leave, plan_part
-from refocus.codegen.plan import Plan
+from refocus.codegen.choose import plan_part
+from refocus.codegen.plan import Leave, Plan
 from refocus.errors import RegionNotFused
 from refocus.facts import Facts, gather_facts
 from refocus.normal_form import Binding
 from refocus.options import Options
 from refocus.recognize import Left, Site, recognize
-from refocus.report import Report
+from refocus.report import Report, joined
 from refocus.sites import describe_left, describe_site, numbers_of
 from refocus.splice import CannotSplice, Splicer, sources
 
@@ -45,6 +47,19 @@ def rewrite(gm: fx.GraphModule, options: Options) -> Rewritten:
     Raises RegionNotFused when `options.require` asks for it, EngineUnavailable when the named engine cannot run here;
     never for attention that is merely not understood.
     """
+    inner: list[Report] = []
+
+    def change(body: fx.GraphModule) -> fx.GraphModule:
+        done = rewrite(body, options)
+        inner.append(done.report)
+        return done.gm
+
+    done = _rewrite_outer(with_bodies(gm, change), options)
+    return Rewritten(done.gm, joined((*inner, done.report))) if inner else done
+
+
+def _rewrite_outer(gm: fx.GraphModule, options: Options) -> Rewritten:
+    """All stages on one graph, past the bodies of operations that it holds."""
     started = time.perf_counter()
     try:
         traced = capture(gm)

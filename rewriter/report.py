@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -187,6 +187,17 @@ class Report:
 
 
 _COLOURS = {"fused": "green", "recognised": "yellow", "left alone": "red"}
+
+
+def joined(reports: Sequence[Report], graphs: int = 1) -> Report:
+    """One report of several, with the sites numbered again."""
+    sites = (site for report in reports for site in report.sites)
+    return Report(
+        tuple(replace(site, name=f"attention{number}") for number, site in enumerate(sites)),
+        graphs,
+        sum(report.seconds for report in reports),
+        tuple(note for report in reports for note in report.notes),
+    )
 
 
 def _facts(site: Site) -> Iterator[tuple[str, str]]:

@@ -13,7 +13,6 @@ from torch import fx
 from refocus import masks
 from refocus.codegen.plan import Plan
 from refocus.evaluate import size_of
-from refocus.hoist import Hoisted
 from refocus.ir import TRUE, Region, Sym
 from refocus.lift import op_name
 from refocus.notation import notation

@@ -21,8 +21,11 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "base": ("errors", "debug", "options", "tolerances", "report", "inductor"),
     "ir": ("ir", "notation"),
     "algebra": ("polynomial", "proofs", "division", "comparisons", "constants", "simplify"),
-    "meaning": ("hoist", "intervals", "key_bounds", "grid", "operations", "evaluate", "oracle", "tile_grid", "masks"),
-    "lift": ("capture", "fold", "sizes", "lift", "lift_*", "facts"),
+    "meaning": (
+        "counter", "dropout", "differentiate", "hoist", "intervals", "key_bounds", "grid", "operations", "evaluate",
+        "oracle", "tile_grid", "masks",
+    ),
+    "lift": ("bodies", "capture", "fold", "sizes", "lift", "lift_*", "facts"),
     "patterns": ("patterns", "patterns.*"),
     "recognize": ("normal_form", "recognize"),
     "codegen": ("codegen", "codegen.*"),

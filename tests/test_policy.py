@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.engines_cpu import region_of
 from refocus.codegen import cpp
-from refocus.codegen.choose import Chosen, Leave
+from refocus.codegen.plan import Chosen, Leave
 from refocus.codegen.policy import choose_cpu
 from tests import region_cases as cases
 
