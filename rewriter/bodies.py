@@ -1,7 +1,8 @@
 """Graphs inside a graph: higher-order operations, such as activation checkpointing, whose body is a sub-module.
 
-Re-tracing through one would take it apart, and lose what it stands for. So its body is rewritten in place, as a graph
-of its own, and the operation itself is recorded as the call it is.
+Re-tracing through one would take it apart, and lose what it stands for: a checkpoint's recomputation, the gradient of a
+`torch.autograd.Function`. So it is recorded as the call it is; and the body of a checkpoint is rewritten in place, as a
+graph of its own.
 """
 
 from __future__ import annotations
@@ -15,19 +16,18 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, track_tensor_tree
 from torch.utils import _pytree as pytree
 
 # Operations that call their body once, with the arguments that follow it.
-_KEPT = ("tag_activation_checkpoint", "wrap_activation_checkpoint")
+_CALLS = ("tag_activation_checkpoint", "wrap_activation_checkpoint")
 
 
-def is_kept(target: Any) -> bool:
-    """Whether a node's target is a higher-order operation that is recorded whole."""
-    return isinstance(target, torch._ops.HigherOrderOperator) and target.name() in _KEPT
+def is_higher_order(node: fx.Node) -> bool:
+    return node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
 def bodies(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
-    """The attribute name and the graph of each body of a kept operation."""
+    """The attribute name and the graph of each body that may be rewritten."""
     seen: set[str] = set()
     for node in gm.graph.nodes:
-        if node.op == "call_function" and is_kept(node.target):
+        if is_higher_order(node) and node.target.name() in _CALLS:
             for source in node.all_input_nodes:
                 if source.op == "get_attr" and str(source.target) not in seen:
                     body = gm.get_submodule(str(source.target))
@@ -56,28 +56,19 @@ def with_bodies(gm: fx.GraphModule, change: Callable[[fx.GraphModule], fx.GraphM
 
 
 class Retrace(fx.Interpreter):
-    """Runs a Dynamo graph for `make_fx`; a kept operation becomes one call with the results that Dynamo saw."""
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        mode = get_proxy_mode()
-        if not is_kept(target) or mode is None:
-            return super().call_function(target, args, kwargs)
-        tracer = mode.tracer
-        held = pytree.tree_map(lambda x: _registered(tracer, x), (args, kwargs))
-        inputs, options = pytree.tree_map(tracer.unwrap_proxy, held)
-        call = tracer.create_proxy("call_function", target, inputs, options)
-        result = self._current_node().meta["example_value"]
-        return track_tensor_tree(result, call, constant=None, tracer=tracer)
-
-    def _current_node(self) -> fx.Node:
-        assert self._at is not None
-        return self._at
-
-    _at: fx.Node | None = None
+    """Runs a Dynamo graph for `make_fx`; a higher-order operation becomes one call with the results that Dynamo saw."""
 
     def run_node(self, n: fx.Node) -> Any:
-        self._at = n
-        return super().run_node(n)
+        mode = get_proxy_mode()
+        if mode is None or not is_higher_order(n) or "example_value" not in n.meta:
+            return super().run_node(n)
+        tracer = mode.tracer
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        held = pytree.tree_map(lambda x: _registered(tracer, x), (args, kwargs))
+        inputs, options = pytree.tree_map(tracer.unwrap_proxy, held)
+        with self._set_current_node(n):
+            call = tracer.create_proxy("call_function", n.target, inputs, options)
+        return track_tensor_tree(n.meta["example_value"], call, constant=None, tracer=tracer)
 
 
 def _registered(tracer: Any, value: Any) -> Any:

@@ -32,7 +32,11 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
         raise CaptureFailed("no input carries a fake tensor")
     # Above the dispatcher an autocast region of the graph is only recorded, and its casts would be missing; below it,
     # they are operations like any other (and composite operations are taken apart, which the lift does not mind).
-    casts = any(getattr(n.target, "__name__", "") == "_enter_autocast" for n in gm.graph.nodes)
+    called = {getattr(n.target, "__name__", "") for n in gm.graph.nodes}
+    casts = "_enter_autocast" in called
+    if casts and "_set_grad_enabled" in called and torch.is_grad_enabled():
+        # ... where what runs under torch.no_grad() could not be told from the rest.
+        raise CaptureFailed("autocast and torch.no_grad() meet in a graph that trains")
     try:
         with mode, torch.fx.traceback.preserve_node_meta():
             traced = make_fx(Retrace(gm).run, pre_dispatch=not casts)(*values)

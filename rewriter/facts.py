@@ -98,6 +98,7 @@ def gather_facts(gm: fx.GraphModule) -> Facts:
     facts = Facts(gm.graph)
     grad = torch.is_grad_enabled()
     ids = iter(range(1 << 30))
+    unrecorded: dict[fx.Node, None] = {}  # computed from what needs a gradient, while none was recorded
     for position, node in enumerate(gm.graph.nodes):
         facts.order[node] = position
         facts.nodes[node.name] = node
@@ -123,13 +124,14 @@ def gather_facts(gm: fx.GraphModule) -> Facts:
                 facts.pure.add(node)
             if all(n in facts.closed for n in node.all_input_nodes) and _deterministic(node):
                 facts.closed.add(node)
-            if (floating or not isinstance(value, torch.Tensor)) and any(
-                n in facts.needs_grad for n in node.all_input_nodes
-            ):
-                if not grad or name in _STOPS:
-                    facts.cuts.add(node)
-                else:
+            if floating or not isinstance(value, torch.Tensor):
+                flows = any(n in facts.needs_grad for n in node.all_input_nodes)
+                if flows and grad and name not in _STOPS:
                     facts.needs_grad.add(node)
+                elif flows and grad:
+                    facts.cuts.add(node)
+                elif not grad and (flows or any(n in unrecorded for n in node.all_input_nodes)):
+                    unrecorded[node] = None
         facts.storage[node] = _storage_of(node, facts, ids)
         for target in _written(node):
             storage = facts.storage.get(target, -1)
@@ -137,6 +139,7 @@ def gather_facts(gm: fx.GraphModule) -> Facts:
             facts.writers.setdefault(storage, []).append(node)
     facts.opaque = {n for n in facts.order if facts.storage[n] in facts.writers}
     facts.pure -= facts.opaque
+    facts.cuts.update(n for n in unrecorded if any(u.op != "output" and facts.grad_enabled[u] for u in n.users))
     _settle(facts)
     return facts
 

@@ -24,13 +24,13 @@ from refocus.capture import CaptureFailed, capture
 from refocus.codegen.choose import plan_part
 from refocus.codegen.plan import Leave, Plan
 from refocus.errors import RegionNotFused
-from refocus.facts import Facts, gather_facts
-from refocus.normal_form import Binding
+from refocus.facts import gather_facts
 from refocus.options import Options
 from refocus.recognize import Left, Site, recognize
 from refocus.report import Report, joined
 from refocus.sites import describe_left, describe_site, numbers_of
-from refocus.splice import CannotSplice, Splicer, sources
+from refocus.splice import CannotSplice, Splicer
+from refocus.training import trained_operands, with_cancelled
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,10 @@ def _rewrite_outer(gm: fx.GraphModule, options: Options) -> Rewritten:
         if isinstance(site, Left):
             rows.append(describe_left(name, site))
             continue
-        trained = _trained(site, facts)
+        trained = trained_operands(site, facts)
+        if any(trained):
+            site = with_cancelled(site, facts)
+            trained = trained_operands(site, facts)
         plans, reason = _plan(site, trained, options)
         if plans is not None:
             try:
@@ -120,19 +123,6 @@ def _plan(site: Site, trained: list[frozenset[str]], options: Options) -> tuple[
         plans.append(outcome.plan)
         reasons.append(outcome.reason)
     return plans, reasons[0] if reasons else ""
-
-
-def _trained(site: Site, facts: Facts) -> list[frozenset[str]]:
-    """For each part, the operands into which gradients will flow."""
-    if not facts.grad_enabled[site.root]:
-        return [frozenset() for _ in site.parts]
-
-    def reached(binding: Binding) -> bool:
-        return any(n in facts.needs_grad for n in sources(binding, facts))
-
-    return [
-        frozenset(o.name for o, b in zip(part.region.operands, part.bindings) if reached(b)) for part in site.parts
-    ]
 
 
 def _require(report: Report) -> None:

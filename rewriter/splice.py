@@ -48,7 +48,7 @@ class Splicer:
         """Put the fused form of `site` in place of its root; with `trained`, one that has a gradient. Raises
         CannotSplice before anything is changed."""
         inputs = list(dict.fromkeys(n for p in site.parts for b in p.bindings for n in sources(b, self.facts)))
-        inputs += [n for n in _loads_of(site.epilogue, self.facts) if n not in inputs]
+        inputs += [n for n in loads_of(site.epilogue, self.facts) if n not in inputs]
         syms = _syms_of(site)
         sym_nodes = [self._sym_node(sym, site.root) for sym in syms]
         values = [n.meta["val"] for n in inputs]
@@ -143,7 +143,8 @@ def _loads(value: Expr) -> tuple[Load, ...]:
     return (value,) if isinstance(value, Load) and not value.loads else value.loads
 
 
-def _loads_of(value: Expr, facts: Facts) -> list[fx.Node]:
+def loads_of(value: Expr, facts: Facts) -> list[fx.Node]:
+    """The nodes that an expression loads."""
     return [facts.nodes[x.tensor] for x in _loads(value) if x.tensor in facts.nodes]
 
 
@@ -151,7 +152,7 @@ def sources(binding: Binding, facts: Facts) -> list[fx.Node]:
     """The nodes that an operand is made of."""
     if isinstance(binding, Seed):
         return []
-    return _loads_of(binding.value, facts) if isinstance(binding, Hoisted) else [binding]
+    return loads_of(binding.value, facts) if isinstance(binding, Hoisted) else [binding]
 
 
 def _syms_of(site: Site) -> list[Sym]:

@@ -67,8 +67,9 @@ def check(
     rtol: float = 0.0,
     memory_share: float | None = None,
     lower: bool = True,
+    gradients: bool = False,
 ) -> Checked:
-    """Run the suite on one attention module, in its own dtype and on its own device, without gradients.
+    """Run the suite on one attention module, in its own dtype and on its own device.
 
     1. `refocus.explain` recognises it: every site, of `family` if one is named, `sites` of them if a number is.
     2. Each engine of `engines` is forced by name. With `fused=True` a site that stays is a failure.
@@ -76,6 +77,9 @@ def check(
        dtype plus that dtype's floor (`refocus.tolerances`), plus `rtol` of the largest magnitude.
     4. With `memory_share`, no single tensor of a fused run may be larger than this share of the largest one that the
        eager run makes: at a length where the scores are that largest one, it shows that they are never stored.
+
+    5. With `gradients`, the same holds for the gradients of every parameter and floating input that requires one or can
+       (of a sum of all outputs under fixed random weights); the engines must train.
 
     `lower=False` runs the rewritten graph as it is, not through Inductor: some seconds faster for each engine.
 
@@ -116,7 +120,72 @@ def check(
                         f"engine {engine!r}: a tensor of {bytes_} bytes was made; eager code's largest has "
                         f"{largest_eager}, of which {memory_share:.0%} are allowed\n{report}"
                     )
+    if gradients:
+        for name, error in _check_gradients(module, inputs, kwargs, engines, fused, lower, rtol, report).items():
+            errors[f"{name}, backward"] = error
     return Checked(report, _relative(eager_errors), errors, largest)
+
+
+def _check_gradients(
+    module: nn.Module,
+    inputs: Sequence[Any],
+    kwargs: dict[str, Any],
+    engines: Sequence[str],
+    fused: bool,
+    lower: bool,
+    rtol: float,
+    report: Report,
+) -> dict[str, float]:
+    """Relative errors of the gradients by engine. Raises CheckFailed as `check` does."""
+    wide = copy.deepcopy(module).to(torch.float64)
+    expected = _gradients(wide, wide, _fresh(inputs, torch.float64), _fresh(kwargs, torch.float64))
+    eager = _errors(_gradients(module, module, inputs, kwargs), expected, "eager")
+    errors: dict[str, float] = {}
+    largest = max((scale for _, _, scale, _ in eager), default=0.0)
+    for engine in engines:
+        torch._dynamo.reset()
+        optimized = (refocus.optimize if lower else rewritten)(module, engine=engine, require=fused)
+        found = _errors(_gradients(optimized, module, inputs, kwargs), expected, engine)
+        for (name, error, scale, dtype), (_, own, _, _) in zip(found, eager):
+            # What cancels (a bias of all keys) carries the error of its terms: the floor is that of the largest.
+            bound = allowed_error(dtype, own, largest) + rtol * scale
+            if not error <= bound:
+                raise CheckFailed(
+                    f"engine {engine!r}: the gradient{_place(name)} differs from the float64 one by {error:.3e}; "
+                    f" the bound is {bound:.3e}, eager code itself differs by {own:.3e}\n{report}"
+                )
+        errors[engine] = max((error / largest for _, error, _, _ in found), default=0.0) if largest else 0.0
+    return errors
+
+
+def _place(name: str) -> str:
+    """" of x" out of "the output[' of x']"."""
+    return name.removeprefix("the output").strip("[]'\"")
+
+
+def _gradients(call: Callable[..., Any], module: nn.Module, inputs: Any, kwargs: Any) -> dict[str, Tensor]:
+    """The gradients of parameters by name and of floating inputs by place; those that no gradient reaches are left out.
+    What flows back into each output is drawn with a seed of its own, in float64."""
+
+    def leaf(x: Any) -> Any:
+        if isinstance(x, Tensor) and x.is_floating_point():
+            return x.detach().clone().requires_grad_()
+        return _fresh(x)
+
+    args, named = pytree.tree_map(leaf, (tuple(inputs), dict(kwargs)))
+    leaves = {f" of input {k}": x for k, x in enumerate(pytree.tree_leaves((args, named))) if isinstance(x, Tensor)}
+    leaves |= {f" of {name}": p for name, p in module.named_parameters()}
+    leaves = {name: x for name, x in leaves.items() if x.requires_grad}
+    total: Tensor | None = None
+    for k, out in enumerate(pytree.tree_leaves(call(*args, **named))):
+        if isinstance(out, Tensor) and out.requires_grad:
+            weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+            part = (out * weight.to(out.device, out.dtype)).sum()
+            total = part if total is None else total + part
+    if total is None:
+        return {}
+    grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return {name: g for name, g in zip(leaves, grads) if g is not None}
 
 
 def rewritten(module: Callable[..., Any], *, engine: str | None = None, require: bool = False) -> Callable[..., Any]:

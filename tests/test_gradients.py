@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from refocus.codegen.cotangents import why_not_trainable
 from refocus.codegen.plan import Plan
 from refocus.errors import NeedsGradient
 from refocus.ir import Region
+from refocus.testing import rewritten
 from refocus.tolerances import difference, magnitude
 from tests import region_cases as cases
 
@@ -88,3 +89,50 @@ def test_the_operators_pass_pytorchs_own_checks() -> None:
     region, tensors, sizes = cases.additive_bias(n=20, d=4)
     leaves = [t.requires_grad_() for t in tensors]
     torch.library.opcheck(operator.attend_saving, (leaves, sizes, repr(region), repr(PLAN)))
+
+
+# ---------------------------------------------------------------------------------------------------- models
+
+
+def trained(call: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = call(*leaves)
+    grads = torch.autograd.grad(out.square().sum(), leaves, allow_unused=True)
+    return out, list(grads)
+
+
+def detached_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.detach().mT).softmax(-1) @ v
+
+
+def detached_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    return (scores + (2 * scores).detach().tanh()).softmax(-1) @ v
+
+
+def scores_without_grad(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        bias = (q @ k.mT * 0.5).relu()
+    return (q @ k.mT + bias).softmax(-1) @ v
+
+
+def detached_shift(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    weights = (scores - scores.amax(-1, keepdim=True).detach()).exp()
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+def one_tensor_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1) @ k + 0 * v
+
+
+@pytest.mark.parametrize(
+    "attend", [detached_keys, detached_scores, scores_without_grad, detached_shift, one_tensor_twice]
+)
+def test_gradients_stop_where_the_model_stops_them(attend: Callable[..., Tensor]) -> None:
+    inputs = torch.randn(3, 2, 20, 8).unbind()
+    expected, wanted = trained(attend, *inputs)
+    got, mine = trained(rewritten(attend, engine="tiled", require=True), *inputs)
+    assert difference(got, expected) <= 1e-5
+    for a, b in zip(mine, wanted):
+        assert (a is None or not a.any()) if b is None else difference(a, b) <= 1e-4 * magnitude(b)

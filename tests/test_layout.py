@@ -29,7 +29,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "patterns": ("patterns", "patterns.*"),
     "recognize": ("normal_form", "recognize"),
     "codegen": ("codegen", "codegen.*"),
-    "pipeline": ("sites", "splice", "pipeline", "emit"),
+    "pipeline": ("sites", "splice", "training", "pipeline", "emit"),
     "backend": ("backend",),
     "front": ("", "api", "__main__", "testing"),
 }
