@@ -192,10 +192,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.needs = [bool(t.requires_grad) for t in operands]
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[list[Tensor | None], list[None], None, None]:
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[list[Tensor | None], list[None] | None, None, None]:
     *operands, out, sums = ctx.saved_tensors
     found = iter(attend_backward(grad, operands, out, sums, ctx.sizes, ctx.region, ctx.plan, ctx.needs))
-    return [next(found) if need else None for need in ctx.needs], [None] * len(ctx.sizes), None, None
+    # PyTorch takes an empty list for one of tensors, and wants a list of their gradients.
+    return [next(found) if need else None for need in ctx.needs], None if ctx.sizes else [], None, None
 
 
 attend_saving.register_autograd(_backward, setup_context=_save)

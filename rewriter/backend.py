@@ -10,6 +10,7 @@ from __future__ import annotations
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, fx
 from refocus import debug
 from refocus.errors import RefocusError, VerificationFailed
 from refocus.options import Options
-from refocus.pipeline import rewrite
+from refocus.pipeline import Rewritten, rewrite
 from refocus.report import Report
 from refocus.tolerances import agree, difference, magnitude, tolerance
 
@@ -48,25 +49,36 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
     """Rewrite and lower one graph; fall back to the graph as it was."""
     try:
         rewritten = rewrite(gm, options)
-    except RefocusError:
-        raise
     except Exception as problem:  # our own defect must not stop the user's model
+        if _is_meant(problem):
+            raise
         _warn("rewriting a graph failed", problem)
-        deliver(Report((), notes=(f"rewriting a graph failed: {problem!r}",)), options)
-        return lower(gm, example_inputs)
-    deliver(rewritten.report, options)
-    if rewritten.gm is gm:
-        return lower(gm, example_inputs)
-    try:
-        compiled = lower(rewritten.gm, example_inputs)
-    except RefocusError:
-        raise
-    except Exception as problem:
-        _warn("compiling the rewritten graph failed", problem)
-        return lower(gm, example_inputs)
-    if options.verify is not None:
+        rewritten = Rewritten(gm, Report((), notes=(f"rewriting a graph failed: {problem!r}",)))
+    compiled: Compiled | None = None
+    if rewritten.gm is not gm:
+        try:
+            compiled = lower(rewritten.gm, example_inputs)
+        except Exception as problem:
+            if _is_meant(problem):
+                raise
+            _warn("compiling the rewritten graph failed", problem)
+            rewritten = Rewritten(gm, _unfused(rewritten.report, f"compiling it failed: {problem!r}"))
+    if compiled is None:
+        compiled = lower(gm, example_inputs)
+    deliver(rewritten.report, options)  # not before: Dynamo may have asked to start over
+    if options.verify is not None and rewritten.gm is not gm:
         return _verified(gm, compiled, options.verify)
     return compiled
+
+
+def _is_meant(problem: Exception) -> bool:
+    """Whether it is no failure of ours to work around: what the caller asked for, or Dynamo's way to start over."""
+    return isinstance(problem, RefocusError | torch._dynamo.exc.RestartAnalysis)
+
+
+def _unfused(report: Report, reason: str) -> Report:
+    sites = (replace(s, fused=False, engine="", kernel_path=None, reason=reason) if s.fused else s for s in report.sites)
+    return replace(report, sites=tuple(sites))
 
 
 def _warn(what: str, problem: Exception) -> None:

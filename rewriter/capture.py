@@ -37,8 +37,10 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
     if casts and "_set_grad_enabled" in called and torch.is_grad_enabled():
         # ... where what runs under torch.no_grad() could not be told from the rest.
         raise CaptureFailed("autocast and torch.no_grad() meet in a graph that trains")
+    # Compiling inside an activation checkpoint: its hooks count every tensor that is saved, and must not see ours.
+    own = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
     try:
-        with mode, torch.fx.traceback.preserve_node_meta():
+        with mode, own, torch.fx.traceback.preserve_node_meta():
             traced = make_fx(Retrace(gm).run, pre_dispatch=not casts)(*values)
     except Exception as problem:  # anything may go wrong while tracing foreign code; the caller falls back
         raise CaptureFailed(f"{type(problem).__name__}: {problem}") from problem

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from refocus import simplify
-from refocus.ir import BOOL, INT, TRUE, Axis, Const, Dot, Expr, Load, Operand, Region, Sym
+from refocus.ir import BOOL, INT, TRUE, Axis, Call, Const, Dot, Expr, Load, Operand, Region, Sym
 from refocus.simplify import and_, le
 
 Case = tuple[Region, list[Tensor], list[int]]
@@ -294,12 +294,22 @@ def unbatched(dtype: torch.dtype = torch.float32, n: int = 50, d: int = 16) -> C
     return region, list(tensors.values()), []
 
 
+def dropout(dtype: torch.dtype = torch.float32, n: int = 50, d: int = 16) -> Case:
+    """A third of the weights dropped: which ones follows from a seed and from their position."""
+    s = Setting(dtype, n, n, d, d)
+    s.tensors["seed"] = torch.tensor(0x1234_5678_9ABC_DEF)
+    row = add(mul(Const(n), add(mul(Const(H), s.b), s.h)), s.i)
+    drawn = Call("random", (Load("seed", (), INT), row, s.j), "float32")
+    keep = simplify.call("le", Const(1 / 3, "float32"), drawn, dtype=BOOL)
+    return s.case(s.score, le(s.j, s.i), gate=simplify.where(keep, Const(1.5, s.f), Const(0.0, s.f)))
+
+
 CASES: dict[str, Callable[..., Case]] = {
     f.__name__: f
     for f in (
         dense, causal, causal_bfloat16, window, gqa, additive_bias, alibi, softcap, padding, documents, sinks,
         empty_min, empty_inf, empty_zero, empty_added, gated, cross, relative_table, t5_buckets, symbolic, two_dots,
-        merged_heads, windows_2d, unbatched,
+        merged_heads, windows_2d, unbatched, dropout,
     )
 }
 
