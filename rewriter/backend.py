@@ -77,8 +77,8 @@ def _is_meant(problem: Exception) -> bool:
 
 
 def _unfused(report: Report, reason: str) -> Report:
-    sites = (replace(s, fused=False, engine="", kernel_path=None, reason=reason) if s.fused else s for s in report.sites)
-    return replace(report, sites=tuple(sites))
+    left = {"fused": False, "engine": "", "kernel_path": None, "reason": reason}
+    return replace(report, sites=tuple(replace(site, **left) if site.fused else site for site in report.sites))
 
 
 def _warn(what: str, problem: Exception) -> None:

@@ -1,0 +1,87 @@
+"""Run by tests/test_distributed.py in two processes: train a small model in parallel, eager and optimised.
+
+    python -m tests.distributed_worker ddp|fsdp RANK WORLD FILE OUT
+
+Each process writes the losses that it saw to OUT.RANK.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import refocus
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int = 32, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.bias = nn.Parameter(torch.zeros(heads, 24, 24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = (t.view(b, n, self.heads, -1).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
+        scores = (q @ k.mT) / 8**0.5 + self.bias[:, :n, :n]
+        keep = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
+        weights = scores.masked_fill(~keep, float("-inf")).softmax(-1)
+        return x + self.out((weights @ v).transpose(1, 2).reshape(b, n, c))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = Layer(), Layer(), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x)))
+
+
+def train(how: str, rank: int, optimised: bool) -> tuple[list[float], int]:
+    """Losses of five steps, and how many sites were fused."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model: nn.Module = Model()
+    found: list[refocus.Report] = []
+    if how == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in (model.first, model.second):
+            fully_shard(layer)
+        fully_shard(model)
+    else:
+        model = nn.parallel.DistributedDataParallel(model)
+    call = refocus.optimize(model, engine="tiled", report=found.append) if optimised else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    data = torch.Generator().manual_seed(rank)
+    losses = []
+    for _ in range(5):
+        x, y = torch.randn(2, 24, 32, generator=data), torch.randint(0, 5, (2, 24), generator=data)
+        loss = F.cross_entropy(call(x).flatten(0, 1), y.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses, sum(len(report.fused) for report in found)
+
+
+def main() -> None:
+    how, rank, world, file, out = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+    eager, _ = train(how, rank, False)
+    fused, sites = train(how, rank, True)
+    Path(f"{out}.{rank}").write_text(json.dumps({"eager": eager, "fused": fused, "sites": sites}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
