@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import refocus
+from benchmarks.measure import peak_memory
 from refocus.testing import rewritten
 from refocus.tolerances import difference, magnitude
 
@@ -320,3 +321,116 @@ def test_dropout_of_pytorchs_attention() -> None:
     out = fast(q, q, torch.eye(64).expand(1, 2, 64, 64)) * 64
     assert set((out * 0.75).round(decimals=4).unique().tolist()) == {0.0, 1.0}
     assert abs(float((out != 0).double().mean()) - 0.75) < 0.03
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+@pytest.mark.slow
+def test_memory_grows_with_the_length_not_its_square() -> None:
+    """Forward and backward of one head of 64: the scores of 8192 tokens alone would take 256 MiB."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        at = torch.arange(q.shape[0])
+        return (q @ k.mT / 8).masked_fill(at[None, :] > at[:, None], -math.inf).softmax(-1) @ v
+
+    fast = rewritten(attend, engine="tiled", require=True)
+    peaks = {}
+    for n in (2048, 8192):
+        inputs = [torch.randn(n, 64, requires_grad=True) for _ in range(3)]
+
+        def step(inputs: list[Tensor] = inputs) -> None:
+            torch.autograd.grad(fast(*inputs).square().sum(), inputs)
+
+        step()
+        peaks[n] = peak_memory(step, device=torch.device("cpu"))
+    if any(peak is None for peak in peaks.values()):
+        pytest.skip("memory cannot be measured here")
+    assert peaks[8192] <= 48 * 2**20
+    assert peaks[8192] <= 5 * max(peaks[2048], 4 * 2**20)
+
+
+# ------------------------------------------------------------------------------------------------ real models
+
+
+def gpt2() -> tuple[nn.Module, Callable[[nn.Module, torch.Generator], Tensor]]:
+    """Repeat what was seen eight tokens ago."""
+    import transformers
+
+    config = transformers.GPT2Config(vocab_size=32, n_positions=32, n_embd=32, n_layer=2, n_head=4)
+    for name in ("attn_pdrop", "resid_pdrop", "embd_pdrop"):
+        setattr(config, name, 0.0)
+    model = transformers.GPT2LMHeadModel._from_config(config, attn_implementation="eager")
+
+    def loss(call: nn.Module, data: torch.Generator) -> Tensor:
+        ids = torch.randint(0, 32, (8, 8), generator=data).repeat(1, 3)
+        logits = call(input_ids=ids, use_cache=False).logits[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+    return model, loss
+
+
+def t5() -> tuple[nn.Module, Callable[[nn.Module, torch.Generator], Tensor]]:
+    """Copy the input."""
+    import transformers
+
+    config = transformers.T5Config(
+        vocab_size=32, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0, pad_token_id=0,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    model = transformers.T5ForConditionalGeneration._from_config(config, attn_implementation="eager")
+
+    def loss(call: nn.Module, data: torch.Generator) -> Tensor:
+        ids = torch.randint(1, 32, (8, 12), generator=data)
+        start = torch.cat([torch.zeros(8, 1, dtype=torch.long), ids[:, :-1]], 1)
+        logits = call(input_ids=ids, decoder_input_ids=start, use_cache=False).logits
+        return F.cross_entropy(logits.flatten(0, 1), ids.flatten())
+
+    return model, loss
+
+
+def swin() -> tuple[nn.Module, Callable[[nn.Module, torch.Generator], Tensor]]:
+    """Which quadrant of the picture is bright?"""
+    import transformers
+
+    config = transformers.SwinConfig(
+        image_size=32, patch_size=4, num_channels=1, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4,
+        drop_path_rate=0.0, num_labels=4,
+    )  # fmt: skip
+    model = transformers.SwinForImageClassification._from_config(config, attn_implementation="eager")
+
+    def loss(call: nn.Module, data: torch.Generator) -> Tensor:
+        which = torch.randint(0, 4, (8,), generator=data)
+        pictures = 0.3 * torch.randn(8, 1, 2, 16, 2, 16, generator=data)
+        pictures[torch.arange(8), 0, which // 2, :, which % 2] += 0.5
+        return F.cross_entropy(call(pixel_values=pictures.reshape(8, 1, 32, 32)).logits, which)
+
+    return model, loss
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [gpt2, t5, swin])
+def test_two_hundred_steps(make: Callable[[], tuple[nn.Module, Any]]) -> None:
+    """The optimised loss curve lies within the spread that another seed makes, and comes out the same bit for bit."""
+
+    def curve(seed: int, optimised: bool, steps: int = 200) -> Tensor:
+        torch.manual_seed(seed)
+        model, loss_of = make()
+        model.train()
+        call = rewritten(model, engine="tiled", require=True) if optimised else model
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+        data = torch.Generator().manual_seed(seed)
+        losses = []
+        for _ in range(steps):
+            loss = loss_of(call, data)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+    eager, other, fast = curve(0, False), curve(1, False), curve(0, True)
+    assert torch.equal(fast[:30], curve(0, True, steps=30))
+    assert float(eager[-20:].mean()) < 0.9 * float(eager[:20].mean())  # it learns
+    spread = float((eager - other).abs().mean())
+    assert float((fast - eager).abs().mean()) <= 0.2 * spread
