@@ -1,6 +1,7 @@
 # make demo        the demo, in an environment that this file makes
 # make test        the whole suite, likewise
 # make bench-cpu   every model of the list against eager and torch.compile; results in benchmarks/results/
+# make bench-training   the same, forward and backward
 # make recognition which attention sites of the list are recognised and fused
 # make lint        ruff and mypy
 #
@@ -18,7 +19,7 @@ JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -gt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.refocus-torch-$(TORCH)
 
-.PHONY: demo test bench-cpu recognition lint wheel clean
+.PHONY: demo test bench-cpu bench-training recognition lint wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -29,6 +30,9 @@ test: $(STAMP)
 
 bench-cpu: $(STAMP)
 	$(BIN)/python -m benchmarks.cpu $(BENCH_ARGS)
+
+bench-training: $(STAMP)
+	$(BIN)/python -m benchmarks.training $(BENCH_ARGS)
 
 recognition: $(STAMP)
 	$(BIN)/python -m benchmarks.recognition $(BENCH_ARGS)
