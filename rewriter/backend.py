@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from refocus import debug
+from refocus.assumptions import guarded
 from refocus.errors import RefocusError, VerificationFailed
 from refocus.options import Options
 from refocus.pipeline import Rewritten, rewrite
@@ -48,7 +49,7 @@ def inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
 def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, lower: Lower) -> Compiled:
     """Rewrite and lower one graph; fall back to the graph as it was."""
     try:
-        rewritten = rewrite(gm, options)
+        rewritten = rewrite(gm, options, example_inputs)
     except Exception as problem:  # our own defect must not stop the user's model
         if _is_meant(problem):
             raise
@@ -66,9 +67,22 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
     if compiled is None:
         compiled = lower(gm, example_inputs)
     deliver(rewritten.report, options)  # not before: Dynamo may have asked to start over
+    if rewritten.assumptions:
+        compiled = guarded(compiled, rewritten.assumptions, example_inputs, lambda: _unassuming(gm, options, lower))
     if options.verify is not None and rewritten.gm is not gm:
         return _verified(gm, compiled, options.verify)
     return compiled
+
+
+def _unassuming(gm: fx.GraphModule, options: Options, lower: Lower) -> Compiled:
+    """The graph compiled again as a function: then the model's buffers are inputs like any other."""
+    again = replace(options, verify=None, report=None, require=False)
+    free = any(isinstance(n.meta.get("example_value"), torch.SymInt) for n in gm.graph.find_nodes(op="placeholder"))
+
+    def backend(inner: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        return compile_graph(inner, inputs, again, lower)
+
+    return torch.compile(gm, backend=backend, dynamic=True if free else None)
 
 
 def _is_meant(problem: Exception) -> bool:

@@ -68,3 +68,7 @@ class CacheProblem(RefocusError):
 
 class CacheWarning(UserWarning):
     """Issued once when a `CacheProblem` was worked around."""
+
+
+class StaleMask(UserWarning):
+    """A mask kept as a buffer was changed after the model was compiled, which costs a second compilation."""

@@ -13,13 +13,16 @@ import networkx as nx
 import torch
 from torch import fx
 
+from refocus.infer import closed_form, constant_form
+from refocus.ir import Expr
 from refocus.lift import arguments, is_tensor, op_name
 from refocus.lift_reductions import CONTRACTIONS
 from refocus.lift_tables import MOVES, OPERATIONS
 
 NORMALISERS = ("softmax", "_softmax", "_safe_softmax", "special_softmax", "exp", "exp2", "log_softmax", "_log_softmax")
 ATTENTION_OPS = ("scaled_dot_product_attention",)
-_FOLD_LIMIT = 1 << 22  # elements; larger constants are not worth evaluating while compiling
+_FOLD_LIMIT = 1 << 24  # elements; larger constants are not worth evaluating while compiling
+_KEPT = 1 << 20  # elements of constants that are kept for a second look
 
 
 @dataclass
@@ -40,17 +43,52 @@ class Facts:
     roots: set[fx.Node] = field(default_factory=set)  # every contraction that may be an attention
     storage: dict[fx.Node, int] = field(default_factory=dict)
     lifted: dict[Any, Any] = field(default_factory=dict)  # pure values in index notation, shared by all sites
+    buffers: dict[fx.Node, torch.Tensor] = field(default_factory=dict)  # inputs that the model keeps, as they are now
+    assumed: dict[fx.Node, Expr] = field(default_factory=dict)  # buffers that were taken for their closed form
     _constants: dict[fx.Node, torch.Tensor | None] = field(default_factory=dict)
+    _forms: dict[fx.Node, Expr | None] = field(default_factory=dict)
 
     # ------------------------------------------------------------------------------------------------ constants
 
     def constant(self, node: fx.Node) -> torch.Tensor | None:
         """The value of a closed node (one that depends on no input), evaluated once; None where it cannot be."""
-        if node not in self.closed:
+        if node not in self.closed or (node in self.opaque and not self._settled(node)):
             return None
-        if node not in self._constants:
-            self._constants[node] = self._evaluate(node)
-        return self._constants[node]
+        if node in self._constants:
+            return self._constants[node]
+        value = self._evaluate(node)
+        if value is None or value.numel() <= _KEPT:
+            self._constants[node] = value
+        return value
+
+    def closed_form(self, node: fx.Node) -> Expr | None:
+        """What a closed node or a buffer is as a function of its dimensions, proved on its values; None where it
+        follows no rule. That a buffer was taken for its form is noted in `assumed`."""
+        if node not in self._forms:
+            with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
+                self._forms[node] = self._closed_form(node)
+        return self._forms[node]
+
+    def _closed_form(self, node: fx.Node) -> Expr | None:
+        held = self.buffers.get(node)
+        if held is None:
+            value = self.constant(node)
+            return None if value is None else constant_form(value)
+        if node in self.opaque or sum(size > 1 for size in held.shape) < (2 if held.is_floating_point() else 1):
+            return None
+        # Of floats, only masks: a bias that happens to be zero today is no mask.
+        form = closed_form(held) if held.is_floating_point() else constant_form(held)
+        if form is not None:
+            self.assumed[node] = form
+        return form
+
+    def _settled(self, node: fx.Node) -> bool:
+        """Whether all that read this memory do so after the last write to it (a mask filled piece by piece)."""
+        storage = self.storage[node]
+        writers = self.writers[storage]
+        last = max(self.order[w] for w in writers)
+        readers = (u for n, at in self.storage.items() if at == storage for u in n.users)
+        return all(self.storage[u] == storage or u in writers or self.order[u] > last for u in readers)
 
     def _evaluate(self, node: fx.Node) -> torch.Tensor | None:
         value = node.meta.get("val")
@@ -71,17 +109,19 @@ class Facts:
                 value: Any = self.graph.owning_module
                 for part in str(step.target).split("."):
                     value = getattr(value, part)
-                env[step] = value.detach() if isinstance(value, torch.Tensor) else value
+                env[step] = value.detach().cpu() if isinstance(value, torch.Tensor) else value
             else:
                 args, kwargs = fx.map_arg((step.args, dict(step.kwargs)), lambda n: env[n])
                 if "device" in kwargs:
-                    kwargs["device"] = torch.device("cpu")
+                    kwargs = {**kwargs, "device": torch.device("cpu")}
                 env[step] = step.target(*args, **kwargs)  # type: ignore[operator]
         return env[node]
 
     def _needed(self, node: fx.Node) -> set[fx.Node]:
-        """What must run to have a closed value: its ancestors, and earlier writes to anything among them."""
+        """What must run to have a closed value: its ancestors, and earlier writes to anything among them (all writes to
+        memory that nobody reads before the last of them)."""
         found: set[fx.Node] = set()
+        until = len(self.order) if node in self.opaque else self.order[node]
         stack = [node]
         while stack:
             n = stack.pop()
@@ -89,13 +129,13 @@ class Facts:
                 continue
             found.add(n)
             stack.extend(n.all_input_nodes)
-            stack.extend(w for w in self.writers.get(self.storage[n], ()) if self.order[w] < self.order[node])
+            stack.extend(w for w in self.writers.get(self.storage[n], ()) if self.order[w] < until)
         return found
 
 
-def gather_facts(gm: fx.GraphModule) -> Facts:
-    """One pass over the graph."""
-    facts = Facts(gm.graph)
+def gather_facts(gm: fx.GraphModule, buffers: dict[fx.Node, torch.Tensor] | None = None) -> Facts:
+    """One pass over the graph. `buffers`: the values of inputs that belong to the model."""
+    facts = Facts(gm.graph, buffers=buffers or {})
     grad = torch.is_grad_enabled()
     ids = iter(range(1 << 30))
     unrecorded: dict[fx.Node, None] = {}  # computed from what needs a gradient, while none was recorded

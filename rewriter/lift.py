@@ -77,11 +77,12 @@ class Known(Protocol):
 
     nodes: dict[str, fx.Node]
     pure: set[fx.Node]  # made of integers and literals only
+    closed: set[fx.Node]  # depend on no input
     opaque: set[fx.Node]  # written in place somewhere: never looked through
     lifted: dict[tuple[fx.Node, Index], Expr]  # pure values, shared by all sites
     cuts: set[fx.Node]  # no gradient flows through these
 
-    def constant(self, node: fx.Node) -> torch.Tensor | None: ...
+    def closed_form(self, node: fx.Node) -> Expr | None: ...
 
 
 @dataclass
@@ -114,6 +115,9 @@ class Lifter:
         if key not in memo:
             self.budget -= 1
             value = self._at(node, index) if self.budget > 0 else self.leaf(node, index)
+            if node in self.known.closed and any(True for _ in _loads(value)):
+                # What is made of constants, but not of operations that can be followed: its values tell.
+                value = self.constant(node, index) or value
             if node in self.known.cuts and value.is_float and any(x.tensor != node.name for x in _loads(value)):
                 value = s.call("detach", value, dtype=value.dtype)
             memo[key] = value
@@ -188,16 +192,11 @@ class Lifter:
         return self.leaf(node, index)
 
     def constant(self, node: fx.Node, index: Index) -> Expr | None:
-        """A folded constant all of whose elements are equal is that number."""
-        value = self.known.constant(node)
-        if value is None or value.numel() == 0:
+        """A value that is known now, where its elements follow a rule: one number, a position, a mask's closed form."""
+        form = self.known.closed_form(node)
+        if form is None:
             return None
-        first = value.reshape(-1)[0]
-        if value.numel() == 1 or bool((value == first).all()):
-            kind = kind_of(dtype_of(node))
-            number = first.item()
-            return Const(bool(number), BOOL) if kind == BOOL else Const(number if kind == INT else float(number), kind)
-        return _affine(value, index)
+        return s.substitute(form, {Axis(f"dim{k}", size): x for k, (size, x) in enumerate(zip(shape_of(node), index))})
 
     def _choose(self, node: fx.Node, index: Index, below: Expr) -> Expr:
         """After a view: load here, or from what is viewed? The simpler index wins, then the smaller tensor."""
@@ -279,25 +278,6 @@ def _numel(node: fx.Node) -> int:
     for size in node.meta["val"].shape:
         total *= hint(size)
     return total
-
-
-def _affine(value: torch.Tensor, index: Index) -> Expr | None:
-    """A folded integer tensor that is linear in its position (a kept arange) is an index expression."""
-    if value.dtype not in (torch.int64, torch.int32) or value.numel() > 1 << 22:
-        return None
-    origin = value[(0,) * value.dim()]
-    total = origin.clone()
-    terms: list[Expr] = [Const(int(origin))]
-    for dim, size in enumerate(value.shape):
-        if size > 1:
-            at = [0] * value.dim()
-            at[dim] = 1
-            step = int(value[tuple(at)] - origin)
-            shape = [1] * value.dim()
-            shape[dim] = size
-            total = total + step * torch.arange(size, dtype=value.dtype).reshape(shape)
-            terms.append(s.mul(step, index[dim]))
-    return s.add(*terms) if bool((total == value).all()) else None
 
 
 def contract(axes: tuple[Axis, ...], factors: list[Expr], lifter: Lifter, dtype: str) -> Expr | None:

@@ -13,18 +13,22 @@ Bodies of activation checkpoints are graphs of their own, and rewritten first (r
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from refocus import debug
+from refocus.assumptions import Assumption
 from refocus.bodies import with_bodies
 from refocus.capture import CaptureFailed, capture
 from refocus.codegen.choose import plan_part
 from refocus.codegen.plan import Leave, Plan
 from refocus.errors import RegionNotFused
 from refocus.facts import gather_facts
+from refocus.identity import Identity
 from refocus.options import Options
 from refocus.recognize import Left, Site, recognize
 from refocus.report import Report, joined
@@ -39,10 +43,12 @@ class Rewritten:
 
     gm: fx.GraphModule
     report: Report
+    assumptions: tuple[Assumption, ...] = ()
 
 
-def rewrite(gm: fx.GraphModule, options: Options) -> Rewritten:
-    """Run all stages on one Dynamo graph.
+def rewrite(gm: fx.GraphModule, options: Options, inputs: Sequence[Any] = ()) -> Rewritten:
+    """Run all stages on one Dynamo graph. `inputs`: its inputs now, of which the model's buffers are looked into; what
+    was taken for granted of them is in the result's `assumptions`.
 
     Raises RegionNotFused when `options.require` asks for it, EngineUnavailable when the named engine cannot run here;
     never for attention that is merely not understood.
@@ -54,11 +60,11 @@ def rewrite(gm: fx.GraphModule, options: Options) -> Rewritten:
         inner.append(done.report)
         return done.gm
 
-    done = _rewrite_outer(with_bodies(gm, change), options)
-    return Rewritten(done.gm, joined((*inner, done.report))) if inner else done
+    done = _rewrite_outer(with_bodies(gm, change), options, inputs)
+    return Rewritten(done.gm, joined((*inner, done.report)), done.assumptions) if inner else done
 
 
-def _rewrite_outer(gm: fx.GraphModule, options: Options) -> Rewritten:
+def _rewrite_outer(gm: fx.GraphModule, options: Options, inputs: Sequence[Any]) -> Rewritten:
     """All stages on one graph, past the bodies of operations that it holds."""
     started = time.perf_counter()
     try:
@@ -69,7 +75,8 @@ def _rewrite_outer(gm: fx.GraphModule, options: Options) -> Rewritten:
         note = f"a graph could not be captured, and runs as it is: {problem}"
         return Rewritten(gm, Report((), 1, time.perf_counter() - started, (note,)))
     debug.dump("capture", traced)
-    facts = gather_facts(traced)
+    placeholders = traced.graph.find_nodes(op="placeholder")
+    facts = gather_facts(traced, _buffers(placeholders, inputs))
     found = recognize(facts)
     debug.dump("recognize", found)
     splicer = Splicer(traced, facts, _mode(traced))
@@ -102,7 +109,19 @@ def _rewrite_outer(gm: fx.GraphModule, options: Options) -> Rewritten:
     traced.graph.lint()
     traced.recompile()
     debug.dump("splice", traced)
-    return Rewritten(traced, report)
+    assumed = [Assumption(k, facts.assumed[n]) for k, n in enumerate(placeholders) if n in facts.assumed]
+    return Rewritten(traced, report, tuple(assumed))
+
+
+def _buffers(placeholders: Sequence[fx.Node], inputs: Sequence[Any]) -> dict[fx.Node, torch.Tensor]:
+    """The inputs that belong to the model, need no gradient, and whose changes would be noticed."""
+    found: dict[fx.Node, torch.Tensor] = {}
+    for node, value in zip(placeholders, inputs):
+        kept = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") is not None
+        if kept and isinstance(value, torch.Tensor) and not value.requires_grad and Identity.of(value) is not None:
+            if not any(isinstance(d, torch.SymInt) for d in node.meta["val"].shape):
+                found[node] = value
+    return found
 
 
 def _plan(site: Site, trained: list[frozenset[str]], options: Options) -> tuple[list[Plan] | None, str]:
