@@ -192,16 +192,20 @@ class _Program:
 
 
 class _Fixed:
-    """Code for operands of these very layouts; lists of tiles are constants if nothing is loaded to make them."""
+    """Code for operands of these very layouts. The lists of tiles are constants if nothing is loaded to make them; from
+    dense masks they are made outside of the code, where they are remembered for as long as the mask stays as it is.
+    """
 
     def __init__(self, program: _Program, operands: Sequence[Tensor], sizes: Sequence[int]) -> None:
         self.program = program
         given = [*program.inputs(operands, sizes), *program.reads(operands)]
         count = len(given)
         self.lists: tuple[Tensor, ...] = ()
-        if not program.region.mask.loads:
-            numbers = dict(zip(program.syms, sizes))
-            self.lists = tuple(flex.lists_of(program.pairs, program.plan, {}, numbers, operands[0].device))
+        self.numbers = dict(zip(program.syms, sizes))
+        region = program.region
+        self.dense = any({region.query, region.key} <= load.axes for load in region.mask.loads)
+        if self.dense or not region.mask.loads:
+            self.lists = self.listed(operands)
 
         def compute(*args: Tensor) -> Tensor:
             return program.compute(args[:count], sizes, BlockLists(*args[count:]) if self.lists else None)
@@ -209,8 +213,14 @@ class _Fixed:
         self.code = compiled(compute, [*given, *self.lists])
         self.views = replayed(lambda *t: program.inputs(t, sizes), operands)
 
+    def listed(self, operands: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        program = self.program
+        tensors = program.named(operands) if program.region.mask.loads else {}
+        return tuple(flex.lists_of(program.pairs, program.plan, tensors, self.numbers, operands[0].device))
+
     def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Any:
-        return self.code(*self.views(*operands), *self.program.reads(operands), *self.lists)
+        lists = self.listed(operands) if self.dense else self.lists
+        return self.code(*self.views(*operands), *self.program.reads(operands), *lists)
 
 
 class _Open:

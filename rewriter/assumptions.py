@@ -63,8 +63,8 @@ class _Guarded:
 
     def _changed(self) -> Callable[..., Any]:
         warnings.warn(
-            "a mask that the model keeps as a buffer has changed since it was compiled; the graph is compiled again, for "
-            "whatever it may hold",
+            "a mask that the model keeps as a buffer has changed since it was compiled; the graph is compiled again, "
+            "for whatever it may hold",
             StaleMask,
             stacklevel=4,
         )

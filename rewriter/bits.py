@@ -1,7 +1,7 @@
 """Boolean matrices as one Python integer for each row: bit j of row i is element (i, j).
 
-A row of 4096 elements is 512 bytes, and `&`, `|`, `^` and shifts of it take a tenth of a microsecond: whole matrices are
-compared, shifted and folded in a millisecond or two, where the same on tensors of bytes takes ten times that.
+A row of 4096 elements is 512 bytes, and `&`, `|`, `^` and shifts of it take a tenth of a microsecond: whole matrices
+are compared, shifted and folded in a millisecond or two, where the same on tensors of bytes takes ten times that.
 """
 
 from __future__ import annotations

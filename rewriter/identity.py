@@ -40,13 +40,15 @@ class Identity:
 
 
 def key_of(tensor: Tensor) -> tuple[Any, ...] | None:
-    """What two tensors of one `Identity` have in common, to look it up; only while that one exists does it mean much."""
+    """What two tensors of one `Identity` have in common, to look it up by. It says little once that one is gone."""
     return _state(tensor)
 
 
 def _state(tensor: Tensor) -> tuple[Any, ...] | None:
     # A subclass (a fake tensor, a tracer's, a distributed one) may have no memory of its own.
     if not any(type(tensor) is kind for kind in _PLAIN) or tensor.layout != torch.strided:
+        return None
+    if torch._C._len_torch_dispatch_stack():  # whoever traces must see every operation
         return None
     if tensor.device.type == "meta" or tensor.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return None

@@ -30,7 +30,7 @@ from refocus.ir import BOOL, INT, Axis, Const, Expr
 
 # Elements of a tensor that is looked at, and of one block of it; planes that may differ; nodes of a form.
 _HARD = 1.0e4  # a fill at least so large removes keys
-_LARGEST, _BLOCK, _MOST_PLANES, _MOST_NODES = 1 << 27, 1 << 20, 256, 160
+_LARGEST, _BLOCK, _MOST_PLANES, _MOST_NODES = 1 << 27, 1 << 20, 256, 100
 
 
 def axes_of(tensor: Tensor) -> tuple[Axis, ...]:
@@ -90,7 +90,8 @@ def closed_form(tensor: Tensor) -> Expr | None:
 def _is_mask(read: _Read) -> bool:
     """Integers and booleans always; floats that switch keys on and off. A soft bias stays in memory."""
     numbers = [read.yes.value, read.no.value]
-    return not read.yes.is_float or all(v in (0.0, 1.0) or abs(v) >= _HARD for v in numbers)
+    hard = numbers[0] != numbers[1] and all(v in (0.0, 1.0) or abs(v) >= _HARD for v in numbers)
+    return hard or not read.yes.is_float
 
 
 def agrees(form: Expr, axes: Sequence[Axis], tensor: Tensor) -> bool:
@@ -205,7 +206,7 @@ def _read(tensor: Tensor) -> _Read | None:
             rows += pack(block)
         planes.append(rows)
     kind = BOOL if truth else str(tensor.dtype).removeprefix("torch.") if tensor.is_floating_point() else INT
-    yes, no = ((Const(float(v), kind) if tensor.is_floating_point() else Const(v, kind)) for v in (*numbers, *numbers)[:2])
+    yes, no = (Const(float(v) if tensor.is_floating_point() else v, kind) for v in (*numbers, *numbers)[:2])
     return _Read(planes, height, width, yes, no)
 
 

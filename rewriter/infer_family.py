@@ -1,4 +1,4 @@
-"""One form for many planes (heads, windows of an image): the same predicate with other numbers, or a choice of a few."""
+"""One form for many planes (heads, windows of an image): a predicate with other numbers each, or a choice of a few."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def family(forms: Sequence[Expr], place: Axis) -> Expr | None:
     for where in kinds.values():
         bits = sum(1 << k for k in where)
         inside = set_form(bits, ((1 << len(forms)) - 1) & ~bits, place)
-        form = _same_but_numbers([forms[k] for k in where], where, place)
-        if inside is None or form is None:
+        one = _same_but_numbers([forms[k] for k in where], where, place)
+        if inside is None or one is None:
             return _choice(forms, place)
-        parts.append(s.and_(inside, form))
+        parts.append(s.and_(inside, one))
     return s.or_(*parts)
 
 

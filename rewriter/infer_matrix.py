@@ -7,7 +7,7 @@ is what makes the search recursive: whatever part has been explained is left ope
     constant on tiles                       block diagonals, chunks: the same question for one element of each tile
     one range of keys a row                 prefixes, documents, windows pushed inwards at the borders
     rows or columns that are all on, off    global tokens, padding, rectangles; then the rest
-    product of two grids                    i // W with j // W, and i % W with j % W: neighbourhoods in 2-D and 3-D, crosses
+    product of two grids                    i // W with j // W, and i % W with j % W: neighbourhoods in 2-D and 3-D
     all on the diagonals lo .. hi           only these; then the rest (causal and ..., window and ...)
 
 Strategies guess; `refocus.infer` proves.
@@ -15,6 +15,7 @@ Strategies guess; `refocus.infer` proves.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,10 +68,10 @@ class _Search:
             return None
         # What is left open by what was found before looks like tiles by chance.
         known = all(yes | no == full(m.width) for yes, no in zip(m.on, m.off))
-        early = (self._tiles, self._ranges, self._causal, self._with)
+        lines = (self._ranges, self._causal, self._with)
+        early = (self._tiles, *lines) if known else (*lines, self._tiles)
         for strategy in (
-            self._diagonals, self._without, *(early if known else (self._ranges, self._causal, self._with, self._tiles)),
-            self._grids, self._rectangles, self._band, self._with_any,
+            self._diagonals, self._without, *early, self._grids, self._rectangles, self._band, self._with_any,
         ):  # fmt: skip
             found = strategy(m, i, j, depth)
             if found is not None:
@@ -190,8 +191,8 @@ class _Search:
     def _grids(self, m: Matrix, i: Expr, j: Expr, depth: int) -> Expr | None:
         """on where A[i // w, j // w] and B[i % w, j % w]; or off where two such are."""
         both = math.gcd(m.height, m.width)
-        # Images are about square.
-        for w in sorted((w for w in range(2, both // 2 + 1) if both % w == 0), key=lambda w: abs(math.log(w * w / both))):
+        widths = (w for w in range(2, both // 2 + 1) if both % w == 0)
+        for w in sorted(widths, key=lambda w: abs(math.log(w * w / both))):  # images are about square
             for flip in (False, True):
                 found = self._grid(m.flipped() if flip else m, i, j, w, depth)
                 if found is not None:
@@ -345,9 +346,9 @@ def _ball(m: Matrix, i: Expr, j: Expr, w: int) -> Expr | None:
         if run != full(length):
             return None
         reach[dy] = length
-    if any(b > a for a, b in zip(reach, reach[1:])) or not reach[0]:
+    if any(b > a for a, b in itertools.pairwise(reach)) or not reach[0]:
         return None
-    steps = [(dy, reach[dy] - 1) for dy in range(height) if reach[dy] and (dy + 1 == height or reach[dy + 1] < reach[dy])]
+    steps = [(dy, now - 1) for dy, (now, then) in enumerate(zip(reach, [*reach[1:], 0])) if then < now]
     if not 0 < len(steps) <= 12:
         return None
     # The middle row of the matrix must be the ball around its place, before the proof is worth its time.

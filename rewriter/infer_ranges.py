@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def ranges_form(on: Rows, off: Rows, i: Expr, j: Expr) -> Expr | None:
         below, above = no & full(first), no >> stop
         lows.append(_Bound(k, first, below.bit_length() if below else None, True))
         highs.append(_Bound(k, stop, stop + (above & -above).bit_length() - 1 if above else None, False))
-    parts = [TRUE]
+    parts: list[Expr] = [TRUE]
     for bounds, is_low in ((lows, True), (highs, False)):
         held = [b for b in bounds if b.limit is not None]
         if not held:
@@ -94,9 +95,9 @@ def _candidates(held: Sequence[_Bound]) -> Iterator[_Line]:
 
 def _stairs(held: Sequence[_Bound]) -> Iterator[_Line]:
     """Steps of the same height and width, as the known ends have them: from the first two that are seen."""
-    changes = [(b, b.known - a.known) for a, b in zip(held, held[1:]) if b.known != a.known]
+    changes = [(b, b.known - a.known) for a, b in itertools.pairwise(held) if b.known != a.known]
     if held[0].row > held[-1].row:
-        changes = [(a, a.known - b.known) for a, b in zip(held, held[1:]) if b.known != a.known]
+        changes = [(a, a.known - b.known) for a, b in itertools.pairwise(held) if b.known != a.known]
     if not changes:
         return
     rows = [b.row for b, _ in changes]

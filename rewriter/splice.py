@@ -43,6 +43,7 @@ class Splicer:
     facts: Facts
     mode: Any
     _bodies: dict[Any, fx.GraphModule] = field(default_factory=dict)
+    _constants: dict[fx.Node, str | None] = field(default_factory=dict)
 
     def replace(self, site: Site, plans: Sequence[Plan], trained: bool = False) -> None:
         """Put the fused form of `site` in place of its root; with `trained`, one that has a gradient. Raises
@@ -60,7 +61,28 @@ class Splicer:
                 body = make_fx(function, pre_dispatch=True)(values, [n.meta["val"] for n in sym_nodes])
             _drop_grad_switches(body)
             self._bodies[key] = body
-        self._inline(body, [*inputs, *sym_nodes], site.root)
+        self._inline(body, [*(self._kept(n, site.root) for n in inputs), *sym_nodes], site.root)
+
+    def _kept(self, node: fx.Node, root: fx.Node) -> fx.Node:
+        """A constant mask that follows no rule is computed now, once: then it is the same tensor on every call, and
+        which tiles it empties is found once, too."""
+        fake = node.meta["val"]
+        if node.op != "call_function" or node not in self.facts.closed or fake.dtype != torch.bool or fake.dim() < 2:
+            return node
+        if node not in self._constants:
+            value = self.facts.constant(node)
+            name = None
+            if value is not None:
+                held = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
+                name = self._held(held.copy_(value), "refocus_constant")
+            self._constants[node] = name
+        name = self._constants[node]
+        if name is None:
+            return node
+        with self.gm.graph.inserting_before(root):
+            kept = self.gm.graph.get_attr(name)
+        kept.meta["val"] = fake
+        return kept
 
     def _sym_node(self, sym: Sym, root: fx.Node) -> fx.Node:
         """A node of the graph that holds a symbolic size: an input, or the size of an earlier tensor."""
@@ -114,7 +136,11 @@ class Splicer:
         for name, held in (*self.gm.named_children(), *self.gm.named_buffers(recurse=False)):
             if held is value:
                 return name
-        name = base = "refocus_" + target.replace(".", "_")
+        return self._held(value, "refocus_" + target.replace(".", "_"))
+
+    def _held(self, value: Any, base: str) -> str:
+        """A name of the graph's module under which it holds a value."""
+        name = base
         count = 0
         while hasattr(self.gm, name):
             count += 1

@@ -34,6 +34,7 @@ from refocus.intervals import MAYBE, UNKNOWN, End, Interval
 from refocus.ir import BOOL, Axis, Call, Const, Expr, Load, Reduce, Sym
 from refocus.polynomial import Poly, from_poly, poly_add, poly_scale, to_poly
 from refocus.simplify import bounds, conjuncts
+from refocus.tile_cache import CACHE
 
 QUERY, KEY = 1, 2
 
@@ -319,7 +320,12 @@ class TileGrid:
                 reads[dim] = one
             elif not is_exact(index):
                 return _nothing_known(load)
-        lo, hi = _reduce_tiles(self.tensors[load.tensor], reads)
+        tensor = self.tensors[load.tensor]
+        if any(how.rows is not None for how in reads.values()):
+            lo, hi = _reduce_tiles(tensor, reads)
+        else:
+            key = tuple((d, how.side, how.block, how.size, how.start) for d, how in reads.items())
+            lo, hi = CACHE.ends(tensor, key, lambda: _reduce_tiles(tensor, reads))
         at: list[Any] = []
         if all(isinstance(i, Const) for d, i in enumerate(load.index) if d not in reads):
             at = [slice(None) if d in reads else i.value for d, i in enumerate(load.index)]  # type: ignore[attr-defined]
