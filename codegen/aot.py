@@ -82,6 +82,10 @@ def _signature(kernel: Kernel) -> tuple[dict[str, str], dict[str, int], dict[tup
             signature[argument.name] = f"*{_TYPES[dtype]}"
             attributes[position,] = _ALIGNED
             continue
+        if argument.kind == "list":
+            signature[argument.name] = "*i32"
+            attributes[position,] = _ALIGNED
+            continue
         signature[argument.name] = "i32"
         if argument.kind == "stride":
             stride = list(_strides(region.operands[argument.index].shape))[argument.dim]

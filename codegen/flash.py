@@ -30,7 +30,7 @@ from refocus.codegen.writer import Block
 from refocus.ir import TRUE, Axis, Const, Dot, Expr, Load, Region
 from refocus.key_bounds import KeyBounds, key_bounds
 from refocus.notation import notation
-from refocus.simplify import conjuncts, maximum
+from refocus.simplify import add, conjuncts, maximum, mul
 
 LOG2E = math.log2(math.e)
 COLUMN, ROW = "[:, None]", "[None, :]"
@@ -39,7 +39,8 @@ NAME = "flash_forward"
 _OWN = (
     "BLOCK_Q", "BLOCK_K", "SCALE", "LOG2E", NAME, "out_ptr", "program", "tiles", "batch", "first", "last",
     "start", "key_start", "full_stop", "scores", "weight", "alpha", "shift", "row_max",
-    "new_max", "row_sum", "acc", "empty", "logits", "logits_start", "logits_max", "logits_sum", "logits_acc", "extra",
+    "new_max", "row_sum", "acc", "tile", "tile_row", "tile_whole", "tile_stop", "tile_counts_ptr", "tile_indices_ptr", "empty",
+    "logits", "logits_start", "logits_max", "logits_sum", "logits_acc", "extra",
 )  # fmt: skip
 
 
@@ -116,7 +117,7 @@ class _Forward(Dots):
             text.lines(("", "", *function.split("\n")))
         text.lines(("", "", "@triton.jit", f"def {NAME}("))
         signature = text.nested()
-        for kind in ("tensor", "output", "stride", "size"):
+        for kind in ("tensor", "list", "output", "stride", "size"):
             names = [a.name for a in scope.arguments if a.kind == kind]
             signature.lines(f"    {', '.join(names[k : k + 6])}," for k in range(0, len(names), 6))
         text.line("):")
@@ -149,6 +150,10 @@ class _Forward(Dots):
     def _open(self, parent: Block, at: str, start: str, stop: str, unmasked: bool = False) -> Place:
         """A loop over tiles of keys that begin at the variable `at`; returns the place of its [query, key] tiles."""
         block = parent.nested(f"for {at} in range({start}, {stop}, BLOCK_K):")
+        return self._inside(block, at, unmasked)
+
+    def _inside(self, block: Block, at: str, unmasked: bool = False) -> Place:
+        """The place of the tiles that begin at the variable `at`, in the body of a loop."""
         block.line(f"{self.positions.key} = {at} + tl.arange(0, BLOCK_K){self.positions.cast}")
         key = self.region.key
         self.scope.names.next_loop()
@@ -166,6 +171,9 @@ class _Forward(Dots):
         body.line('row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)')
         body.line("row_sum = tl.zeros([BLOCK_Q], tl.float32)")
         body.line(f"acc = tl.zeros([BLOCK_Q, {self.value_lanes}], tl.float32)")
+        if self.plan.listed:
+            self._listed(body)
+            return
         keys = self._keys()
         start = "0"
         if keys.lo is not None:
@@ -183,6 +191,31 @@ class _Forward(Dots):
             start = full_stop
             body.line("# Tiles that are cut.")
         self._tile(self._open(body, "start", start, stop), self.region.mask)
+
+    def _listed(self, body: Block) -> None:
+        """The same loops, over tiles that were found before (`refocus.codegen.tile_lists`)."""
+        region = self.region
+        counts, indices = (self.scope.argument(f"tile_{n}_ptr", "list", k) for k, n in enumerate(("counts", "indices")))
+        row: Expr = Const(0)
+        for axis in region.batch:
+            if axis in region.mask.axes:
+                row = add(mul(row, axis.size), axis)
+        size = region.key.size
+        per_row = f"tl.cdiv({self.root.text(size)}, BLOCK_K)"
+        if isinstance(size, Const):
+            per_row = str(-(-int(size.value) // self.plan.block_k))
+        at = f"{self.root.text(row, MUL)} * {self.positions.tiles}"
+        body.line(f"tile_row = {at} + first // BLOCK_Q" if self.positions.tiled else f"tile_row = {at}")
+        body.line(f"tile_whole = tl.load({counts} + tile_row * 2)")
+        body.line(f"tile_stop = tl.load({counts} + tile_row * 2 + 1)")
+        for note, start, stop, mask in (
+            ("# Tiles of which every pair counts.", "0", "tile_whole", TRUE),
+            ("# Tiles that are cut.", "tile_whole", "tile_stop", region.mask),
+        ):
+            body.line(note)
+            block = body.nested(f"for tile in range({start}, {stop}):")
+            block.line(f"start = tl.load({indices} + tile_row * {per_row} + tile) * BLOCK_K")
+            self._tile(self._inside(block, "start"), mask)
 
     def _keys(self) -> KeyBounds:
         """Which keys this tile of queries needs. `full_hi`: all keys below are kept by all its queries; None where

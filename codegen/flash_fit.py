@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from math import prod
 
 from refocus.codegen.plan import Plan
+from refocus.codegen.tile_lists import pays
 from refocus.ir import FALSE, TRUE, Axis, Call, Const, Dot, Expr, Reduce, Region
 
 OPERAND_DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
@@ -114,7 +115,7 @@ def default_plan(region: Region) -> Plan:
     block_q, block_k = _no_larger(largest, region.query), _no_larger(block_k, region.key)
     if block_q < largest:
         warps = min(warps, max(1, block_q // 16))  # a warp multiplies 16 rows at a time
-    return Plan("triton", "flash", block_q, block_k, warps, 2)
+    return Plan("triton", "flash", block_q, block_k, warps, 2, pays(region, block_q, block_k))
 
 
 def _is_rich(region: Region) -> bool:

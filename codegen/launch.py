@@ -17,6 +17,7 @@ from refocus.codegen.cache import load_module, save
 from refocus.codegen.interpreter import interpreted, mend
 from refocus.codegen.plan import Plan
 from refocus.codegen.printer import Argument
+from refocus.codegen.tile_lists import Lists, lists_of
 from refocus.evaluate import size_of
 from refocus.ir import Call, Const, Expr, Region
 from refocus.simplify import bounds, substitute
@@ -50,7 +51,8 @@ def launch(kernel: Kernel, operands: Sequence[Tensor], sizes: Sequence[int]) -> 
     if keys == 0:
         return out.zero_()  # a sum of nothing
     programs = -(-shape[len(region.batch)] // plan.block_q) * prod(shape[: len(region.batch)])
-    values = [_value(argument, operands, sizes, out) for argument in kernel.arguments]
+    lists = lists_of(region, plan, operands, sizes, device) if plan.listed else None
+    values = [_value(argument, operands, sizes, out, lists) for argument in kernel.arguments]
     with _on(device):
         function_of(kernel)[(programs,)](*values, num_warps=plan.num_warps, num_stages=plan.num_stages)
     return out
@@ -102,7 +104,11 @@ def _shape(region: Region, sizes: tuple[int, ...]) -> tuple[list[int], int]:
     return shape, size_of(region.key.size, numbers)
 
 
-def _value(argument: Argument, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor) -> Any:
+def _value(
+    argument: Argument, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lists: Lists | None
+) -> Any:
+    if argument.kind == "list":
+        return lists[argument.index] if lists else None
     if argument.kind == "tensor":
         return operands[argument.index]
     if argument.kind == "stride":

@@ -15,7 +15,7 @@ class Positions:
 
     `query`, `key`: the variables of the positions along these axes. `cast`: what makes an integer wide enough for
     addresses of more than 31 bits (nothing, where they have no more). `tiled`: whether there is more than one tile of
-    queries, so that they begin at `first`, not at 0.
+    queries, so that they begin at `first`, not at 0; `tiles` is their number, as text.
     """
 
     def __init__(self, scope: Scope, block: Block, root: Place, block_q: int, block_k: int, wide: bool) -> None:
@@ -40,6 +40,7 @@ class Positions:
         program = f"tl.program_id(0){self.cast}"
         if not self.tiled:
             at.line(f"batch = {program}")
+            self.tiles = "1"
             self._batch = at.nested()
             at.line(f"{self.query} = tl.arange(0, BLOCK_Q)")
             return
@@ -48,6 +49,7 @@ class Positions:
         else:
             tiles = "tiles"
             at.line(f"tiles = tl.cdiv({self.root.text(size)}, BLOCK_Q)")
+        self.tiles = tiles
         at.line(f"program = {program}")
         at.line(f"batch = program // {tiles}")
         at.line(f"first = program % {tiles} * BLOCK_Q")

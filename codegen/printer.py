@@ -46,7 +46,8 @@ _SMALLEST, _LARGEST = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127
 
 @dataclass(frozen=True)
 class Argument:
-    """A kernel argument: `kind` "tensor" (operand `index`), "stride" (its dimension `dim`), "size" or "output"."""
+    """A kernel argument: `kind` "tensor" (operand `index`), "stride" (its dimension `dim`), "size", "output", or "list"
+    (counts and indices of tiles, see `refocus.codegen.tile_lists`)."""
 
     name: str
     kind: str
@@ -104,7 +105,7 @@ class Scope:
     @property
     def arguments(self) -> tuple[Argument, ...]:
         """All arguments that the text mentions: tensors first, then strides, then sizes."""
-        order = ("tensor", "output", "stride", "size")
+        order = ("tensor", "list", "output", "stride", "size")
         return tuple(sorted(self._arguments.values(), key=lambda a: (order.index(a.kind), a.index, a.dim)))
 
     def load_name(self, load: Load, layout: Iterable[Axis]) -> str:

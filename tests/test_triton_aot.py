@@ -34,6 +34,7 @@ def compiled() -> dict[str, tuple[Case, tuple[str, ...]]]:
         "gqa 128": (cases.gqa(HALF, n=1024, d=128), nvidia),
         "symbolic 64": (cases.symbolic(HALF, n=1024, d=64), nvidia),
         "fills 64": (cases.empty_added(HALF, n=1024, d=64), nvidia),
+        "documents 64": (cases.documents(HALF, n=1024, d=64), nvidia),
         "float32 64": (cases.causal(SINGLE, n=1024, d=64), ("sm_80",)),
     }
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from refocus import oracle
 from refocus.codegen import flash, flash_fit
 from refocus.codegen.plan import Plan
-from refocus.ir import FALSE, Axis, Call, Const, Dot, Expr, Load, Reduce, Region, Sym
+from refocus.ir import FALSE, TRUE, Axis, Call, Const, Dot, Expr, Load, Reduce, Region, Sym
 from refocus.tolerances import allowed_error, difference, magnitude
 from tests import region_cases as cases
 from tests.flash_cases import BINARY, MORE, UNARY, F, block_table, pointwise
@@ -99,6 +99,8 @@ def child() -> dict[str, Any]:
         for dtype in (torch.float16, torch.bfloat16):
             out[f"{name}_{dtype}"] = [_error(cases.CASES[name](dtype, n=40), None)]
     out["wide"] = [_error(case(), SMALL, wide=True) for case in (cases.gqa, block_table, cases.empty_added)]
+    masked = [case() for case in (*cases.CASES.values(), *MORE.values()) if case()[0].mask != TRUE]
+    out["listed"] = [_error(case, replace(SMALL, listed=True), case is masked[0]) for case in masked]
     for op in (*UNARY, *BINARY):
         out[f"op_{op}"] = [_pointwise_error(op)]
     return out | _others()
@@ -115,7 +117,7 @@ def results() -> dict[str, Any]:
 
 
 NAMES = [
-    *cases.CASES, *MORE, "wide",
+    *cases.CASES, *MORE, "wide", "listed",
     *(f"{n}_{d}" for n in ("causal", "sinks", "padding") for d in (torch.float16, torch.bfloat16)),
     *(f"op_{op}" for op in (*UNARY, *BINARY)),
 ]  # fmt: skip
