@@ -39,8 +39,8 @@ NAME = "flash_forward"
 _OWN = (
     "BLOCK_Q", "BLOCK_K", "SCALE", "LOG2E", NAME, "out_ptr", "program", "tiles", "batch", "first", "last",
     "start", "key_start", "full_stop", "scores", "weight", "alpha", "shift", "row_max",
-    "new_max", "row_sum", "acc", "tile", "tile_row", "tile_whole", "tile_stop", "tile_counts_ptr", "tile_indices_ptr", "empty",
-    "logits", "logits_start", "logits_max", "logits_sum", "logits_acc", "extra",
+    "new_max", "row_sum", "acc", "tile", "tile_row", "tile_whole", "tile_stop", "tile_counts_ptr", "tile_indices_ptr",
+    "empty", "logits", "logits_start", "logits_max", "logits_sum", "logits_acc", "extra",
 )  # fmt: skip
 
 

@@ -11,8 +11,8 @@ class Plan:
     """Everything about a kernel that is not in its region. `repr` rebuilds it (see `parse`).
 
     `engine`: "triton", "cpp", "tiled" or "sdpa". `block_q`, `block_k`: tile sizes in queries and keys. `num_warps` and
-    `num_stages` are for Triton alone. `listed`: its kernel reads which tiles of keys to visit from lists, made before it
-    runs, where loop bounds would visit tiles in vain.
+    `num_stages` are for Triton alone. `listed`: its kernel reads which tiles of keys to visit from lists, made before
+    it runs, where loop bounds would visit tiles in vain.
     """
 
     engine: str

@@ -59,7 +59,8 @@ def _visited(region: Region, block_q: int, block_k: int, sizes: Mapping[Sym, int
     state = classify(one, (), region.query, region.key, block_q, block_k, {}, sizes).state
     visited = 0
     for start in range(0, queries, block_q):
-        at = {first_query(region.query): Const(start), last_query(region.query): Const(min(start + block_q, queries) - 1)}
+        last = min(start + block_q, queries) - 1
+        at = {first_query(region.query): Const(start), last_query(region.query): Const(last)}
         low, high = (
             default if end is None else size_of(substitute(substitute(end, fixed), at), sizes)
             for end, default in ((bounds.lo, 0), (bounds.hi, keys))
@@ -68,7 +69,9 @@ def _visited(region: Region, block_q: int, block_k: int, sizes: Mapping[Sym, int
     return visited / max(1, int((state != EMPTY).sum()))
 
 
-def lists_of(region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[int], device: torch.device) -> Lists:
+def lists_of(
+    region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[int], device: torch.device
+) -> Lists:
     """The lists of one call."""
     if not region.mask.loads:
         return _closed(region, plan.block_q, plan.block_k, tuple(sizes), device)

@@ -25,6 +25,8 @@ from refocus.masks import EMPTY, FULL, PARTIAL, TileMap, classify
 # Scores alive at once, at most (4 MiB of float32): beyond this a batch axis is cut into chunks, which is also what
 # keeps a tile in cache.
 TILE_ELEMENTS = 1 << 20
+# What a tile costs beside its scores, in scores: some fifteen operations.
+_TILE_COST = 1 << 14
 
 
 def run(region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[int] = ()) -> Tensor:
@@ -77,7 +79,26 @@ class Tiles:
             self.map = classify(
                 region.mask, region.batch, region.query, region.key, self.block_q, self.block_k, tensors, sizes, device
             )
+        self.apart = self._apart()
         self.gated = region.gate != Const(1.0, region.gate.dtype)
+
+    def _apart(self) -> frozenset[Axis]:
+        """Batch axes whose positions are better taken one by one, for the mask empties other tiles in each: documents
+        packed in another way, spans by head. A tile is skipped where it is empty for all that is taken together."""
+        if self.map is None:
+            return frozenset()
+        live, found = self.map.state != EMPTY, []
+        scores = math.prod(self.batch) * self.block_q * self.block_k
+        for k, axis in enumerate(self.map.axes):
+            size = live.shape[k]
+            if len(self.parts[axis]) == 1 and size > 1:
+                rest = tuple(d for d in range(live.dim() - 2) if d != k)
+                each = live.any(rest) if rest else live
+                together, one_by_one = int(each.any(0).sum()), int(each.sum())
+                if one_by_one * (_TILE_COST + scores // size) < together * (_TILE_COST + scores):
+                    scores //= size
+                    found.append(axis)
+        return frozenset(found)
 
     @property
     def lead(self) -> list[int]:
@@ -129,14 +150,17 @@ class Tiles:
     def _chunks(
         self, scope: Scope, tensors: tuple[Tensor, ...], axes: Sequence[Axis], scores: int
     ) -> Iterator[tuple[Scope, tuple[Tensor, ...]]]:
-        """Ranges of batch axes, outermost first, such that a tile has no more than `TILE_ELEMENTS` of `scores`."""
-        if scores <= TILE_ELEMENTS or not axes:
+        """Ranges of batch axes, outermost first, such that a tile has no more than `TILE_ELEMENTS` of `scores`; those in
+        `apart` position by position.
+        """
+        apart = self.apart.intersection(axes)
+        if not axes or (scores <= TILE_ELEMENTS and not apart):
             yield scope, tensors
             return
         axis, size = axes[0], self.parts[axes[0]][0]
         position = sum(len(self.parts[a]) for a in self.region.batch[: self.region.batch.index(axis)])
         depth = len(self.lead) + 2 + len(self.value)
-        step = max(1, size * TILE_ELEMENTS // scores)
+        step = 1 if axis in apart else min(size, max(1, size * TILE_ELEMENTS // scores))
         for start in range(0, size, step):
             length = min(step, size - start)
             part = scope.child({axis: grids.grid(start, (Term(position - depth, length, 1),), scope.device)})

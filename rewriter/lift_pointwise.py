@@ -51,6 +51,20 @@ def _add_sub(op: str, swapped: bool = False) -> Handler:
     return handler
 
 
+def _kron(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    """kron(a, b)[i] = a[i // len(b)] * b[i % len(b)], in each dimension, aligned on the right."""
+    kind = _kind(node)
+    a, b = arguments(node)[:2]
+    sizes = shape_of(b)
+    outer = [s.floordiv(x, d) for x, d in zip(index[len(index) - len(sizes) :], sizes)]
+    inner = [s.mod(x, d) for x, d in zip(index[len(index) - len(sizes) :], sizes)]
+    blocks = [*index[: len(index) - len(sizes)], *outer]
+    parts = [lift.at(a, blocks[len(blocks) - len(shape_of(a)) :]), lift.at(b, inner)]
+    if kind == BOOL:
+        return s.and_(*parts)
+    return s.call("mul", *(s.cast(p, kind) if p.dtype == BOOL else p for p in parts), dtype=kind)
+
+
 def _div(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     kind = _kind(node)
     a, b = (lift.broadcast(x, index, kind) for x in arguments(node)[:2])
@@ -227,7 +241,7 @@ POINTWISE: dict[str, Handler] = {
         "relu", "erf", "sin", "cos", "floor", "ceil", "round", "trunc", "sign", "softplus", "isnan", "isinf", "square",
         "mul", "logaddexp", "atan")},
     **dict.fromkeys(("add",), _add_sub("add")), **dict.fromkeys(("sub", "subtract"), _add_sub("sub")),
-    "rsub": _add_sub("sub", swapped=True), "multiply": _plain("mul"), "negative": _plain("neg"),
+    "rsub": _add_sub("sub", swapped=True), "multiply": _plain("mul"), "kron": _kron, "negative": _plain("neg"),
     **dict.fromkeys(("div", "true_divide", "divide"), _div), "floor_divide": _floordiv, "remainder": _remainder,
     **dict.fromkeys(("le", "less_equal"), _compare("le")), **dict.fromkeys(("lt", "less"), _compare("lt")),
     **dict.fromkeys(("ge", "greater_equal"), _compare("le", flip=True)),

@@ -90,10 +90,10 @@ def ends(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_nothing_is_kept_alive_and_nothing_taken_for_another() -> None:
     cache = TileCache(most=4)
-    mask = torch.zeros(64, 64)
-    alive = weakref.ref(mask)
-    cache.ends(mask, "all", lambda: ends(mask))
-    del mask
+    masks = [torch.zeros(64, 64)]
+    alive = weakref.ref(masks[0])
+    cache.ends(masks[0], "all", lambda: ends(masks[0]))
+    masks.clear()
     gc.collect()
     assert alive() is None
     for k in range(20):  # new tensors take the place of old ones in memory
