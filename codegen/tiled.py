@@ -150,9 +150,8 @@ class Tiles:
     def _chunks(
         self, scope: Scope, tensors: tuple[Tensor, ...], axes: Sequence[Axis], scores: int
     ) -> Iterator[tuple[Scope, tuple[Tensor, ...]]]:
-        """Ranges of batch axes, outermost first, such that a tile has no more than `TILE_ELEMENTS` of `scores`; those in
-        `apart` position by position.
-        """
+        """Ranges of batch axes, outermost first, such that a tile has no more than `TILE_ELEMENTS` of `scores`; axes in
+        `apart` position by position."""
         apart = self.apart.intersection(axes)
         if not axes or (scores <= TILE_ELEMENTS and not apart):
             yield scope, tensors

@@ -2,6 +2,7 @@
 
     classify(...)      a `TileMap`: the state of every tile, by interval arithmetic (`refocus.tile_grid`)
     tile_states(...)   the same as one plain tensor, traceable
+    count_tiles(...)   how many tiles are in which state, where the map would be too large (`refocus.tile_rows`)
     key_bounds(...)    the range of keys that a run of queries needs, as index expressions (`refocus.key_bounds`)
     never_empty(...)   a proof that every query keeps some key
 
@@ -23,10 +24,11 @@ from refocus.ir import FALSE, TRUE, Axis, Call, Const, Expr, Sym
 from refocus.key_bounds import KeyBounds, first_query, key_bounds, last_query
 from refocus.simplify import add, floordiv, is_nonneg, mul, or_, sub, substitute
 from refocus.tile_grid import is_exact, tile_states
+from refocus.tile_rows import Counts, count_tiles, tile_rows
 
 __all__ = [
-    "EMPTY", "FULL", "PARTIAL", "BlockLists", "KeyBounds", "TileMap", "block_lists", "classify", "first_query",
-    "key_bounds", "last_query", "never_empty", "tile_states",
+    "EMPTY", "FULL", "PARTIAL", "BlockLists", "Counts", "KeyBounds", "TileMap", "block_lists", "classify",
+    "count_tiles", "first_query", "key_bounds", "last_query", "never_empty", "tile_rows", "tile_states",
 ]  # fmt: skip
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -43,12 +45,6 @@ class BlockLists(NamedTuple):
     partial_index: Tensor
     full_count: Tensor
     full_index: Tensor
-
-
-class Counts(NamedTuple):
-    empty: int
-    partial: int
-    full: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +90,8 @@ def classify(
 ) -> TileMap:
     """The tile map of a mask. `tensors`: what its loads read, by name; `device` defaults to theirs (or the CPU)."""
     used = tuple(b for b in batch if b in mask.axes)
-    state = tile_states(mask, used, query, key, block_q, block_k, tensors, sizes, device)
-    return TileMap(state, used, block_q, block_k)
+    parts = [state for _, state in tile_rows(mask, used, query, key, block_q, block_k, tensors, sizes, device)]
+    return TileMap(torch.cat(parts, -2) if len(parts) > 1 else parts[0], used, block_q, block_k)
 
 
 def block_lists(state: Tensor) -> BlockLists:

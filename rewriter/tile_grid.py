@@ -351,13 +351,17 @@ class TileGrid:
             return _Reads(side, block, size, start=self.size(start))
         if index.axes != {axis} or index.loads or not self._ends_are_exact(index):
             return None
-        if not (isinstance(index, Call) and index.op == "floordiv" and isinstance(index.args[1], Const)):
+        moving = [atoms for atoms in to_poly(index) if any(axis in a.axes for a in atoms)]
+        if len(moving) != 1 or len(moving[0]) != 1 or to_poly(index)[moving[0]] != 1:
             return None
-        slope = to_poly(index.args[0]).get((axis,))
+        [[quotient]] = moving
+        if not (isinstance(quotient, Call) and quotient.op == "floordiv" and isinstance(quotient.args[1], Const)):
+            return None
+        slope = to_poly(quotient.args[0]).get((axis,))
         if slope is None:
             return None
         ends = self.interval(index)
-        ahead = torch.arange(abs(slope) * (block - 1) // int(index.args[1].value) + 2, device=self.device)
+        ahead = torch.arange(abs(slope) * (block - 1) // int(quotient.args[1].value) + 2, device=self.device)
         return _Reads(side, block, size, rows=torch.minimum(ends.lo.reshape(-1, 1) + ahead, ends.hi.reshape(-1, 1)))
 
 

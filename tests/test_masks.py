@@ -18,11 +18,14 @@ from refocus.masks import (
     EMPTY,
     FULL,
     PARTIAL,
+    TileMap,
     block_lists,
+    count_tiles,
     first_query,
     key_bounds,
     last_query,
     never_empty,
+    tile_rows,
     tile_states,
 )
 from refocus.notation import notation
@@ -319,3 +322,35 @@ def test_never_empty_of_standard_masks() -> None:
     # No simple witness, but small enough to try: query i keeps j == 3 * i + 1.
     tripled = s.eq(shorter.j, s.add(s.mul(3, shorter.i), 1))
     assert never_empty(tripled, (), shorter.i, shorter.j)
+
+
+# ---------------------------------------------------------------------------------------------------- large maps
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranges_of_rows_make_up_the_map(kind: str) -> None:
+    space = Space(75, 40, symbolic=kind in CLOSED, seed=1)
+    mask, run = leaf(space, kind, 3, 5)
+    batch = (space.b, space.h)
+    arguments = (mask, batch, space.i, space.j, 8, 8, space.tensors, space.sizes)
+    whole = space.classify(mask, 8, 8)
+    parts = list(tile_rows(*arguments, at_once=11))
+    assert len(parts) > 3 and [first for first, _ in parts] == sorted({first for first, _ in parts})
+    joined = torch.cat([state for _, state in parts], -2)
+    _, best = truth(space, (mask, run), 8, 8)
+    got = spread(space, TileMap(joined, whole.axes, 8, 8))
+    assert not ((got != PARTIAL) & (got != best)).any()
+    # A range can only tell more than the whole does.
+    assert not ((whole.state != PARTIAL) & (joined != whole.state)).any()
+    assert count_tiles(*arguments) == whole.counts()
+
+
+def test_a_million_tokens_in_little_memory() -> None:
+    n = 1 << 20
+    i, j = Axis("i", Const(n)), Axis("j", Const(n))
+    mask = s.and_(s.le(j, i), s.lt(s.sub(i, j), 4096))
+    seen = 0
+    for _, state in tile_rows(mask, (), i, j, 1024, 1024, {}, {}, at_once=1 << 14):
+        assert state.numel() <= 1 << 14
+        seen += int((state != EMPTY).sum())
+    assert seen == 1024 * 5 - 10
