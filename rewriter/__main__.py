@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     form.add_argument("--json", action="store_true", help="print the report as JSON")
     form.add_argument("--plain", action="store_true", help="print without colour and frames")
     explain.add_argument("--html", metavar="OUT", help="also write the report as a page")
+    explain.add_argument("--pictures", metavar="DIR", help="also draw the tile map of each mask as a PNG")
     explain.add_argument("--engine", help="force every recognised site through this engine")
     explain.set_defaults(run=_explain)
     emit = commands.add_parser("emit", help="the generated Triton kernels of a model; needs no GPU")
@@ -66,6 +67,17 @@ def _explain(options: argparse.Namespace) -> int:
         except OSError as problem:
             raise CannotExplain(
                 f"the page {options.html!r} cannot be written", got=problem, todo="name a file in a writable folder"
+            ) from problem
+    if options.pictures:
+        try:
+            report.save_pictures(options.pictures)
+        except ImportError as problem:
+            raise CannotExplain(
+                "pictures need matplotlib", got=problem, todo="install it: pip install 'refocus[report]'"
+            ) from problem
+        except OSError as problem:
+            raise CannotExplain(
+                f"no picture can be written to {options.pictures!r}", got=problem, todo="name a writable folder"
             ) from problem
     return 0 if report.sites else 1
 

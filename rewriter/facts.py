@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from refocus.infer import closed_form, constant_form
-from refocus.ir import Expr
+from refocus.ir import BOOL, Call, Expr
 from refocus.lift import arguments, is_tensor, op_name
 from refocus.lift_reductions import CONTRACTIONS
 from refocus.lift_tables import MOVES, OPERATIONS
@@ -45,6 +45,7 @@ class Facts:
     lifted: dict[Any, Any] = field(default_factory=dict)  # pure values in index notation, shared by all sites
     buffers: dict[fx.Node, torch.Tensor] = field(default_factory=dict)  # inputs that the model keeps, as they are now
     assumed: dict[fx.Node, Expr] = field(default_factory=dict)  # buffers that were taken for their closed form
+    inferred: set[fx.Node] = field(default_factory=set)  # constants whose closed form was found in their values
     _constants: dict[fx.Node, torch.Tensor | None] = field(default_factory=dict)
     _forms: dict[fx.Node, Expr | None] = field(default_factory=dict)
 
@@ -66,7 +67,10 @@ class Facts:
         follows no rule. That a buffer was taken for its form is noted in `assumed`."""
         if node not in self._forms:
             with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
-                self._forms[node] = self._closed_form(node)
+                form = self._closed_form(node)
+            self._forms[node] = form
+            if isinstance(form, Call) and (form.dtype == BOOL or form.op == "where"):
+                self.inferred.add(node)
         return self._forms[node]
 
     def _closed_form(self, node: fx.Node) -> Expr | None:

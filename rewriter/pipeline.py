@@ -98,7 +98,7 @@ def _rewrite_outer(gm: fx.GraphModule, options: Options, inputs: Sequence[Any]) 
                 fused += 1
             except CannotSplice as problem:
                 plans, reason = None, str(problem)
-        rows.append(describe_site(name, site, plans, reason))
+        rows.append(describe_site(name, site, plans, reason, facts.inferred))
     report = Report(tuple(rows), 1, time.perf_counter() - started)
     debug.dump("report", report)
     if options.require:

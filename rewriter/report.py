@@ -10,7 +10,11 @@ import html
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from refocus.pictures import Map, save_png, svg
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -22,7 +26,8 @@ class Tiles:
 
     `shape` is one tile's size as (queries, keys). `empty`, `partial` and `full` count tiles over all batch axes that
     the mask depends on. `picture`, where there is one, draws one plane: a string for each row of tiles, of the
-    characters `.` (empty: never visited), `+` (partial: mask evaluated) and `#` (full: no mask needed).
+    characters `.` (empty: never visited), `+` (partial: mask evaluated) and `#` (full: no mask needed). `maps`: the
+    distinct planes, each for the heads that have it, coarser where a plane has many tiles.
     """
 
     shape: tuple[int, int]
@@ -30,6 +35,7 @@ class Tiles:
     partial: int
     full: int
     picture: tuple[str, ...] = ()
+    maps: tuple[Map, ...] = ()
 
     @property
     def total(self) -> int:
@@ -65,6 +71,7 @@ class Site:
     `recognized`: the region is understood. `fused`: it was replaced by one operator. `reason`: why it was left alone,
     or why this engine was chosen; `blame`: the operation at fault, where one is. `location` is the user's
     "file:line". `notation` and `mask` are the region in index notation; both are empty if it was not recognised.
+    `mask_source`: closed form (written as one, or inferred from a constant), vectors, blocks or dense tensors.
     """
 
     name: str
@@ -75,6 +82,7 @@ class Site:
     family: str = ""
     notation: str = ""
     mask: str = ""
+    mask_source: str = ""
     tiles: Tiles | None = None
     engine: str = ""
     kernel_path: str | None = None
@@ -93,7 +101,9 @@ class Site:
         data = dict(data)
         if data.get("tiles"):
             tiles = data["tiles"]
-            data["tiles"] = Tiles(**{**tiles, "shape": tuple(tiles["shape"]), "picture": tuple(tiles["picture"])})
+            maps = tuple(Map(m["label"], tuple(m["rows"]), m["scale"]) for m in tiles.get("maps", ()))
+            lists = {"shape": tuple(tiles["shape"]), "picture": tuple(tiles["picture"]), "maps": maps}
+            data["tiles"] = Tiles(**{**tiles, **lists})
         for side in ("before", "after"):
             if data.get(side):
                 data[side] = Cost(**data[side])
@@ -159,6 +169,17 @@ class Report:
         cards = "\n".join(_card(names, site) for names, site in self._groups())
         return _PAGE.format(title=html.escape(title), summary=html.escape(self.summary), cards=cards)
 
+    def save_pictures(self, folder: str | PathLike[str]) -> list[Path]:
+        """A PNG of the tile maps of each distinct site that has a mask. Needs matplotlib (the extra `report`)."""
+        written = []
+        for names, site in self._groups():
+            if site.tiles and site.tiles.maps:
+                path = Path(folder) / f"{names.split()[0]}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_png(site.tiles.maps, path, f"{names}: {site.tiles}")
+                written.append(path)
+        return written
+
     def __rich__(self) -> RenderableType:
         from rich.console import Group
         from rich.panel import Panel
@@ -209,7 +230,7 @@ def _facts(site: Site) -> Iterator[tuple[str, str]]:
             ("blame", site.blame or ""),
             ("family", site.family),
             ("computes", site.notation),
-            ("mask", site.mask),
+            ("mask", f"{site.mask}\nfrom: {site.mask_source}" if site.mask_source else site.mask),
             ("tiles", "\n".join((str(site.tiles), *site.tiles.picture)) if site.tiles else ""),
             ("engine", site.engine),
             ("kernel", site.kernel_path or ""),
@@ -246,6 +267,11 @@ def _indent(text: str) -> str:
 
 def _card(names: str, site: Site) -> str:
     rows = "".join(f"<dt>{key}</dt><dd>{html.escape(text)}</dd>" for key, text in _facts(site))
+    if site.tiles and site.tiles.maps:
+        figures = (
+            f"<figure>{svg(m)}<figcaption>{html.escape(m.label)}</figcaption></figure>" for m in site.tiles.maps
+        )
+        rows += f"<dt>tile map</dt><dd class='maps'>{''.join(figures)}</dd>"
     head = f"<h2>{html.escape(names)} <code>{html.escape(site.location)}</code> <em>{site.state}</em></h2>"
     return f'<section class="{site.state.split()[0]}">{head}<dl>{rows}</dl></section>'
 
@@ -259,6 +285,7 @@ section.fused {{ border-color: #1a7f37 }} section.left {{ border-color: #cf222e 
 h2 {{ font-size: 1rem }} em {{ font-style: normal; float: right }}
 dl {{ display: grid; grid-template-columns: 6rem 1fr; gap: .2rem 1rem }}
 dt {{ color: #57606a }}
+.maps {{ display: flex; flex-wrap: wrap; gap: .8rem }} figure {{ margin: 0 }} figcaption {{ text-align: center }}
 dd {{ margin: 0; white-space: pre-wrap; font: .85rem ui-monospace, monospace }}
 </style>
 <h1>{title}</h1>

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 import torch
 from torch import fx
 
-from refocus import masks
 from refocus.codegen.plan import Plan
 from refocus.evaluate import size_of
 from refocus.ir import TRUE, Region, Sym
 from refocus.lift import op_name
+from refocus.mask_report import source_of, tiles_of
 from refocus.notation import notation
 from refocus.recognize import Left, Part, Site
 from refocus.report import Cost, Tiles
@@ -23,7 +23,6 @@ from refocus.sizes import hint
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _TORCH = str(Path(torch.__file__).parent)
-_TILE = 64
 
 
 def location_of(node: fx.Node) -> str:
@@ -59,8 +58,10 @@ def numbers_of(site: Site) -> dict[Sym, int]:
     return {s: found.get(s.name, 1024) for part in site.parts for s in part.region.syms}
 
 
-def describe_site(name: str, site: Site, plans: Sequence[Plan] | None, reason: str) -> Row:
-    """A recognised site: `plans` is None where it was left as it is."""
+def describe_site(
+    name: str, site: Site, plans: Sequence[Plan] | None, reason: str, inferred: Set[fx.Node] = frozenset()
+) -> Row:
+    """A recognised site: `plans` is None where it was left as it is. `inferred`: constants taken for a closed form."""
     region = site.parts[0].region
     numbers = numbers_of(site)
     tiles = tiles_of(region, plans[0] if plans else None, numbers)
@@ -74,6 +75,7 @@ def describe_site(name: str, site: Site, plans: Sequence[Plan] | None, reason: s
         family=site.family,
         notation="\n".join(notation(p.region) for p in site.parts),
         mask=notation(region.mask) if region.mask != TRUE else "",
+        mask_source=source_of(site, inferred),
         tiles=tiles,
         engine=plans[0].engine if plans else "",
         kernel_path=kernel_path(region, plans[0]) if plans else None,
@@ -89,19 +91,6 @@ def kernel_path(region: Region, plan: Plan) -> str | None:
     from refocus.codegen.triton_engine import emit
 
     return str(emit(region, plan).path)
-
-
-def tiles_of(region: Region, plan: Plan | None, numbers: dict[Sym, int]) -> Tiles | None:
-    """Tile counts of the mask at these sizes. Values that are known at run time only count as partial."""
-    block_q, block_k = (plan.block_q, plan.block_k) if plan else (_TILE, _TILE)
-    try:
-        found = masks.classify(
-            region.mask, region.batch, region.query, region.key, block_q, block_k, {}, numbers, "cpu"
-        )
-    except KeyError:
-        return None
-    counts = found.counts()
-    return Tiles((block_q, block_k), counts.empty, counts.partial, counts.full)
 
 
 def _numel(part: Part, numbers: dict[Sym, int]) -> int:
