@@ -204,6 +204,8 @@ class _Search:
 
     def _grid(self, m: Matrix, i: Expr, j: Expr, w: int, depth: int) -> Expr | None:
         columns = m.width // w
+        if not all(_repeats(m.on[k], m.off[k], w, columns) for k in (0, m.height // 2, m.height - 1)):
+            return None
         inner = [_fold(union(m.on[b::w]), w) for b in range(w)]
         outer = [every(smear(union(m.on[a : a + w]), w), 0, w, columns) for a in range(0, m.height, w)]
         for a, blocks in enumerate(outer):
@@ -315,6 +317,18 @@ def _seen_more(rows: Rows, of: int, than: int) -> int:
             more |= equal & digit
             equal &= ~digit
     return more
+
+
+def _repeats(yes: int, no: int, w: int, columns: int) -> bool:
+    """Whether those blocks of a row that hold anything may all be the same: quickly said of most rows."""
+    on = off = 0
+    for k in range(columns):
+        block = yes >> k * w & full(w)
+        if block:
+            on, off = on | block, off | (no >> k * w & full(w))
+            if on & off:
+                return False
+    return True
 
 
 def _fold(bits: int, w: int) -> int:
