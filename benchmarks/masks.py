@@ -10,7 +10,7 @@ maps        ours counts the tiles of 128 x 128 of the map, range by range; `crea
 infer       a constant tensor's form, found and proved on every element.
 attention   the region on the `cpp` engine, and `flex_attention` compiled, with the mask given to each in its own
             language; milliseconds of one call with everything compiled and `flex_attention`'s block mask made before.
-            At the end: how well time follows the number of tiles that are not empty, over all masks and lengths.
+            At the end: how well time follows the number of tiles that are not empty, for all and for each mask.
 """
 
 from __future__ import annotations
@@ -286,10 +286,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 ratio = f"flex_attention {r.flex * 1e3:9.2f} ms x{r.flex / r.ours:.2f}"
                 print(f"{name:18} {n:8} {r.tiles:9} tiles {r.ours * 1e3:10.2f} ms   {ratio}", flush=True)
         found["attention"] = [asdict(r) for r in rows]
-        if len(rows) > 2:
-            start, slope, r2 = fit(rows)
-            found["fit"] = {"start": start, "slope": slope, "r2": r2}
-            print(f"time = {start * 1e3:.2f} ms + {slope * 1e6:.2f} us a tile, R^2 = {r2:.4f}")
+        found["fit"] = {}
+        for name in ("all", *options.names):
+            chosen = [r for r in rows if name in ("all", r.name)]
+            if len(chosen) > 2:
+                start, slope, r2 = fit(chosen)
+                found["fit"][name] = {"start": start, "slope": slope, "r2": r2}
+                print(f"{name:18} time = {start * 1e3:.2f} ms + {slope * 1e6:.2f} us a tile, R^2 = {r2:.4f}")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -60,7 +60,7 @@ def _visited(region: Region, block_q: int, block_k: int, sizes: Mapping[Sym, int
     visited = 0
     for start in range(0, queries, block_q):
         last = min(start + block_q, queries) - 1
-        at = {first_query(region.query): Const(start), last_query(region.query): Const(last)}
+        at: dict[Expr, Expr] = {first_query(region.query): Const(start), last_query(region.query): Const(last)}
         low, high = (
             default if end is None else size_of(substitute(substitute(end, fixed), at), sizes)
             for end, default in ((bounds.lo, 0), (bounds.hi, keys))

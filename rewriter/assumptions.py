@@ -8,14 +8,20 @@ without that knowledge from then on.
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor, fx
 
 from refocus.errors import StaleMask
 from refocus.identity import Identity
 from refocus.infer import agrees, axes_of
 from refocus.ir import Expr
+
+_KNOWN = 4
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,17 @@ class Assumption:
 
     position: int
     form: Expr
+
+
+def model_buffers(placeholders: Sequence[fx.Node], inputs: Sequence[Any]) -> dict[fx.Node, Tensor]:
+    """The inputs that belong to the model, need no gradient, and whose changes would be noticed."""
+    found: dict[fx.Node, Tensor] = {}
+    for node, value in zip(placeholders, inputs):
+        kept = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") is not None
+        if kept and isinstance(value, Tensor) and not value.requires_grad and Identity.of(value) is not None:
+            if not any(isinstance(d, torch.SymInt) for d in node.meta["val"].shape):
+                found[node] = value
+    return found
 
 
 def guarded(
@@ -45,20 +62,20 @@ class _Guarded:
         otherwise: Callable[[], Callable[..., Any]],
     ) -> None:
         self.compiled, self.otherwise = compiled, otherwise
-        # Taken when the forms were found; a buffer changed since then is looked at again on the first call.
-        self.known = [(a, Identity.of(inputs[a.position])) for a in assumptions]
+        # For each assumption the tensors that were last found to meet it.
+        self.known = [(a, deque([Identity.of(inputs[a.position])], maxlen=_KNOWN)) for a in assumptions]
         self.instead: Callable[..., Any] | None = None
 
     def __call__(self, *inputs: Any) -> Any:
         if self.instead is not None:
             return self.instead(*inputs)
-        for k, (assumption, identity) in enumerate(self.known):
+        for assumption, known in self.known:
             tensor = inputs[assumption.position]
-            if identity is not None and identity.holds(tensor):
+            if any(identity is not None and identity.holds(tensor) for identity in known):
                 continue
             if not agrees(assumption.form, axes_of(tensor), tensor):
                 return self._changed()(*inputs)
-            self.known[k] = (assumption, Identity.of(tensor))
+            known.append(Identity.of(tensor))
         return self.compiled(*inputs)
 
     def _changed(self) -> Callable[..., Any]:

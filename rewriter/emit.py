@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from refocus.assumptions import model_buffers
 from refocus.capture import CaptureFailed, capture
 from refocus.codegen.choose import default_plan, unsupported
 from refocus.codegen.triton_engine import emit
@@ -37,7 +38,7 @@ def emit_kernels(model: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
-            found.extend(_of_graph(capture(gm)))
+            found.extend(_of_graph(capture(gm), example_inputs))
         except CaptureFailed as problem:
             found.append(Emitted("", None, str(problem)))
         return gm.forward
@@ -57,9 +58,10 @@ def emit_kernels(model: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[
     return tuple(found)
 
 
-def _of_graph(traced: fx.GraphModule) -> list[Emitted]:
+def _of_graph(traced: fx.GraphModule, inputs: Sequence[Any]) -> list[Emitted]:
     out: list[Emitted] = []
-    for site in recognize(gather_facts(traced)):
+    buffers = model_buffers(traced.graph.find_nodes(op="placeholder"), inputs)
+    for site in recognize(gather_facts(traced, buffers)):
         where = location_of(site.root)
         if isinstance(site, Left):
             out.append(Emitted(where, None, site.declined.reason))

@@ -40,7 +40,7 @@ def axes_of(tensor: Tensor) -> tuple[Axis, ...]:
 
 def constant_form(tensor: Tensor) -> Expr | None:
     """A constant as an expression over `axes_of` it: one number, a position, or a `closed_form`."""
-    if tensor.numel() == 0:
+    if tensor.numel() == 0 or tensor.is_complex():
         return None
     first = tensor[(0,) * tensor.dim()]
     if tensor.numel() == 1 or bool((tensor == first).all()):
@@ -72,6 +72,8 @@ def closed_form(tensor: Tensor) -> Expr | None:
     """What a bool tensor, or one that holds two different numbers, is as a function of its dimensions `axes_of`."""
     if not 0 < tensor.numel() <= _LARGEST or tensor.is_complex() or tensor.layout != torch.strided:
         return None
+    if tensor.is_floating_point() and not _may_switch(tensor):
+        return None
     axes = axes_of(tensor)
     shape = _Shape.of(tensor)
     with torch.no_grad():
@@ -85,6 +87,12 @@ def closed_form(tensor: Tensor) -> Expr | None:
     if sum(1 for _ in form.walk()) > _MOST_NODES or not agrees(form, axes, tensor):
         return None
     return form
+
+
+def _may_switch(tensor: Tensor) -> bool:
+    """Whether a few elements hold two numbers: caches and weights, which hold one or many, need not be read whole."""
+    some = tensor.detach()[tuple(slice(None, None, max(1, size // 24)) for size in tensor.shape)]
+    return len(some.reshape(-1).cpu().double().unique()) == 2
 
 
 def _is_mask(read: _Read) -> bool:

@@ -21,14 +21,13 @@ import torch
 from torch import fx
 
 from refocus import debug
-from refocus.assumptions import Assumption
+from refocus.assumptions import Assumption, model_buffers
 from refocus.bodies import with_bodies
 from refocus.capture import CaptureFailed, capture
 from refocus.codegen.choose import plan_part
 from refocus.codegen.plan import Leave, Plan
 from refocus.errors import RegionNotFused
 from refocus.facts import gather_facts
-from refocus.identity import Identity
 from refocus.options import Options
 from refocus.recognize import Left, Site, recognize
 from refocus.report import Report, joined
@@ -76,7 +75,7 @@ def _rewrite_outer(gm: fx.GraphModule, options: Options, inputs: Sequence[Any]) 
         return Rewritten(gm, Report((), 1, time.perf_counter() - started, (note,)))
     debug.dump("capture", traced)
     placeholders = traced.graph.find_nodes(op="placeholder")
-    facts = gather_facts(traced, _buffers(placeholders, inputs))
+    facts = gather_facts(traced, model_buffers(placeholders, inputs))
     found = recognize(facts)
     debug.dump("recognize", found)
     splicer = Splicer(traced, facts, _mode(traced))
@@ -111,17 +110,6 @@ def _rewrite_outer(gm: fx.GraphModule, options: Options, inputs: Sequence[Any]) 
     debug.dump("splice", traced)
     assumed = [Assumption(k, facts.assumed[n]) for k, n in enumerate(placeholders) if n in facts.assumed]
     return Rewritten(traced, report, tuple(assumed))
-
-
-def _buffers(placeholders: Sequence[fx.Node], inputs: Sequence[Any]) -> dict[fx.Node, torch.Tensor]:
-    """The inputs that belong to the model, need no gradient, and whose changes would be noticed."""
-    found: dict[fx.Node, torch.Tensor] = {}
-    for node, value in zip(placeholders, inputs):
-        kept = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") is not None
-        if kept and isinstance(value, torch.Tensor) and not value.requires_grad and Identity.of(value) is not None:
-            if not any(isinstance(d, torch.SymInt) for d in node.meta["val"].shape):
-                found[node] = value
-    return found
 
 
 def _plan(site: Site, trained: list[frozenset[str]], options: Options) -> tuple[list[Plan] | None, str]:

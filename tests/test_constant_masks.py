@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import refocus
+from refocus import assumptions
 from refocus.errors import StaleMask
 from refocus.report import Report
 
@@ -106,6 +107,24 @@ def test_a_change_is_noticed(how: str) -> None:
     assert sum(issubclass(w.category, StaleMask) for w in seen) == (how != "same values")
     model.mask[0, 0, :, 3] = False
     agree(fast, model, *inputs)
+
+
+def test_tensors_that_take_turns_are_proved_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    proofs: list[int] = []
+    real = assumptions.agrees
+
+    def counted(*given: Any) -> bool:
+        proofs.append(1)
+        return real(*given)
+
+    monkeypatch.setattr(assumptions, "agrees", counted)
+    model = Masked(tril())
+    fast, _ = compiled(model)
+    both = [model.mask, model.mask.clone()]
+    for k in range(6):
+        model.mask = both[k % 2]
+        agree(fast, model, *tensors())
+    assert len(proofs) == 1
 
 
 def test_memory_shared_with_others_is_not_taken_for_granted() -> None:

@@ -98,6 +98,15 @@ def test_bits(width: int, height: int, seed: int) -> None:
     assert bits.smear(row, 3) == row | row >> 1 | row >> 2
 
 
+def test_caches_and_weights_are_not_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: object) -> None:
+        raise AssertionError("read")
+
+    monkeypatch.setattr(infer, "_read", refuse)
+    assert infer.closed_form(torch.zeros(2, 4, 300, 64)) is None
+    assert infer.closed_form(torch.randn(300, 300)) is None
+
+
 def test_positions_and_single_numbers() -> None:
     def shown(tensor: Tensor) -> str | None:
         form = infer.constant_form(tensor)
