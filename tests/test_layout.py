@@ -18,18 +18,18 @@ LONGEST = 500
 # From the bottom to the top: a module imports from its own layer and from those below it. Names are relative to
 # `refocus`. A new module is given its layer here.
 LAYERS: dict[str, tuple[str, ...]] = {
-    "base": ("errors", "debug", "options", "tolerances", "report", "inductor"),
+    "base": ("errors", "debug", "options", "tolerances", "pictures", "report", "inductor", "identity", "bits"),
     "ir": ("ir", "notation"),
     "algebra": ("polynomial", "proofs", "division", "comparisons", "constants", "simplify"),
     "meaning": (
         "counter", "dropout", "differentiate", "hoist", "intervals", "key_bounds", "grid", "operations", "evaluate",
-        "oracle", "tile_grid", "masks",
+        "oracle", "tile_cache", "tile_grid", "tile_rows", "masks", "infer", "infer_*", "assumptions",
     ),
     "lift": ("bodies", "capture", "fold", "sizes", "lift", "lift_*", "facts"),
     "patterns": ("patterns", "patterns.*"),
     "recognize": ("normal_form", "recognize"),
     "codegen": ("codegen", "codegen.*"),
-    "pipeline": ("sites", "splice", "training", "pipeline", "emit"),
+    "pipeline": ("mask_report", "sites", "splice", "training", "pipeline", "emit"),
     "backend": ("backend",),
     "front": ("", "api", "__main__", "testing"),
 }
