@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import cpu, models, recognition
+from benchmarks import cpu, masks, models, recognition
 from benchmarks.isolation import run_isolated
 from benchmarks.measure import geometric_mean, largest_difference, peak_memory, time_peers
 from benchmarks.peers import COMPILE, EAGER, REFOCUS, Row
+from refocus.evaluate import arange_env, evaluate
 from tests import misbehaving
 
 CPU = torch.device("cpu")
@@ -139,3 +141,24 @@ def test_cpu_results_as_a_page() -> None:
     assert "2.000 against torch.compile (2.000 by the fastest calls), 4.000 against eager" in page
     assert "Below 0.9 of torch.compile: none." in page
     assert "- hf/bert:eager, 128 tokens: ValueError: no" in page
+
+
+def test_masks_are_measured(tmp_path: Path) -> None:
+    out = tmp_path / "masks.json"
+    found = masks.main(["--what", "maps", "infer", "--lengths", "512", "--size", "256", "--out", str(out)])
+    assert {row["name"] for row in found["maps"]} == set(masks.masks(512))
+    for row in found["maps"]:
+        assert row["empty"] + row["partial"] + row["full"] in (16, 16 * masks.HEADS) and row["flex_seconds"] > 0
+    forms = {row["name"]: row["form"] for row in found["infer"]}
+    assert forms["causal"] == "dim1 <= dim0" and forms["random"] is None
+    assert out.exists()
+
+
+@pytest.mark.parametrize("name", list(masks.masks(512)))
+def test_both_languages_say_the_same(name: str) -> None:
+    n = 300
+    mask = masks.masks(n)[name]()
+    _, h, i, j = masks.axes(n)
+    ours = evaluate(mask.expr, arange_env((h, i, j), {}), mask.tensors, {}).expand(masks.HEADS, n, n)
+    heads, rows, columns = torch.arange(masks.HEADS)[:, None, None], torch.arange(n)[:, None], torch.arange(n)
+    assert torch.equal(ours, mask.mod(torch.zeros(()), heads, rows, columns).expand(masks.HEADS, n, n))

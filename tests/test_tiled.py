@@ -345,3 +345,21 @@ def test_a_score_that_ignores_the_key() -> None:
     want = tensors[2].cumsum(2) / torch.arange(1, n + 1)[:, None]
     torch.testing.assert_close(out, want)
     torch.testing.assert_close(oracle.run(region, tensors, sizes).float(), want)
+
+
+def test_batch_positions_with_other_tiles_are_taken_apart() -> None:
+    """Documents packed in another way in each sequence: together, only what is empty in both would be skipped."""
+    n = 512
+    region, tensors, sizes = cases.documents(n=n)
+    at = [o.name for o in region.operands].index("doc")
+    for packing, apart in (
+        ([torch.arange(n) // 256, torch.arange(n) // 64], True),
+        ([torch.arange(n) // 64, torch.arange(n) // 64], False),
+    ):
+        tensors[at] = torch.stack(packing)
+        tiles = tiled.Tiles.of(region, Plan("tiled"), tensors, sizes)
+        assert (region.batch[0] in tiles.apart) == apart
+        out = torch.empty(*tiles.lead, n, 1)
+        assert len(list(tiles.chunks(out))) == (2 if apart else 1)
+        got = tiled.run(region, Plan("tiled"), tensors, sizes)
+        torch.testing.assert_close(got.double(), oracle.run(region, tensors, sizes), atol=1e-5, rtol=1e-4)
