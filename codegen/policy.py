@@ -34,7 +34,7 @@ from refocus.codegen.heads import Fitted, fit
 from refocus.codegen.plan import Chosen, Leave, Plan
 from refocus.evaluate import size_of
 from refocus.ir import TRUE, Call, Const, Expr, Load, Region, Sym
-from refocus.masks import EMPTY, classify
+from refocus.masks import count_tiles
 from refocus.simplify import conjuncts
 
 # Tiles of the cpp engine, and how its cost for a pair compares.
@@ -206,5 +206,5 @@ def _live(region: Region, block_q: int, block_k: int, numbers: Mapping[Sym, int]
     batch = [a for a in region.batch if a in closed.axes and size_of(a.size, numbers) <= 64]
     if any(a in closed.axes and a not in batch for a in region.batch):
         return loaded
-    state = classify(closed, batch, region.query, region.key, block_q, block_k, {}, numbers).state
-    return loaded * float((state != EMPTY).float().mean())
+    tiles = count_tiles(closed, batch, region.query, region.key, block_q, block_k, {}, numbers)
+    return loaded * (1 - tiles.empty / max(1, sum(tiles)))

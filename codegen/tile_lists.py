@@ -19,7 +19,7 @@ from refocus.codegen.plan import Plan
 from refocus.evaluate import size_of
 from refocus.ir import FALSE, TRUE, Const, Expr, Region, Sym
 from refocus.key_bounds import first_query, key_bounds, last_query
-from refocus.masks import EMPTY, FULL, classify
+from refocus.masks import EMPTY, FULL, count_tiles
 from refocus.simplify import substitute
 from refocus.tile_grid import tile_states
 
@@ -56,7 +56,7 @@ def _visited(region: Region, block_q: int, block_k: int, sizes: Mapping[Sym, int
     fixed: dict[Expr, Expr] = {s: Const(v) for s, v in sizes.items()} | {a: Const(0) for a in batch}
     queries, keys = size_of(region.query.size, sizes), size_of(region.key.size, sizes)
     one = substitute(region.mask, {a: Const(0) for a in batch})
-    state = classify(one, (), region.query, region.key, block_q, block_k, {}, sizes).state
+    tiles = count_tiles(one, (), region.query, region.key, block_q, block_k, {}, sizes)
     visited = 0
     for start in range(0, queries, block_q):
         last = min(start + block_q, queries) - 1
@@ -66,7 +66,7 @@ def _visited(region: Region, block_q: int, block_k: int, sizes: Mapping[Sym, int
             for end, default in ((bounds.lo, 0), (bounds.hi, keys))
         )
         visited += max(0, -(-high // block_k) - low // block_k)
-    return visited / max(1, int((state != EMPTY).sum()))
+    return visited / max(1, tiles.partial + tiles.full)
 
 
 def lists_of(
