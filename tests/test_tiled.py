@@ -84,6 +84,28 @@ def added(t: Tensors) -> Tensor:
     return with_sink(t, scores(t) + torch.where(left_padded(t), 0.0, -100.0).to(t["q"].dtype), -100.0)
 
 
+def drawn(seed: int, row: int, column: int) -> float:
+    """The counter's definition, on Python's own numbers."""
+    word = 2**32 - 1
+
+    def mix(x: int) -> int:
+        x = (x ^ x >> 16) * 0x7FEB352D & word
+        x = (x ^ x >> 15) * 0x846CA68B & word
+        return x ^ x >> 16
+
+    first = mix(row ^ seed & word)
+    second = mix(first + (seed >> 32) & word)
+    return (mix(mix(column + first & word) ^ second) >> 8) / 2**24
+
+
+def dropped(t: Tensors) -> Tensor:
+    weight = scores(t).masked_fill(~tril(t), -math.inf).softmax(-1)
+    b, h, n, m = weight.shape
+    numbers = [[drawn(int(t["seed"]), row, j) for j in range(m)] for row in range(b * h * n)]
+    keep = torch.tensor(numbers).view(b, h, n, m) >= 1 / 3
+    return (weight * keep * 1.5) @ t["v"]
+
+
 def gated(t: Tensors) -> Tensor:
     weight = torch.softmax(scores(t).masked_fill(~tril(t), -math.inf), -1)
     weight = weight * torch.sigmoid(t["gate_k"])[:, None, None, :] * torch.sigmoid(t["gate_q"])[None, :, :, None]
@@ -135,6 +157,7 @@ EAGER: dict[str, Callable[[Tensors], Tensor]] = {
     "empty_zero": zero_rows,
     "empty_added": added,
     "gated": gated,
+    "dropout": dropped,
     "cross": attend,
     "relative_table": lambda t: attend(t, lambda s: s + t["table"][(offsets(t) + 12).clamp(0, 24)].permute(2, 0, 1)),
     "t5_buckets": t5,
