@@ -10,7 +10,6 @@ from typing import Any
 from refocus.codegen.cotangents import why_not_trainable
 from refocus.codegen.operator import TRAINERS
 from refocus.codegen.plan import Chosen, Leave, Plan
-from refocus.codegen.policy import choose_cpu, choose_training, training_plan
 from refocus.errors import EngineUnavailable
 from refocus.ir import Region, Sym
 
@@ -48,6 +47,8 @@ def plan_part(
     if engine is not None:
         return _forced(region, device, engine)
     if device.type == "cpu":
+        from refocus.codegen.policy import choose_cpu  # what it weighs up, FlexAttention among it, is slow to import
+
         return choose_cpu(region, numbers, was_sdpa)
     reason = unsupported("triton", region)
     if reason is not None:
@@ -63,6 +64,8 @@ def _plan_training(
     was_sdpa: bool,
     trained: Collection[str],
 ) -> Chosen | Leave:
+    from refocus.codegen.policy import choose_training, training_plan
+
     reason = why_not_trainable(region, trained)
     if reason is not None:
         return Leave(f"its gradient cannot be generated: {reason}")

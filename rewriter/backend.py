@@ -91,8 +91,11 @@ def _is_meant(problem: Exception) -> bool:
 
 
 def _unfused(report: Report, reason: str) -> Report:
-    left = {"fused": False, "engine": "", "kernel_path": None, "reason": reason}
-    return replace(report, sites=tuple(replace(site, **left) if site.fused else site for site in report.sites))
+    sites = (
+        replace(site, fused=False, engine="", kernel_path=None, reason=reason) if site.fused else site
+        for site in report.sites
+    )
+    return replace(report, sites=tuple(sites))
 
 
 def _warn(what: str, problem: Exception) -> None:

@@ -62,7 +62,7 @@ class Retrace(fx.Interpreter):
         mode = get_proxy_mode()
         if mode is None or not is_higher_order(n) or "example_value" not in n.meta:
             return super().run_node(n)
-        tracer = mode.tracer
+        tracer: Any = mode.tracer
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         held = pytree.tree_map(lambda x: _registered(tracer, x), (args, kwargs))
         inputs, options = pytree.tree_map(tracer.unwrap_proxy, held)

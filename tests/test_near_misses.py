@@ -343,18 +343,10 @@ class Noisy(Base):
         return scores + torch.rand_like(scores)
 
 
-class Dropped(Base):
-    """Attention dropout that is on although the module is in evaluation mode."""
-
-    def weights(self, scores: Tensor) -> Tensor:
-        return F.dropout(scores.softmax(-1), p=0.5, training=True)
-
-
-@pytest.mark.parametrize("kind", [Noisy, Dropped], ids=lambda kind: kind.__name__)
-def test_random_numbers_stay_as_they_are(kind: type[Base]) -> None:
+def test_random_numbers_stay_as_they_are() -> None:
     from refocus.testing import rewritten
 
-    module = kind().eval()
+    module = Noisy().eval()
     run: Callable[..., Tensor] = rewritten(module, engine="tiled")
     with torch.no_grad():
         run(*tensors())
