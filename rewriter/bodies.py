@@ -2,7 +2,8 @@
 
 Re-tracing through one would take it apart, and lose what it stands for: a checkpoint's recomputation, the gradient of a
 `torch.autograd.Function`. So it is recorded as the call it is; and the body of a checkpoint is rewritten in place, as a
-graph of its own.
+graph of its own. What is done to tensor subclasses (the DTensors of tensor parallelism) is recorded whole, too: below
+their own dispatch it would be another computation.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, track_tensor_tree
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 # Operations that call their body once, with the arguments that follow it.
 _CALLS = ("tag_activation_checkpoint", "wrap_activation_checkpoint")
@@ -56,19 +58,27 @@ def with_bodies(gm: fx.GraphModule, change: Callable[[fx.GraphModule], fx.GraphM
 
 
 class Retrace(fx.Interpreter):
-    """Runs a Dynamo graph for `make_fx`; a higher-order operation becomes one call with the results that Dynamo saw."""
+    """Runs a Dynamo graph for `make_fx`; what is kept whole becomes one call with the results that Dynamo saw."""
 
     def run_node(self, n: fx.Node) -> Any:
         mode = get_proxy_mode()
-        if mode is None or not is_higher_order(n) or "example_value" not in n.meta:
+        if mode is None or "example_value" not in n.meta or not (is_higher_order(n) or _on_subclass(n)):
             return super().run_node(n)
         tracer: Any = mode.tracer
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         held = pytree.tree_map(lambda x: _registered(tracer, x), (args, kwargs))
         inputs, options = pytree.tree_map(tracer.unwrap_proxy, held)
         with self._set_current_node(n):
-            call = tracer.create_proxy("call_function", n.target, inputs, options)
+            call = tracer.create_proxy(n.op, n.target, inputs, options)
         return track_tensor_tree(n.meta["example_value"], call, constant=None, tracer=tracer)
+
+
+def _on_subclass(node: fx.Node) -> bool:
+    """Whether an operation reads or makes a tensor subclass."""
+    if not node.op.startswith("call_"):
+        return False
+    values = [n.meta.get("example_value") for n in (node, *node.all_input_nodes)]
+    return any(is_traceable_wrapper_subclass(x) for x in pytree.tree_leaves(values) if isinstance(x, torch.Tensor))
 
 
 def _registered(tracer: Any, value: Any) -> Any:

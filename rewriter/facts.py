@@ -168,14 +168,14 @@ def gather_facts(gm: fx.GraphModule, buffers: dict[fx.Node, torch.Tensor] | None
                 facts.pure.add(node)
             if all(n in facts.closed for n in node.all_input_nodes) and _deterministic(node):
                 facts.closed.add(node)
-            if floating or not isinstance(value, torch.Tensor):
-                flows = any(n in facts.needs_grad for n in node.all_input_nodes)
-                if flows and grad and name not in _STOPS:
-                    facts.needs_grad.add(node)
-                elif flows and grad:
-                    facts.cuts.add(node)
-                elif not grad and (flows or any(n in unrecorded for n in node.all_input_nodes)):
-                    unrecorded[node] = None
+        if node.op.startswith("call_") and (floating or not isinstance(value, torch.Tensor)):
+            flows = any(n in facts.needs_grad for n in node.all_input_nodes)
+            if flows and grad and op_name(node) not in _STOPS and node.target not in _STOPS:
+                facts.needs_grad.add(node)
+            elif flows and grad:
+                facts.cuts.add(node)
+            elif not grad and (flows or any(n in unrecorded for n in node.all_input_nodes)):
+                unrecorded[node] = None
         facts.storage[node] = _storage_of(node, facts, ids)
         for target in _written(node):
             storage = facts.storage.get(target, -1)
