@@ -1,6 +1,6 @@
 """Run by tests/test_distributed.py in two processes: train a small model in parallel, eager and optimised.
 
-    python -m tests.distributed_worker ddp|fsdp RANK WORLD FILE OUT
+    python -m tests.distributed_worker ddp|fsdp|tp RANK WORLD FILE OUT
 
 Each process writes the losses that it saw to OUT.RANK.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,17 +23,17 @@ import refocus
 class Layer(nn.Module):
     def __init__(self, width: int = 32, heads: int = 4) -> None:
         super().__init__()
-        self.heads = heads
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.bias = nn.Parameter(torch.zeros(heads, 24, 24))
+        self.width = width // heads
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.bias = nn.Parameter(torch.zeros(24, 24))
 
     def forward(self, x: Tensor) -> Tensor:
-        b, n, c = x.shape
-        q, k, v = (t.view(b, n, self.heads, -1).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
-        scores = (q @ k.mT) / 8**0.5 + self.bias[:, :n, :n]
+        b, n, _ = x.shape
+        q, k, v = (part(x).view(b, n, -1, self.width).transpose(1, 2) for part in (self.q, self.k, self.v))
+        scores = (q @ k.mT) / 8**0.5 + self.bias[:n, :n]
         keep = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
         weights = scores.masked_fill(~keep, float("-inf")).softmax(-1)
-        return x + self.out((weights @ v).transpose(1, 2).reshape(b, n, c))
+        return x + self.out((weights @ v).transpose(1, 2).reshape(b, n, -1))
 
 
 class Model(nn.Module):
@@ -48,7 +49,7 @@ def train(how: str, rank: int, optimised: bool) -> tuple[list[float], int]:
     """Losses of five steps, and how many sites were fused."""
     torch.manual_seed(0)
     torch._dynamo.reset()
-    model: nn.Module = Model()
+    model: Any = Model()
     found: list[refocus.Report] = []
     if how == "fsdp":
         from torch.distributed.fsdp import fully_shard
@@ -56,10 +57,19 @@ def train(how: str, rank: int, optimised: bool) -> tuple[list[float], int]:
         for layer in (model.first, model.second):
             fully_shard(layer)
         fully_shard(model)
+    elif how == "tp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        heads_apart = {name: ColwiseParallel() for name in ("q", "k", "v")}
+        for layer in (model.first, model.second):
+            parallelize_module(layer, mesh, {**heads_apart, "out": RowwiseParallel()})
+        rank = 0  # all processes see the same data
     else:
         model = nn.parallel.DistributedDataParallel(model)
     call = refocus.optimize(model, engine="tiled", report=found.append) if optimised else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)  # DTensors among plain tensors
     data = torch.Generator().manual_seed(rank)
     losses = []
     for _ in range(5):

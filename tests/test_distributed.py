@@ -1,4 +1,4 @@
-"""An optimised model under DistributedDataParallel and fully_shard: two CPU processes, the same losses as eager."""
+"""An optimised model in two CPU processes, by data, by shards and by tensors in parallel: the same losses as eager."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "tp"])
 def test_two_processes_train_alike(how: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.distributed_worker", how]
     workers = [
