@@ -17,7 +17,7 @@ class BoxConstrained(nn.Module):
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, width, bias=False) for _ in range(3))
 
     def mask(self, boxes: Tensor, places: Tensor, words: int) -> Tensor:
-        """`boxes` (batch, objects, 4) as y0, x0, y1, x1; `places` (batch, objects): where each object's tokens start."""
+        """`boxes` (batch, objects, 4) as y0, x0, y1, x1; `places` (batch, objects): where their tokens start."""
         pixel = torch.arange(self.side**2, device=boxes.device)
         y, x = pixel // self.side, pixel % self.side
         word = torch.arange(words, device=boxes.device)

@@ -1,4 +1,4 @@
-"""Croc: causal, but everything before the first supervised token is open to all; where that is comes with the labels."""
+"""Croc: causal, but everything before the first supervised token is open to all, as the labels say."""
 
 from __future__ import annotations
 

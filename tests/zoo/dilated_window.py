@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tests.zoo.expect import Expect, Variant
 
-EXPECT = Expect(empty_share=0.6875)
+EXPECT = Expect(empty_share=0.671875)
 
 
 class DilatedWindow(nn.Module):

@@ -37,7 +37,8 @@ class LowerTriangle(CompositeAttention):
 
     def mask(self, text: int, visual: int, device: torch.device) -> Tensor:
         whole = torch.ones(visual + text, visual + text, dtype=torch.bool, device=device).tril()
-        return torch.zeros(text, visual + text, device=device).masked_fill(~whole[visual:], torch.finfo(torch.float).min)
+        lowest = torch.finfo(torch.float32).min
+        return torch.zeros(text, visual + text, device=device).masked_fill(~whole[visual:], lowest)
 
 
 def make() -> tuple[nn.Module, tuple[Tensor, ...]]:

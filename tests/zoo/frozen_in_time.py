@@ -51,7 +51,7 @@ class Published(DividedAttention):
     """As published: the groups in the batch, the class token's key and value repeated for each, its own row apart."""
 
     def forward(self, x: Tensor) -> Tensor:
-        b, _, width = x.shape
+        b = x.shape[0]
         h, f, n = self.heads, self.frames, self.patches
         q, k, v = (t.unflatten(-1, (h, -1)).transpose(1, 2).flatten(0, 1) for t in self.qkv(x).chunk(3, dim=-1))
         q = q * self.scale

@@ -19,7 +19,7 @@ class GridMaskAttention(nn.Module):
 
     def mask(self, device: torch.device) -> Tensor:
         step = self.side // self.grid
-        y, x = torch.meshgrid(torch.arange(self.side, device=device), torch.arange(self.side, device=device))
+        y, x = torch.meshgrid([torch.arange(self.side, device=device)] * 2, indexing="ij")
         group = ((y % step) * step + x % step).flatten()
         return group.unsqueeze(1) == group.unsqueeze(0)
 
@@ -60,7 +60,7 @@ def allowed(module: GridMaskAttention, x: Tensor) -> Tensor:
 
 
 def reference(module: GridMaskAttention, x: Tensor) -> Tensor:
-    batch, height, width, channels = x.shape
+    batch, height, width, _ = x.shape
     q, k, v = module.qkv(x).view(batch, height * width, 3, module.heads, -1).unbind(2)
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * module.scale
     probs = scores.masked_fill(~allowed(module, x), float("-inf")).softmax(-1)

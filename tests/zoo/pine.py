@@ -20,7 +20,7 @@ class InterSegmentAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
 
     def mask(self, segment: Tensor, order: Tensor, own: Tensor) -> Tensor:
-        """`segment` (N,): of each query; `order` (heads, segments, N): where keys stand for it; `own` (N,): of queries."""
+        """`segment`, `own` (N,): of each query; `order` (heads, segments, N): where keys stand for it."""
         return order[:, segment] <= own[None, :, None]
 
     def forward(self, x: Tensor, segment: Tensor, order: Tensor, own: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ EXPECT = Expect()
 
 
 class SinkFixedAttention(nn.Module):
-    def __init__(self, width: int = 64, group: int = 40, sink: int = 4, shifted: tuple[int, ...] = (0, 0, 1, 0)) -> None:
+    def __init__(
+        self, width: int = 64, group: int = 40, sink: int = 4, shifted: tuple[int, ...] = (0, 0, 1, 0)
+    ) -> None:
         super().__init__()
         self.group, self.sink, self.shifted, self.heads = group, sink, shifted, len(shifted)
         self.qkv = nn.Linear(width, 3 * width, bias=False)

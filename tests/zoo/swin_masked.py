@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -61,6 +63,6 @@ VARIANTS = {"closed": Variant(lambda: (ClosedForm(), (torch.randn(2, 144, 32),))
 
 def allowed(module: ShiftedWindowMask, x: Tensor) -> Tensor:
     edges = [0, *range(module.shift, module.side, module.window), module.side]
-    blocks = [torch.ones(b - a, b - a) for a, b in zip(edges, edges[1:])]
+    blocks = [torch.ones(b - a, b - a) for a, b in itertools.pairwise(edges)]
     line = torch.block_diag(*blocks).bool()
     return torch.kron(line, line)

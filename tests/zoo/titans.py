@@ -42,7 +42,7 @@ class SegmentedAttention(nn.Module):
 
 
 class Gated(SegmentedAttention):
-    """Memory as a gate: the window branch, multiplied with another branch; its mask padded with the memory's columns."""
+    """Memory as a gate: the window branch, times another branch; its mask padded with the memory's columns."""
 
     def mask(self, queries: int, device: torch.device) -> Tensor:
         ones = torch.ones(queries, queries, dtype=torch.bool, device=device)

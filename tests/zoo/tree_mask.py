@@ -21,7 +21,7 @@ class TreeDecoding(nn.Module):
     def mask(self, tree: Tensor, cached: int) -> Tensor:
         """The cache is seen whole; `tree` (drafts, drafts) holds ones for a draft's ancestors and itself."""
         drafts = tree.shape[0]
-        mask = torch.ones(drafts, cached + drafts, device=tree.device)
+        mask = torch.ones(drafts, cached + drafts, dtype=tree.dtype, device=tree.device)
         mask[:, cached:] = tree
         return mask
 
@@ -40,7 +40,7 @@ class Joined(TreeDecoding):
 
 
 def _inputs() -> tuple[Tensor, ...]:
-    tree = torch.eye(len(PARENTS))
+    tree = torch.eye(len(PARENTS), dtype=torch.long)
     for draft, parent in enumerate(PARENTS):
         if parent >= 0:
             tree[draft] += tree[parent]
