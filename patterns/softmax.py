@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from refocus import simplify as s
 from refocus.ir import TRUE, Axis, Call, Const, Dot, Expr, Reduce
 from refocus.patterns.declined import Declined
+from refocus.steps import cases, from_cases, line
 
 
 @dataclass(frozen=True)
@@ -263,6 +264,7 @@ def separate_mask(logits: Expr, scale: float = 1.0) -> tuple[Expr, Expr]:
         where(p, x, -inf) + bias        ->  x + bias,  p
         x + where(p, 0.0, finfo.min)    ->  x,         p
         x * [p] - 1e4 * (1 - [p])       ->  x,         p
+        x + (1.0 - t[j]) * finfo.min    ->  itself,    t[j] > 0.5
     """
     score, mask = _separate(logits, scale)
     if mask != TRUE:  # where the mask holds, its parts are known
@@ -274,6 +276,16 @@ def _separate(logits: Expr, scale: float) -> tuple[Expr, Expr]:
     if not (isinstance(logits, Call) and logits.is_float):
         return logits, TRUE
     args = logits.args
+    values = cases(logits)
+    if values is not None:
+        stay = {value: where for value, where in values.items() if not value * scale <= MASK_FILL}
+        if len(stay) == len(values) or not stay:
+            return logits, TRUE
+        return from_cases(stay, logits.dtype), s.or_(*stay.values())
+    steep = line(logits)
+    if steep is not None:  # what it adds where it keeps a key stays
+        low = steep.below(MASK_FILL / scale)
+        return logits, TRUE if low is None else s.not_(low)
     if logits.op == "where":
         for cond, kept, fill in ((args[0], args[1], args[2]), (s.not_(args[0]), args[2], args[1])):
             if isinstance(fill, Const) and fill.value * scale <= MASK_FILL:

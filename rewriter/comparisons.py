@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from refocus.ir import Call, Expr
 from refocus.polynomial import from_poly, poly_add, poly_sub, to_poly
 
@@ -40,3 +42,27 @@ def tightest(op: str, parts: list[Expr]) -> list[Expr]:
         else:
             out.append(part)
     return out
+
+
+# Resolution compares parts pairwise; masks of more parts are lists of cases that share no literals.
+_RESOLVED = 12
+
+
+def resolve(parts: list[frozenset[Expr]], negate: Callable[[Expr], Expr]) -> list[frozenset[Expr]]:
+    """The parts of an `or`, each a set of literals that hold together, without literals that the other parts make
+    superfluous: p or (not p and q) is p or q, and (p and q) or (not p and q) is q. The same for `and`, turned round.
+    """
+    if len(parts) > _RESOLVED:
+        return parts
+    parts = list(parts)
+    changed = True
+    while changed:
+        changed = False
+        for k, part in enumerate(parts):
+            for literal in part:
+                opposite, rest = negate(literal), part - {literal}
+                if any(opposite in other and other - {opposite} <= rest for other in parts):
+                    parts[k] = rest
+                    changed = True
+                    break
+    return [p for k, p in enumerate(parts) if not any(q < p or (q == p and m < k) for m, q in enumerate(parts))]

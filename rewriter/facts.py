@@ -269,7 +269,8 @@ _COPIES = frozenset(
     (
         "cat", "concat", "concatenate", "stack", "repeat", "tile", "repeat_interleave",
         "index", "index_select", "gather", "take_along_dim", "embedding", "flip", "roll",
-        "pad", "constant_pad_nd", "clone", "_to_copy", "lift_fresh_copy",
+        "pad", "constant_pad_nd", "clone", "_to_copy", "lift_fresh_copy", "block_diag",
+        "slice_scatter", "select_scatter", "copy",
     )
 )  # fmt: skip
 

@@ -83,6 +83,14 @@ def times(a: Interval, b: Interval) -> Interval:
     return Interval(lo, hi)
 
 
+def square(a: Interval) -> Interval:
+    if a.lo is None or a.hi is None:
+        return Interval(0, None)
+    nearest = most(most(a.lo, -a.hi), 0)
+    farthest = most(a.hi, -a.lo)
+    return Interval(nearest * nearest, farthest * farthest)
+
+
 def not_(a: End) -> End:
     return ~a if isinstance(a, Tensor) else not a
 

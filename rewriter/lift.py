@@ -136,6 +136,8 @@ class Lifter:
             if value is None:
                 return self.leaf(node, index)
             self.visited.add(node)
+            if not value.is_float and _is_table(node, index, value):
+                return self.leaf(node, index)
             return self._choose(node, index, value)
         handler = OPERATIONS.get(name)
         if handler is None or not is_tensor(node):
@@ -145,7 +147,7 @@ class Lifter:
             value = handler(self, node, index)
             if value is not None and not (floating and any(x.is_float for x in _loads(value))):
                 self.visited.add(node)
-                return value
+                return self.leaf(node, index) if _is_table(node, index, value) else value
             return self.constant(node, index) or self.leaf(node, index)
         inside = self.within(node, index)
         if not inside and (not self.tainted(node) or name in CONTRACTIONS):
@@ -278,6 +280,22 @@ def _numel(node: fx.Node) -> int:
     for size in node.meta["val"].shape:
         total *= hint(size)
     return total
+
+
+def _is_table(node: fx.Node, index: Index, value: Expr) -> bool:
+    """Whether a value that tensors decide, and that takes long to work out, is better read: it has far fewer elements
+    than the positions it is read at (a layout of blocks, read at i // 64 and j // 64)."""
+    if not value.loads or isinstance(value, Load):
+        return False
+    positions = 1
+    for axis in frozenset().union(*(e.axes for e in index)):
+        if not isinstance(axis.size, Const):
+            return False
+        positions *= int(axis.size.value)
+    return _numel(node) * 16 <= positions and sum(1 for _ in value.walk()) > _TABLE_NODES
+
+
+_TABLE_NODES = 24
 
 
 def contract(axes: tuple[Axis, ...], factors: list[Expr], lifter: Lifter, dtype: str) -> Expr | None:

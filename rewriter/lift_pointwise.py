@@ -21,6 +21,8 @@ def _plain(op: str) -> Handler:
     def handler(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
         kind = _kind(node)
         args = [lift.broadcast(a, index, kind) for a in arguments(node)[: 2 if op in _BINARY else 1]]
+        if kind == BOOL and op in _OF_BOOLS:
+            return s.call(_OF_BOOLS[op], *args, dtype=BOOL)
         if kind not in (INT, BOOL):
             args = [s.cast(a, kind) if a.dtype == BOOL else a for a in args]
         return s.call(op, *args, dtype=kind)
@@ -28,6 +30,7 @@ def _plain(op: str) -> Handler:
     return handler
 
 
+_OF_BOOLS = {"mul": "and", "min": "and", "max": "or"}
 _BINARY = {"mul", "min", "max", "pow", "logaddexp", "fmod"}
 
 
@@ -40,6 +43,8 @@ def _add_sub(op: str, swapped: bool = False) -> Handler:
         kind = _kind(node)
         a, b = (lift.broadcast(x, index, kind) for x in arguments(node)[:2])
         alpha = _argument(node, 2, "alpha", 1)
+        if kind == BOOL:
+            return s.or_(a, b) if op == "add" and alpha in (1, True) else None
         a, b = (s.cast(x, kind) if x.dtype == BOOL else x for x in (a, b))
         if swapped:
             a, b = b, a

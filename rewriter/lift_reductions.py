@@ -59,9 +59,53 @@ def _factors(body: Expr) -> list[Expr]:
     return [body]
 
 
+# A mask may sum over coordinates, or ask whether any of a few conditions holds; longer sums are vectors.
+_UNROLLED = 8
+
+
+def _unrolled(lift: Lifter, node: fx.Node, index: Index, op: str) -> Expr | None:
+    """A short reduction of positions written out: (dy, dx).square().sum(-1). None where tensors have a say: what they
+    decide is read, not worked out again for every pair."""
+    source = arguments(node)[0]
+    shape, kind = shape_of(source), kind_of(dtype_of(node))
+    dims, keep = _argument(node, 1, "dim"), bool(_argument(node, 2, "keepdim", False))
+    dims = [dims] if isinstance(dims, int) else list(dims) if dims else list(range(len(shape)))
+    if len(dims) != 1:
+        return None
+    dim = dims[0] % len(shape)
+    size = shape[dim]
+    if not isinstance(size, Const) or not 0 < size.value <= _UNROLLED:
+        return None
+    after = index[dim + 1 :] if keep else index[dim:]
+    parts = [lift.at(source, (*index[:dim], Const(k), *after)) for k in range(int(size.value))]
+    if any(p.loads or p.is_float for p in parts):
+        return None
+    if kind == BOOL:
+        parts = [s.as_bool(p) for p in parts]
+        return s.or_(*parts) if op in ("any", "max") else s.and_(*parts) if op in ("all", "min", "prod") else None
+    total = s.cast(parts[0], INT)
+    for part in parts[1:]:
+        total = s.call(_JOINED[op], total, s.cast(part, INT), dtype=INT)
+    return total
+
+
+_JOINED = {"sum": "add", "max": "max", "min": "min", "prod": "mul"}
+
+
+def _deciding(op: str) -> Handler:
+    def handler(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+        return _unrolled(lift, node, index, op)
+
+    return handler
+
+
 def _reducing(op: str) -> Handler:
     def handler(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
         kind = kind_of(dtype_of(node))
+        if node in lift.known.pure:
+            found = _unrolled(lift, node, index, op)
+            if found is not None:
+                return found
         if kind in (INT, BOOL):
             return None
         dims, keep = _argument(node, 1, "dim"), bool(_argument(node, 2, "keepdim", False))
@@ -238,6 +282,7 @@ CONTRACTIONS = ("matmul", "mm", "bmm", "mv", "dot", "baddbmm", "addmm", "linear"
 
 REDUCTIONS: dict[str, Handler] = {
     "sum": _reducing("sum"), "amax": _reducing("max"), "amin": _reducing("min"), "mean": _mean, "logsumexp": _logsumexp,
+    "any": _deciding("any"), "all": _deciding("all"), "prod": _deciding("prod"),
     **dict.fromkeys(("softmax", "_softmax", "_safe_softmax", "special_softmax"), _softmax(False)),
     **dict.fromkeys(("log_softmax", "_log_softmax", "special_log_softmax"), _softmax(True)),
     **dict.fromkeys(CONTRACTIONS, _contraction),

@@ -1,9 +1,10 @@
 """The lift's tables: which function reads which ATen operation. An operation in neither table is a leaf."""
 
 from refocus.lift import Handler
+from refocus.lift_joins import JOINS
 from refocus.lift_pointwise import POINTWISE
 from refocus.lift_reductions import REDUCTIONS
 from refocus.lift_views import CREATIONS, VIEWS
 
-MOVES: dict[str, Handler] = dict(VIEWS)
+MOVES: dict[str, Handler] = {**VIEWS, **JOINS}
 OPERATIONS: dict[str, Handler] = {**POINTWISE, **REDUCTIONS, **CREATIONS}

@@ -3,7 +3,6 @@
 transpose(x)[i, j]           ->  x[j, i]
 x.view(a, b*c)[i, j]         ->  x[i, j // c, j % c]
 roll(x, 3)[i]                ->  x[(i - 3) % n]
-cat([x, y])[i]               ->  x[i] where i < len(x) else y[i - len(x)]
 x[idx][i]                    ->  x[idx[i]]
 """
 
@@ -20,11 +19,11 @@ from refocus.lift import Handler, Index, Lifter, arguments, dtype_of, is_tensor,
 from refocus.sizes import shape_of, size_expr
 
 
-def _dim(dim: int, rank: int) -> int:
+def dimension(dim: int, rank: int) -> int:
     return dim + rank if dim < 0 else dim
 
 
-def _args(node: fx.Node, *names: str, **defaults: Any) -> list[Any]:
+def arguments_of(node: fx.Node, *names: str, **defaults: Any) -> list[Any]:
     """Arguments by schema position and name."""
     out = []
     for k, name in enumerate(names):
@@ -92,18 +91,18 @@ def _reshape(lift: Lifter, node: fx.Node, index: Index) -> Expr:
 
 
 def _permute(lift: Lifter, node: fx.Node, index: Index) -> Expr:
-    source, dims = _args(node, "self", "dims")
+    source, dims = arguments_of(node, "self", "dims")
     position: list[Expr] = [Const(0)] * len(index)
     for k, d in enumerate(dims):
-        position[_dim(d, len(index))] = index[k]
+        position[dimension(d, len(index))] = index[k]
     return lift.at(source, position)
 
 
 def _transpose(lift: Lifter, node: fx.Node, index: Index) -> Expr:
-    source, a, b = _args(node, "self", "dim0", "dim1")
+    source, a, b = arguments_of(node, "self", "dim0", "dim1")
     position = list(index)
     if position:
-        a, b = _dim(a, len(index)), _dim(b, len(index))
+        a, b = dimension(a, len(index)), dimension(b, len(index))
         position[a], position[b] = position[b], position[a]
     return lift.at(source, position)
 
@@ -117,10 +116,10 @@ def _swap_last(lift: Lifter, node: fx.Node, index: Index) -> Expr:
 
 
 def _movedim(lift: Lifter, node: fx.Node, index: Index) -> Expr:
-    source, src, dst = _args(node, "self", "source", "destination")
+    source, src, dst = arguments_of(node, "self", "source", "destination")
     src, dst = ([v] if isinstance(v, int) else list(v) for v in (src, dst))
     rank = len(index)
-    src, dst = [_dim(d, rank) for d in src], [_dim(d, rank) for d in dst]
+    src, dst = [dimension(d, rank) for d in src], [dimension(d, rank) for d in dst]
     rest = iter(d for d in range(rank) if d not in src)
     order = [src[dst.index(k)] if k in dst else next(rest) for k in range(rank)]
     position: list[Expr] = [Const(0)] * rank
@@ -134,17 +133,17 @@ def _expand(lift: Lifter, node: fx.Node, index: Index) -> Expr:
 
 
 def _unsqueeze(lift: Lifter, node: fx.Node, index: Index) -> Expr:
-    source, dim = _args(node, "self", "dim")
-    dim = _dim(dim, len(index))
+    source, dim = arguments_of(node, "self", "dim")
+    dim = dimension(dim, len(index))
     return lift.at(source, index[:dim] + index[dim + 1 :])
 
 
 def _squeeze(lift: Lifter, node: fx.Node, index: Index) -> Expr:
-    source, dims = _args(node, "self", "dim")
+    source, dims = arguments_of(node, "self", "dim")
     shape = shape_of(source)
     rank = len(shape)
     chosen = range(rank) if dims is None else [dims] if isinstance(dims, int) else dims
-    gone = {_dim(d, rank) for d in chosen if shape[_dim(d, rank)] == Const(1)}
+    gone = {dimension(d, rank) for d in chosen if shape[dimension(d, rank)] == Const(1)}
     rest = iter(index)
     return lift.at(source, [Const(0) if k in gone else next(rest) for k in range(rank)])
 
@@ -161,7 +160,7 @@ def _repeat(lift: Lifter, node: fx.Node, index: Index) -> Expr:
 
 
 def _repeat_interleave(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
-    source, repeats, dim = _args(node, "self", "repeats", "dim")
+    source, repeats, dim = arguments_of(node, "self", "repeats", "dim")
     if not isinstance(repeats, int):
         return None
     if dim is None:
@@ -169,14 +168,14 @@ def _repeat_interleave(lift: Lifter, node: fx.Node, index: Index) -> Expr | None
             source,
             reindex((s.floordiv(index[0], repeats),), (size_expr(source.meta["val"].numel()),), shape_of(source)),
         )
-    dim = _dim(dim, len(index))
+    dim = dimension(dim, len(index))
     return lift.at(source, [s.floordiv(x, repeats) if k == dim else x for k, x in enumerate(index)])
 
 
 # ---------------------------------------------------------------------------------------------------- selections
 
 
-def _start(value: Any, size: Expr) -> Expr:
+def start_of(value: Any, size: Expr) -> Expr:
     if value is None:
         return Const(0)
     start = size_expr(value)
@@ -186,24 +185,24 @@ def _start(value: Any, size: Expr) -> Expr:
 
 
 def _slice(lift: Lifter, node: fx.Node, index: Index) -> Expr:
-    source, dim, start, _, step = _args(node, "self", "dim", "start", "end", "step", dim=0, step=1)
-    dim = _dim(dim, len(index))
-    first = s.minimum(_start(start, shape_of(source)[dim]), shape_of(source)[dim])
+    source, dim, start, _, step = arguments_of(node, "self", "dim", "start", "end", "step", dim=0, step=1)
+    dim = dimension(dim, len(index))
+    first = s.minimum(start_of(start, shape_of(source)[dim]), shape_of(source)[dim])
     return lift.at(source, [s.add(first, s.mul(x, size_expr(step))) if k == dim else x for k, x in enumerate(index)])
 
 
 def _narrow(lift: Lifter, node: fx.Node, index: Index) -> Expr:
-    source, dim, start, _ = _args(node, "self", "dim", "start", "length")
-    dim = _dim(dim, len(index))
-    first = _start(start, shape_of(source)[dim])
+    source, dim, start, _ = arguments_of(node, "self", "dim", "start", "length")
+    dim = dimension(dim, len(index))
+    first = start_of(start, shape_of(source)[dim])
     return lift.at(source, [s.add(first, x) if k == dim else x for k, x in enumerate(index)])
 
 
 def _select(lift: Lifter, node: fx.Node, index: Index) -> Expr:
-    source, dim, at = _args(node, "self", "dim", "index")
+    source, dim, at = arguments_of(node, "self", "dim", "index")
     shape = shape_of(source)
-    dim = _dim(dim, len(shape))
-    return lift.at(source, (*index[:dim], _start(at, shape[dim]), *index[dim:]))
+    dim = dimension(dim, len(shape))
+    return lift.at(source, (*index[:dim], start_of(at, shape[dim]), *index[dim:]))
 
 
 def _getitem(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
@@ -217,16 +216,16 @@ def _getitem(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     source = arguments(producer)[0]
     lift.visited.add(producer)
     if name == "unbind":
-        dim = _dim(_args(producer, "self", "dim", dim=0)[1], len(index) + 1)
+        dim = dimension(arguments_of(producer, "self", "dim", dim=0)[1], len(index) + 1)
         return lift.at(source, (*index[:dim], Const(which), *index[dim:]))
     if name in ("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"):
-        dim = _dim(_args(producer, "self", "n", "dim", dim=0)[2], len(index))
+        dim = dimension(arguments_of(producer, "self", "n", "dim", dim=0)[2], len(index))
         before = s.add(0, *(size_expr(part.shape[dim]) for part in producer.meta["val"][:which]))
         return lift.at(source, [s.add(before, x) if k == dim else x for k, x in enumerate(index)])
     if name in ("max", "min") and which == 0:
         from refocus.lift_reductions import reduce_over
 
-        _, dim, keep = _args(producer, "self", "dim", "keepdim", keepdim=False)
+        _, dim, keep = arguments_of(producer, "self", "dim", "keepdim", keepdim=False)
         return reduce_over(lift, node, source, [dim], keep, index, name, dtype_of(node))
     if name in ("broadcast_tensors", "meshgrid"):
         return _broadcast_many(lift, producer, which, index)
@@ -246,7 +245,7 @@ def _broadcast_many(lift: Lifter, producer: fx.Node, which: int, index: Index) -
 
 def _advanced(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     """x[idx0, :, idx1]: the broadcast dimensions stand where the adjacent indices stood, or in front."""
-    source, indices = _args(node, "self", "indices")
+    source, indices = arguments_of(node, "self", "indices")
     shape = shape_of(source)
     entries = list(indices) + [None] * (len(shape) - len(indices))
     used = [k for k, e in enumerate(entries) if e is not None]
@@ -274,24 +273,24 @@ def _wrap(value: Expr, size: Expr) -> Expr:
 
 
 def _index_select(lift: Lifter, node: fx.Node, index: Index) -> Expr:
-    source, dim, which = _args(node, "self", "dim", "index")
-    dim = _dim(dim, len(index))
+    source, dim, which = arguments_of(node, "self", "dim", "index")
+    dim = dimension(dim, len(index))
     at = lift.at(which, (index[dim],) if shape_of(which) else ())
     return lift.at(source, (*index[:dim], at, *index[dim + 1 :]))
 
 
 def _gather(lift: Lifter, node: fx.Node, index: Index) -> Expr:
-    source, dim, which = _args(node, "self", "dim", "index")
+    source, dim, which = arguments_of(node, "self", "dim", "index")
     at = lift.at(which, index)
-    dim = _dim(dim, len(index))
+    dim = dimension(dim, len(index))
     return lift.at(source, (*index[:dim], at, *index[dim + 1 :]))
 
 
 def _take_along_dim(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
-    source, which, dim = _args(node, "self", "indices", "dim")
+    source, which, dim = arguments_of(node, "self", "indices", "dim")
     if dim is None:
         return None
-    dim = _dim(dim, len(index))
+    dim = dimension(dim, len(index))
     at = lift.broadcast(which, index)
     position = [Const(0) if d == Const(1) else x for d, x in zip(shape_of(source), index)]
     position[dim] = at
@@ -307,99 +306,29 @@ def _embedding(lift: Lifter, node: fx.Node, index: Index) -> Expr:
 
 
 def _flip(lift: Lifter, node: fx.Node, index: Index) -> Expr:
-    source, dims = _args(node, "self", "dims")
+    source, dims = arguments_of(node, "self", "dims")
     shape = shape_of(source)
-    flipped = {_dim(d, len(index)) for d in dims}
+    flipped = {dimension(d, len(index)) for d in dims}
     return lift.at(source, [s.sub(s.sub(shape[k], 1), x) if k in flipped else x for k, x in enumerate(index)])
 
 
 def _roll(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
-    source, shifts, dims = _args(node, "self", "shifts", "dims", dims=[])
+    source, shifts, dims = arguments_of(node, "self", "shifts", "dims", dims=[])
     shifts, dims = ([v] if isinstance(v, int | fx.Node) else list(v) for v in (shifts, dims))
     if not dims:
         return None
     shape = shape_of(source)
     position = list(index)
     for shift, dim in zip(shifts, dims):
-        d = _dim(dim, len(index))
+        d = dimension(dim, len(index))
         position[d] = s.mod(s.sub(position[d], size_expr(shift)), shape[d])
     return lift.at(source, position)
 
 
-def _clamped(position: Expr, size: Expr) -> Expr:
-    """A position that is only used where a condition holds, kept in range where it does not: a load is carried out
-    everywhere. It is the position itself wherever the range is proved, as it is once the condition is decided."""
-    return s.minimum(s.maximum(position, 0), s.sub(size, 1))
-
-
-def _cat(lift: Lifter, node: fx.Node, index: Index) -> Expr:
-    tensors, dim = _args(node, "tensors", "dim", dim=0)
-    dim = _dim(dim, len(index))
-    parts = [t for t in tensors if not (len(shape_of(t)) == 1 and shape_of(t)[0] == Const(0) and len(index) > 1)]
-    sizes = [shape_of(t)[dim] for t in parts]
-    start: Expr = Const(0)
-    pieces: list[tuple[Expr, Expr]] = []  # (end, value)
-    for tensor, size in zip(parts, sizes):
-        local = s.sub(index[dim], start)
-        end = s.add(start, size)
-        reached = s.lt(index[dim], end) if tensor is not parts[-1] else Const(True, BOOL)
-        begun = s.ge(index[dim], start)
-        if begun != Const(False, BOOL) and reached != Const(False, BOOL):
-            facts = {**s.assume(s.and_(begun, reached))}
-            at = Const(0) if size == Const(1) else _clamped(s.under(local, facts), size)
-            pieces.append((reached, lift.at(tensor, (*index[:dim], at, *index[dim + 1 :]))))
-            if reached == Const(True, BOOL):
-                break
-        start = end
-    value = pieces[-1][1]
-    for reached, piece in reversed(pieces[:-1]):
-        value = s.where(reached, piece, value)
-    return value
-
-
-def _stack(lift: Lifter, node: fx.Node, index: Index) -> Expr:
-    tensors, dim = _args(node, "tensors", "dim", dim=0)
-    dim = _dim(dim, len(index))
-    rest = index[:dim] + index[dim + 1 :]
-    value = lift.at(tensors[-1], rest)
-    for k in reversed(range(len(tensors) - 1)):
-        value = s.where(s.eq(index[dim], k), lift.at(tensors[k], rest), value)
-    return value
-
-
-def _pad(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
-    source, pads, *_ = _args(node, "self", "pad")
-    mode = (
-        arguments(node)[2]
-        if len(arguments(node)) > 2 and isinstance(arguments(node)[2], str)
-        else node.kwargs.get("mode", "constant")
-    )
-    value = node.kwargs.get(
-        "value", arguments(node)[-1] if len(arguments(node)) > 2 and not isinstance(arguments(node)[-1], str) else None
-    )
-    if mode != "constant":
-        return None
-    shape = shape_of(source)
-    position = list(index)
-    ok: Expr = Const(True, BOOL)
-    for k in range(len(pads) // 2):
-        dim = len(index) - 1 - k
-        position[dim] = s.sub(index[dim], size_expr(pads[2 * k]))
-        ok = s.and_(ok, s.ge(position[dim], 0), s.lt(position[dim], shape[dim]))
-    facts = s.assume(ok)
-    dtype = kind_of(dtype_of(node))
-    fill = Const(False, BOOL) if dtype == BOOL else lift.scalar(value or (0 if dtype == "int64" else 0.0), dtype)
-    return s.where(
-        ok,
-        lift.at(source, [_clamped(s.under(p, facts), d) for p, d in zip(position, shape)]),
-        s.cast(fill, dtype) if dtype != "int64" else fill,
-    )
-
-
 def _diagonal(lift: Lifter, node: fx.Node, index: Index) -> Expr:
-    source, offset, a, b = _args(node, "self", "offset", "dim1", "dim2", offset=0, dim1=0, dim2=1)
+    source, offset, a, b = arguments_of(node, "self", "offset", "dim1", "dim2", offset=0, dim1=0, dim2=1)
     rank = len(shape_of(source))
-    a, b = _dim(a, rank), _dim(b, rank)
+    a, b = dimension(a, rank), dimension(b, rank)
     rest = iter(index[:-1])
     position = []
     for k in range(rank):
@@ -413,8 +342,8 @@ def _diagonal(lift: Lifter, node: fx.Node, index: Index) -> Expr:
 
 
 def _unfold(lift: Lifter, node: fx.Node, index: Index) -> Expr:
-    source, dim, _, step = _args(node, "self", "dimension", "size", "step")
-    dim = _dim(dim, len(index) - 1)
+    source, dim, _, step = arguments_of(node, "self", "dimension", "size", "step")
+    dim = dimension(dim, len(index) - 1)
     return lift.at(
         source, [s.add(s.mul(x, size_expr(step)), index[-1]) if k == dim else x for k, x in enumerate(index[:-1])]
     )
@@ -435,13 +364,11 @@ VIEWS: dict[str, Handler] = {
     **dict.fromkeys(("repeat", "tile"), _repeat),
     **dict.fromkeys(("contiguous", "clone", "alias", "detach", "lift_fresh", "lift_fresh_copy", "positive"), _same),
     **dict.fromkeys(("squeeze", "squeeze_copy"), _squeeze),
-    **dict.fromkeys(("cat", "concat", "concatenate"), _cat),
-    **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
     **dict.fromkeys(("to", "_to_copy", "type_as", "float", "half", "bfloat16", "double"), _as_typed),
     "permute": _permute, "unsqueeze": _unsqueeze, "repeat_interleave": _repeat_interleave, "slice": _slice,
     "narrow": _narrow, "select": _select, "getitem": _getitem, "index": _advanced, "index_select": _index_select,
     "gather": _gather, "take_along_dim": _take_along_dim, "embedding": _embedding, "flip": _flip, "roll": _roll,
-    "stack": _stack, "diagonal": _diagonal, "unfold": _unfold,
+    "diagonal": _diagonal, "unfold": _unfold,
 }  # fmt: skip
 
 

@@ -14,14 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-from refocus.evaluate import arange_env, evaluate
+from refocus.evaluate import arange_env, evaluate, size_of
 from refocus.ir import FALSE, TRUE, Axis, Call, Const, Expr, Sym
 from refocus.key_bounds import KeyBounds, first_query, key_bounds, last_query
+from refocus.refine import refine
 from refocus.simplify import add, floordiv, is_nonneg, mul, or_, sub, substitute
 from refocus.tile_grid import is_exact, tile_states
 from refocus.tile_rows import Counts, count_tiles, tile_rows
@@ -35,6 +38,9 @@ EMPTY, PARTIAL, FULL = 0, 1, 2
 
 # Up to this many (batch, query, key) elements a closed form is simply tried out at compile time.
 _ENUMERABLE = 1 << 22
+
+# Pairs that may be looked at in each call, where tensors decide.
+_RUN_TIME_PAIRS = 1 << 18
 
 
 class BlockLists(NamedTuple):
@@ -88,10 +94,56 @@ def classify(
     sizes: Mapping[Sym, int],
     device: torch.device | str | None = None,
 ) -> TileMap:
-    """The tile map of a mask. `tensors`: what its loads read, by name; `device` defaults to theirs (or the CPU)."""
+    """The tile map of a mask: interval arithmetic, then `refocus.refine` on what that leaves open.
+
+    `tensors`: what its loads read, by name; `device` defaults to theirs (or the CPU).
+    """
     used = tuple(b for b in batch if b in mask.axes)
-    parts = [state for _, state in tile_rows(mask, used, query, key, block_q, block_k, tensors, sizes, device)]
-    return TileMap(torch.cat(parts, -2) if len(parts) > 1 else parts[0], used, block_q, block_k)
+    if not mask.loads and all(type(n) is int for n in sizes.values()):
+        numbers = tuple(sorted(((s, n) for s, n in sizes.items()), key=lambda item: item[0].name))
+        state = _closed_states(mask, used, query, key, block_q, block_k, numbers)
+        return TileMap(state.to(device) if device is not None else state, used, block_q, block_k)
+    state = _states(mask, used, query, key, block_q, block_k, tensors, sizes, device)
+    if is_exact(mask):
+        lengths = size_of(query.size, sizes), size_of(key.size, sizes)
+        blocks = (block_q, block_k)
+        state = refine(state, mask, used, query, key, blocks, lengths, tensors, sizes, _RUN_TIME_PAIRS)
+    return TileMap(state, used, block_q, block_k)
+
+
+def _states(
+    mask: Expr,
+    batch: tuple[Axis, ...],
+    query: Axis,
+    key: Axis,
+    block_q: int,
+    block_k: int,
+    tensors: Mapping[str, Tensor],
+    sizes: Mapping[Sym, int],
+    device: torch.device | str | None,
+) -> Tensor:
+    parts = [state for _, state in tile_rows(mask, batch, query, key, block_q, block_k, tensors, sizes, device)]
+    return torch.cat(parts, -2) if len(parts) > 1 else parts[0]
+
+
+@lru_cache(maxsize=16)
+def _closed_states(
+    mask: Expr,
+    batch: tuple[Axis, ...],
+    query: Axis,
+    key: Axis,
+    block_q: int,
+    block_k: int,
+    numbers: tuple[tuple[Sym, int], ...],
+) -> Tensor:
+    """The states of a mask that no tensor decides: found once for each size, for a region runs many times."""
+    sizes = dict(numbers)
+    with _disable_current_modes(), torch.inference_mode(False):  # what is kept is an ordinary tensor
+        state = _states(mask, batch, query, key, block_q, block_k, {}, sizes, None)
+        if not is_exact(mask):
+            return state
+        lengths = size_of(query.size, sizes), size_of(key.size, sizes)
+        return refine(state, mask, batch, query, key, (block_q, block_k), lengths, {}, sizes, _ENUMERABLE)
 
 
 def block_lists(state: Tensor) -> BlockLists:

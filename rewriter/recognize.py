@@ -291,9 +291,16 @@ def _untidy(lifted: _Lifted) -> int:
 
 
 def _split_axis(lifted: _Lifted, axes: _Axes) -> _Axes | None:
-    """An axis a that is used as a % c becomes (a // c, a % c)."""
+    """An axis a that is used as a % c becomes (a // c, a % c).
+
+    A query axis (one that neither values nor keys have) stays whole: halves of it would only make for fewer rows."""
+    shared = lifted.values.axes.union(
+        *(n.key.axes for _, _, soft in lifted.terms for n in soft.logits.walk() if isinstance(n, Dot))
+    )
     for d, group in enumerate(axes.dims):
         for k, axis in enumerate(group):
+            if axis not in shared:
+                continue
             by: dict[Expr, None] = {}
             for e in _expressions(lifted):
                 for node in e.walk():

@@ -14,7 +14,7 @@ from functools import lru_cache
 from math import gcd
 
 from refocus import division
-from refocus.comparisons import decided, tightest
+from refocus.comparisons import decided, resolve, tightest
 from refocus.constants import fold, identities
 from refocus.division import canonical
 from refocus.ir import BOOL, FALSE, INT, TRUE, Call, Const, Dot, Expr, Load, Reduce, rewrite
@@ -200,6 +200,8 @@ def _zero(diff: Poly, facts: Facts) -> Expr:
     spread = _over_where(diff, lambda d: _zero(d, facts))
     if spread is not None:
         return spread
+    if len(diff) == 1 and len(next(iter(diff))) > 1:  # a product is zero where a factor is
+        return or_(*(_zero({(atom,): 1}, facts) for atom in next(iter(diff))))
     divisor = gcd(*(c for m, c in diff.items() if m))
     if diff.get((), 0) % divisor:
         return FALSE
@@ -218,43 +220,29 @@ def ne(a: IntLike, b: IntLike, facts: Knowledge = NO_FACTS) -> Expr:
 
 def _over_where(diff: Poly, compare: Callable[[Poly], Expr]) -> Expr | None:
     """A comparison with a `where` of constants is a choice between two comparisons (masks kept as integers)."""
-    # Only against a constant: two choices compared with each other would be multiplied out.
+    # Sums and products against a constant: two choices compared with each other would be multiplied out.
     varying = [m for m in diff if m]
-    if len(varying) == 1 and len(varying[0]) == 1:
-        [[atom]] = varying
-        if isinstance(atom, Call) and atom.op == "where" and all(isinstance(x, Const) for x in atom.args[1:]):
-            yes, no = (compare(poly_replace(diff, atom, to_poly(x))) for x in atom.args[1:])
-            return where(atom.args[0], yes, no)
+    signs = {diff[m] > 0 for m in varying}
+    atoms = dict.fromkeys(a for m in varying for a in m)
+    if len(signs) != 1 or len(atoms) > 4:
+        return None
+    if atoms and all(map(_is_choice, atoms)):
+        atom = next(iter(atoms))
+        assert isinstance(atom, Call)
+        yes, no = (compare(poly_replace(diff, atom, to_poly(x))) for x in atom.args[1:])
+        return where(atom.args[0], yes, no)
     return None
 
 
+def _is_choice(a: Expr) -> bool:
+    """A constant, or a choice between such."""
+    return isinstance(a, Const) or (isinstance(a, Call) and a.op == "where" and all(map(_is_choice, a.args[1:])))
+
+
 def _float_compare(op: str, a: Expr, b: Expr) -> Expr:
-    if isinstance(a, Const) and isinstance(b, Const):
-        return Const({"le": a.value <= b.value, "lt": a.value < b.value, "eq": a.value == b.value}[op], BOOL)
-    if a.is_int != b.is_int:
-        whole = _compare_with_number(op, a, b)
-        if whole is not None:
-            return whole
-    for left, right, flip in ((a, b, False), (b, a, True)):
-        if isinstance(left, Call) and left.op == "where" and isinstance(right, Const):
-            cond, x, y = left.args
-            if isinstance(x, Const) and isinstance(y, Const):
-                pick = (lambda v, r=right: (r, v)) if flip else (lambda v, r=right: (v, r))
-                return where(cond, _float_compare(op, *pick(x)), _float_compare(op, *pick(y)))
-    return Call(op, (a, b), BOOL)
+    from refocus import steps  # made of the constructors of this file
 
-
-def _compare_with_number(op: str, a: Expr, b: Expr) -> Expr | None:
-    """A position, which the model may have kept in floats, against a number."""
-    number = b if a.is_int else a
-    if not (isinstance(number, Const) and abs(number.value) < 2**53):  # not infinite, not NaN, and exact in floats
-        return None
-    value = number.value
-    if op == "eq":
-        return eq(b if number is a else a, int(value)) if value == int(value) else FALSE
-    if number is a:
-        return le(math.ceil(value) if op == "le" else math.floor(value) + 1, b)
-    return le(a, math.floor(value) if op == "le" else math.ceil(value) - 1)
+    return steps.compare_floats(op, a, b)
 
 
 @lru_cache(maxsize=1 << 14)
@@ -308,6 +296,15 @@ def _connect(op: str, args: tuple[Expr, ...]) -> Expr:
         return absorbing
     other = "or" if op == "and" else "and"  # absorption: a and (a or b) = a
     kept = [p for p in kept if not any(q in present for q in conjuncts(p, other) if q != p)]
+    if len(kept) > 1 and len(single) < len(kept):
+        known = dict.fromkeys(single, neutral) | {not_(p): absorbing for p in single}
+        decided_parts = [p if p in known else _replace(p, known) for p in kept]
+        if decided_parts != kept:
+            return _connect(op, tuple(decided_parts))
+        sets = [frozenset(conjuncts(p, other)) for p in kept]
+        resolved = resolve(sets, not_)
+        if resolved != sets:
+            return _connect(op, tuple(_connect(other, tuple(sorted(p, key=order_key))) for p in resolved))
     kept.sort(key=order_key)
     if not kept:
         return neutral
@@ -315,6 +312,11 @@ def _connect(op: str, args: tuple[Expr, ...]) -> Expr:
     for part in kept[1:]:
         out = Call(op, (out, part), BOOL)
     return out
+
+
+def _replace(part: Expr, known: Mapping[Expr, Expr]) -> Expr:
+    """A part with predicates replaced that its neighbours decide. What stands in a load guards it, and stays."""
+    return rewrite(part, lambda node: known.get(node, None if isinstance(node, Call) else node), rebuild)
 
 
 def as_bool(a: Expr) -> Expr:
@@ -343,6 +345,10 @@ def where(cond: Expr, a: Expr, b: Expr) -> Expr:
     if isinstance(b, Call) and b.op == "where" and b.args[0] == cond:
         b = b.args[2]
     if a.dtype == BOOL and b.dtype == BOOL:
+        if isinstance(a, Const):
+            return or_(cond, b) if a.value else and_(not_(cond), b)
+        if isinstance(b, Const):
+            return or_(not_(cond), a) if b.value else and_(cond, a)
         return or_(and_(cond, a), and_(not_(cond), b))
     a, b = _as_number(a), _as_number(b)
     dtype = a.dtype if a.is_float else b.dtype if b.is_float else INT

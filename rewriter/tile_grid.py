@@ -204,6 +204,10 @@ class TileGrid:
     def _sum(self, poly: Poly) -> Interval:
         """Ends of a polynomial: exact for its query part and its key part, monomial by monomial for the rest."""
         total: Interval | None = None
+        squares, poly = _squares(poly)
+        for coef, root in squares:
+            one = iv.times(Interval(coef, coef), iv.square(self._sum(root)))
+            total = one if total is None else iv.plus(total, one)
         for part in self._parts(poly):
             one = self.interval(from_poly(part)) if len(part) > 1 else self._monomial(part)
             total = one if total is None else iv.plus(total, one)
@@ -349,20 +353,47 @@ class TileGrid:
         start = from_poly(poly_add(to_poly(index), {(axis,): -1}))
         if not start.axes and not start.loads:
             return _Reads(side, block, size, start=self.size(start))
-        if index.axes != {axis} or index.loads or not self._ends_are_exact(index):
+        if index.axes != {axis} or not is_exact(index):
             return None
         moving = [atoms for atoms in to_poly(index) if any(axis in a.axes for a in atoms)]
         if len(moving) != 1 or len(moving[0]) != 1 or to_poly(index)[moving[0]] != 1:
-            return None
+            return self._listed(index, side)
         [[quotient]] = moving
         if not (isinstance(quotient, Call) and quotient.op == "floordiv" and isinstance(quotient.args[1], Const)):
-            return None
-        slope = to_poly(quotient.args[0]).get((axis,))
+            return self._listed(index, side)
+        slope = to_poly(quotient.args[0]).get((axis,)) if self._ends_are_exact(index) else None
         if slope is None:
-            return None
+            return self._listed(index, side)
         ends = self.interval(index)
         ahead = torch.arange(abs(slope) * (block - 1) // int(quotient.args[1].value) + 2, device=self.device)
         return _Reads(side, block, size, rows=torch.minimum(ends.lo.reshape(-1, 1) + ahead, ends.hi.reshape(-1, 1)))
+
+    def _listed(self, index: Expr, side: int) -> _Reads | None:
+        """Rows that a vector names, position by position: those of each tile are gathered."""
+        axis, block, size = self._side(side)
+        if not isinstance(size, int):
+            return None
+        values = self._scope(axis).tensor(index).reshape(-1)
+        last = torch.arange(-(-size // block) * block, device=self.device).clamp(max=size - 1)
+        return _Reads(side, block, size, rows=values[last].unflatten(0, (-1, block)))
+
+
+def _squares(poly: Poly) -> tuple[list[tuple[int, Poly]], Poly]:
+    """c*x*x + c*y*y - 2*c*x*y as c * (x - y) ** 2: (coefficient, what is squared) for each, and the rest."""
+    found: list[tuple[int, Poly]] = []
+    for atoms, coef in poly.items():
+        if len(atoms) != 2 or atoms[0] == atoms[1] or coef % 2:
+            continue
+        (x, y), half = atoms, coef // 2
+        ends = poly.get((x, x)), poly.get((y, y))
+        if ends in ((half, half), (-half, -half)):
+            square: Poly = {(x,): 1}
+            square = poly_add(square, {(y,): 1 if ends[0] == half else -1})
+            found.append((-half if ends[0] == -half else half, square))
+            rest = poly_add(poly, {(x, x): -found[-1][0], (y, y): -found[-1][0], atoms: -coef})
+            more, rest = _squares(rest)
+            return found + more, rest
+    return found, poly
 
 
 @dataclass(frozen=True)
@@ -424,7 +455,7 @@ def _reduce_tiles(tensor: Tensor, reads: Mapping[int, _Reads]) -> tuple[Tensor, 
     # Measured on a 4096 x 4096 bool mask, one core: amin or amax of bytes along the outer dimension takes 1 ms, along
     # the inner one 8 ms, any() 10 ms. aminmax() starts threads even for tiny tensors.
     lo = hi = tensor.to(torch.uint8) if truth else tensor
-    for dim in sorted(reads):
+    for dim in sorted(reads, key=lambda d: (reads[d].rows is not None, d)):  # runs first: less is left to gather
         lo, hi = _reduce_dim(lo, dim, reads[dim], torch.amin), _reduce_dim(hi, dim, reads[dim], torch.amax)
     return (lo.bool(), hi.bool()) if truth else (lo, hi)
 

@@ -20,12 +20,12 @@ LONGEST = 500
 LAYERS: dict[str, tuple[str, ...]] = {
     "base": ("errors", "debug", "options", "tolerances", "pictures", "report", "inductor", "identity", "bits"),
     "ir": ("ir", "notation"),
-    "algebra": ("polynomial", "proofs", "division", "comparisons", "constants", "simplify"),
+    "algebra": ("polynomial", "proofs", "division", "comparisons", "constants", "simplify", "steps"),
     "meaning": (
         "counter", "dropout", "differentiate", "hoist", "intervals", "key_bounds", "grid", "operations", "evaluate",
-        "oracle", "tile_cache", "tile_grid", "tile_rows", "masks", "infer", "infer_*", "assumptions",
+        "oracle", "tile_cache", "tile_grid", "tile_rows", "refine", "masks", "infer", "infer_*", "assumptions",
     ),
-    "lift": ("bodies", "capture", "fold", "sizes", "lift", "lift_*", "facts"),
+    "lift": ("bodies", "capture", "functional", "fold", "sizes", "lift", "lift_*", "facts"),
     "patterns": ("patterns", "patterns.*"),
     "recognize": ("normal_form", "recognize"),
     "codegen": ("codegen", "codegen.*"),

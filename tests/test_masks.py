@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from refocus import simplify as s
-from refocus.evaluate import size_of
+from refocus.evaluate import arange_env, evaluate, size_of
 from refocus.ir import BOOL, FALSE, INT, TRUE, Axis, Const, Expr, Load, Sym
 from refocus.masks import (
     EMPTY,
@@ -29,6 +29,9 @@ from refocus.masks import (
     tile_states,
 )
 from refocus.notation import notation
+from refocus.refine import refine
+from refocus.tile_grid import TileGrid, is_exact
+from tests.attended import tile_states as tile_states_of
 from tests.mask_cases import (
     BATCH,
     CLOSED,
@@ -56,6 +59,52 @@ def test_states_are_proofs(case: tuple[Space, Predicate], block_q: int, block_k:
     assert found.state.dtype == torch.int8 and state.shape == best.shape
     wrong = (state != PARTIAL) & (state != best)
     assert not wrong.any()
+
+
+@quick
+@given(masked_spaces(KINDS), st.sampled_from([1, 4, 8, 16, 64]), st.sampled_from([1, 5, 8, 32]))
+def test_small_masks_are_classified_without_loss(case: tuple[Space, Predicate], block_q: int, block_k: int) -> None:
+    """What intervals leave open is decided by looking, as long as that is little."""
+    space, predicate = case
+    if is_exact(predicate[0]):
+        _, best = truth(space, predicate, block_q, block_k)
+        assert torch.equal(spread(space, space.classify(predicate[0], block_q, block_k)).int(), best)
+
+
+@pytest.mark.parametrize("budget", [0, 1 << 10, 1 << 16])
+def test_a_budget_decides_some_tiles_and_never_one_wrong(budget: int) -> None:
+    i, j = Axis("i", Const(192)), Axis("j", Const(192))
+    steps = s.sub(s.floordiv(i, 3), s.floordiv(j, 3))
+    mask = s.and_(s.eq(s.mod(i, 3), s.mod(j, 3)), s.lt(steps, 7), s.le(0, steps))
+    rough = tile_states(mask, (), i, j, 16, 16, {}, {})
+    found = refine(rough, mask, (), i, j, (16, 16), (192, 192), {}, {}, budget)
+    best = tile_states_of(evaluate(mask, arange_env((i, j), {}), {}, {}), 16, 16)
+    assert bool(((found == best) | (found == PARTIAL)).all())
+    assert torch.equal(found, rough) == (budget == 0)
+    assert torch.equal(found, best) == (budget == 1 << 16)
+
+
+def test_rows_named_by_a_vector_are_bounded_by_what_they_hold() -> None:
+    """order[segment[i], j] <= own[i]: the rows that the segments of a tile name, reduced over the tile's keys."""
+    i, j = Axis("i", Const(64)), Axis("j", Const(48))
+    segment = torch.arange(4).repeat_interleave(torch.tensor([10, 22, 2, 30]))
+    order = torch.stack([torch.randperm(48) for _ in range(4)])
+    own = torch.randint(0, 48, (64,))
+    tensors = {"segment": segment, "order": order, "own": own}
+    named = Load("segment", (i,), INT)
+    read = TileGrid((), i, j, 16, 16, tensors, {}).interval(Load("order", (named, j), INT))
+    tiles = order[segment].unflatten(0, (4, 16)).unflatten(-1, (3, 16))
+    assert torch.equal(read.lo, tiles.amin((1, 3))) and torch.equal(read.hi, tiles.amax((1, 3)))
+
+
+def test_squares_of_differences_are_not_taken_apart() -> None:
+    """(y - y')^2 + (x - x')^2, multiplied out by the canonical form, keeps its bounds."""
+    i, j = Axis("i", Const(1024)), Axis("j", Const(1024))
+    dy, dx = (s.sub(f(i, 32), f(j, 32)) for f in (s.floordiv, s.mod))
+    circle = s.le(s.add(s.mul(dy, dy), s.mul(dx, dx)), 30)
+    rough = tile_states(circle, (), i, j, 32, 32, {}, {})
+    rows = torch.arange(32)
+    assert torch.equal(rough == EMPTY, (rows[:, None] - rows[None, :]).abs() > 5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

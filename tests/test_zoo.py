@@ -2,34 +2,62 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import refocus
+from refocus.ir import TRUE
+from refocus.report import Report
 from refocus.testing import check
 from refocus.tolerances import difference, magnitude
-from tests.zoo import ENTRIES, Entry, load
+from tests.attended import Attended, attending, merged, tile_states
+from tests.zoo import ENTRIES, NAMES, Entry, load
 
 pytestmark = pytest.mark.filterwarnings("error::refocus.backend.FallbackWarning")
 
-SPARSE = [name for name in ENTRIES if load(name).expect.empty_share is not None]
+SPARSE = [name for name in NAMES if load(name).expect.empty_share is not None]
 
 
 def must_fuse(entry: Entry) -> bool:
     return entry.expect.declined is None and not entry.expect.open
 
 
-def tile_shares(allowed: Tensor, rows: int, columns: int) -> tuple[float, float]:
-    """(empty, full) shares of the tiles of a dense mask (..., queries, keys); positions past the end do not count."""
-    margin = (0, -allowed.shape[-1] % columns, 0, -allowed.shape[-2] % rows)
+FUSED = [name for name in NAMES if must_fuse(load(name))]
+MASKED = [name for name in FUSED if load(name).allowed and not load(name).expect.regrouped]
 
-    def tiles(padding: bool) -> Tensor:
-        return F.pad(allowed, margin, value=padding).unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))
+# Larger and smaller than the structures of the masks, square and not, and none that divides all sizes.
+BLOCKS = ((16, 16), (32, 16), (64, 64), (8, 24))
 
-    kept, whole = tiles(False).any(-1).any(-2), tiles(True).all(-1).all(-2)
-    return 1.0 - float(kept.float().mean()), float(whole.float().mean())
+
+@cache
+def outcome(name: str) -> tuple[Report, tuple[Attended, ...]]:
+    """An entry's report, and what its regions ran on; once for all tests."""
+    entry = load(name)
+    module, inputs = entry.build()
+    wanted = must_fuse(entry)
+    sites = entry.expect.sites if wanted else None
+    with attending() as calls:
+        report = check(module, inputs, family=entry.expect.family, sites=sites, fused=wanted, lower=False).report
+    return report, tuple(calls[: len(calls) // 2])  # each ran twice
+
+
+def allowed_by_site(name: str) -> tuple[Tensor, ...]:
+    """The entry's own masks, one for each site, shaped as the masks of its regions."""
+    entry = load(name)
+    assert entry.allowed is not None
+    module, inputs = entry.build()
+    found = entry.allowed(module, *inputs)
+    masks = found if isinstance(found, tuple) else (found,)
+    out = []
+    for mask, call in zip(masks, outcome(name)[1], strict=True):
+        shape = call.mask().shape
+        if mask.dim() == 4 and len(shape) == 3:  # batch and heads in one axis
+            mask = mask.expand(-1, shape[0] // mask.shape[0], -1, -1).flatten(0, 1)
+        out.append(mask.expand(shape))
+    return tuple(out)
 
 
 def test_the_list_names_every_file() -> None:
@@ -45,7 +73,7 @@ def test_the_list_names_every_file() -> None:
     )
 
 
-@pytest.mark.parametrize("name", [name for name in ENTRIES if load(name).reference])
+@pytest.mark.parametrize("name", [name for name in NAMES if load(name).reference])
 def test_eager_is_the_published_formula(name: str) -> None:
     entry = load(name)
     assert entry.reference is not None
@@ -62,33 +90,59 @@ def test_share_of_empty_tiles_in_theory(name: str) -> None:
     entry = load(name)
     assert entry.allowed is not None and entry.expect.empty_share is not None
     module, inputs = entry.build()
-    assert tile_shares(entry.allowed(module, *inputs), 16, 16)[0] == pytest.approx(entry.expect.empty_share, abs=1e-4)
+    share = (tile_states(entry.allowed(module, *inputs), 16, 16) == 0).float().mean()
+    assert float(share) == pytest.approx(entry.expect.empty_share, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_recognised_and_exact(name: str) -> None:
     entry = load(name)
-    module, inputs = entry.build()
-    wanted = must_fuse(entry)
-    sites = entry.expect.sites if wanted else None
-    report = check(module, inputs, family=entry.expect.family, sites=sites, fused=wanted, lower=False).report
-    if entry.expect.mask is not None and wanted:
+    report, _ = outcome(name)
+    if entry.expect.mask is not None and must_fuse(entry):
         assert {site.mask for site in report.sites} == {entry.expect.mask}
     if entry.expect.declined is not None:
         assert not any(site.fused for site in report.sites)
         assert not report.sites or entry.expect.declined in report.sites[0].reason
 
 
+@pytest.mark.parametrize("name", MASKED)
+def test_mask_is_the_published_one(name: str) -> None:
+    """Pair for pair, on the model's own axes: nothing of a mask may be lost, or stay behind in the scores."""
+    for call, allowed in zip(outcome(name)[1], allowed_by_site(name), strict=True):
+        assert torch.equal(call.mask(), allowed)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_tiles_are_those_of_theory(name: str) -> None:
+    """A tile is visited iff it holds an allowed pair, and full iff it holds no other, whatever the tile size."""
+    for call in outcome(name)[1]:
+        dense = call.mask()
+        for rows, columns in BLOCKS:
+            tiles, theory = call.tiles(rows, columns), tile_states(dense, rows, columns)
+            axes = [dense.shape[k] if a in tiles.axes else 1 for k, a in enumerate(call.region.batch)]
+            found = tiles.state.reshape(*axes, *theory.shape[-2:])
+            assert torch.equal(found.expand_as(theory), theory), (rows, columns)
+
+
+@pytest.mark.parametrize("name", [name for name in FUSED if load(name).allowed])
+def test_empty_tiles_are_skipped_and_full_ones_need_no_mask(name: str) -> None:
+    for call in outcome(name)[1]:
+        dense = call.mask()
+        rows, columns = min(32, dense.shape[-2]), min(32, dense.shape[-1])
+        again = call.region.score == call.region.logits and not bool(dense.any(-1).all())  # rows without any key
+        if call.region.mask != TRUE and not again:
+            states = merged(tile_states(dense, rows, columns))
+            assert call.visits(rows, columns) == (int((states > 0).sum()), int((states == 1).sum()))
+
+
 # Where the predicate is known when compiling, and its axes are the model's own.
 @pytest.mark.parametrize("name", [name for name in SPARSE if load(name).expect.mask is not None])
-def test_tiles_are_those_of_theory(name: str) -> None:
-    entry = load(name)
-    module, inputs = entry.build()
-    site = refocus.explain(module, *inputs, engine="tiled").sites[0]
-    assert entry.allowed is not None and site.tiles is not None
-    empty, full = tile_shares(entry.allowed(module, *inputs), *site.tiles.shape)
-    assert site.tiles.empty_share == pytest.approx(empty)
-    assert site.tiles.full / site.tiles.total == pytest.approx(full)
+def test_the_report_counts_the_tiles_of_theory(name: str) -> None:
+    site = outcome(name)[0].sites[0]
+    assert site.tiles is not None
+    states = tile_states(allowed_by_site(name)[0], *site.tiles.shape)
+    assert site.tiles.empty_share == pytest.approx(float((states == 0).float().mean()))
+    assert site.tiles.full / site.tiles.total == pytest.approx(float((states == 2).float().mean()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])

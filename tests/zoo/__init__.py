@@ -7,6 +7,8 @@ An entry is a file of this folder, named in `ENTRIES`, with
     allowed    (module, *inputs) -> bool tensor (..., queries, keys): which pairs the mask keeps; written afresh, not
                taken from the module; absent where the sites' own axes are not the model's
     reference  (module, *inputs) -> output, as a plain formula over all pairs; where the spelling is tricky
+    VARIANTS   other spellings or sizes by name; "entry:name" goes through the same suite, with the same `allowed` and
+               `reference`
 """
 
 from __future__ import annotations
@@ -19,56 +21,92 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tests.zoo.expect import Expect
+from tests.zoo.expect import Expect, Variant
 
 ENTRIES = (
     "agent",
     "alphafold",
+    "attention_sink",
     "bert",
+    "bigbird",
+    "block_diagonal",
     "bloom",
     "cait",
+    "causal",
     "chunked",
+    "clear",
+    "compass",
+    "concentric",
     "criss_cross",
+    "criss_cross_mask",
+    "croc",
+    "cross_stripes",
+    "crossformer",
     "cswin",
     "deberta",
+    "dilated_window",
+    "ditctrl",
+    "document_window",
     "documents",
+    "dreamvla",
+    "ee_mllm",
+    "freeswim",
+    "frozen_in_time",
     "gat",
     "gemma2",
     "gpt2",
     "gpt_neo",
     "gpt_oss",
+    "grid_attention",
     "halonet",
     "hand_softmax",
+    "jagged",
     "kmax",
     "kv_cache",
     "levit",
     "linear_attention",
     "linformer",
     "log_probabilities",
+    "longformer",
     "longlora",
     "map_head",
+    "medvit",
+    "meta_tokens",
     "mistral",
     "moa",
     "multihead",
     "music_transformer",
     "mvpa",
     "natten",
+    "neighborhood",
     "opt",
+    "partcrafter",
     "perceiver",
     "phi3_small",
+    "pine",
     "prefix_lm",
+    "prime_composer",
     "pvt",
     "qwen3",
+    "razor",
+    "saisa",
     "sdpa_bool",
     "sdpa_float",
+    "seer",
+    "sinklora",
     "sparse_transformer",
     "stable_diffusion",
     "starcoder",
     "swin",
+    "swin_masked",
     "swinv2",
     "t5",
     "timesformer",
+    "titans",
     "transformer_xl",
+    "transnormer",
+    "tree_mask",
+    "video_ccam",
     "xcit",
 )
 
@@ -96,5 +134,18 @@ class Entry:
 
 
 def load(name: str) -> Entry:
-    module = importlib.import_module(f"{__name__}.{name}")
-    return Entry(name, module.EXPECT, module.make, getattr(module, "allowed", None), getattr(module, "reference", None))
+    """An entry, or a variant of one: "natten" or "clear:pooled"."""
+    file, _, variant = name.partition(":")
+    module = importlib.import_module(f"{__name__}.{file}")
+    allowed, reference = (getattr(module, field, None) for field in ("allowed", "reference"))
+    chosen: Variant = module.VARIANTS[variant] if variant else Variant(module.make)
+    return Entry(name, chosen.expect or module.EXPECT, chosen.make, allowed, reference)
+
+
+def spellings(file: str) -> list[str]:
+    """The names of an entry and of its variants."""
+    module = importlib.import_module(f"{__name__}.{file}")
+    return [file, *(f"{file}:{variant}" for variant in getattr(module, "VARIANTS", {}))]
+
+
+NAMES = tuple(name for file in ENTRIES for name in spellings(file))

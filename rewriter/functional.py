@@ -1,0 +1,243 @@
+"""In-place operations on values that only the graph sees become functional ones, so that the lift can read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def make_functional(gm: fx.GraphModule, mode: Any) -> None:
+    """Replace in-place operations on values that only the graph sees by their functional forms.
+
+        scores.masked_fill_(mask, v); use(scores)    ->    new = masked_fill(scores, mask, v); use(new)
+
+    A write through a view, as to a part of a mask, becomes the whole tensor with that part replaced (`_Written`). A
+    write to an input, or to memory seen in other ways, is left as it is (the lift never reads across it).
+    """
+    order = {n: k for k, n in enumerate(gm.graph.nodes)}
+    for node in list(gm.graph.nodes):
+        functional = _functional_overload(node)
+        if functional is None:
+            continue
+        target = node.args[0]
+        if not isinstance(target, fx.Node):
+            continue
+        written = None
+        if not _only_seen_here(target, node, order):
+            written = _written_part(target, node, order)
+            if written is None:
+                continue
+        before = target.meta["val"]
+        with mode:
+            try:
+                args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+                after = functional(*args, **kwargs)
+            except (RuntimeError, TypeError):
+                continue
+        if not isinstance(after, torch.Tensor) or after.dtype != before.dtype or after.shape != before.shape:
+            continue
+        with gm.graph.inserting_before(node):
+            new = gm.graph.call_function(functional, node.args, dict(node.kwargs))
+        new.meta.update(node.meta)
+        new.meta["val"] = after
+        position = order[node]
+        order[new] = position
+        if written is not None:
+            new = written.put_back(gm, mode, node, new, order)
+        else:
+            _replace_after(target, new, position, order)
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+
+
+_FRESH_ALIASING = frozenset(
+    (
+        "view", "reshape", "permute", "transpose", "expand", "slice", "select",
+        "unsqueeze", "squeeze", "t", "detach", "alias", "contiguous", "to",
+        "split", "chunk", "unbind", "getitem", "flatten", "as_strided", "diagonal",
+    )
+)  # fmt: skip
+
+
+def _replace_after(old: fx.Node, new: fx.Node, position: int, order: dict[fx.Node, int]) -> None:
+    """Let everything past a position read `new` instead of `old`."""
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: order[user] > position)
+
+
+_OPERATORS = {"__iand__": "bitwise_and", "__ior__": "bitwise_or", "__ixor__": "bitwise_xor"}  # m |= ..
+
+
+def _functional_overload(node: fx.Node) -> Any:
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    namespace, name = node.target._schema.name.split("::")
+    if namespace != "aten":
+        return None
+    if name in _OPERATORS:
+        name = _OPERATORS[name]
+    elif not name.endswith("_") or name.endswith("__") or name.startswith("_"):
+        return None
+    packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
+    return getattr(packet, node.target._overloadname, None) if packet is not None else None
+
+
+def _name(node: fx.Node) -> str:
+    return (
+        node.target._schema.name.split("::")[1] if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
+    )
+
+
+def _aliases(node: fx.Node) -> bool:
+    """Whether the result may share memory with the first argument."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return True
+    return _name(node) in _FRESH_ALIASING or any(r.alias_info is not None for r in node.target._schema.returns)
+
+
+def _only_seen_here(target: fx.Node, write: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether a write to `target` changes nothing else that is read later: its memory was made in this graph, and no
+    other view of it is read after the write."""
+    base = target
+    while base.op == "call_function" and _aliases(base):
+        source = base.args[0] if base.args else None
+        if not isinstance(source, fx.Node):
+            return False
+        base = source
+    if base.op != "call_function":
+        return False
+    stack, group = [base], {base}
+    while stack:
+        for user in stack.pop().users:
+            if user not in group and user.op == "call_function" and order[user] < order[write] and _aliases(user):
+                group.add(user)
+                stack.append(user)
+    return all(order[user] <= order[write] for member in group - {target} for user in member.users)
+
+
+# ---------------------------------------------------------------------------------------------- writes through views
+
+# Views that can be put back into what they view, by these operations.
+_SCATTERS = {"slice": torch.ops.aten.slice_scatter.default, "select": torch.ops.aten.select_scatter.default}
+_EXACT_VIEWS = frozenset((*_SCATTERS, "squeeze", "unsqueeze", "transpose", "alias", "detach"))
+
+# A tensor painted in more strokes than this is left to be evaluated as a constant.
+_STROKES = 32
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A write through a chain of views of `base`, and the other views of it that are read later.
+
+        mask[2:, :p].fill_(1); use(mask)     ->    row = slice(mask, 0, 2); part = fill(slice(row, 1, 0, p), 1)
+                                                   new = slice_scatter(mask, slice_scatter(row, part, ..), ..); use(new)
+    """
+
+    base: fx.Node
+    chain: tuple[fx.Node, ...]  # from the base's own view to the one that is written
+    later: tuple[fx.Node, ...]  # views made before the write and read after it, in graph order
+
+    def put_back(self, gm: fx.GraphModule, mode: Any, write: fx.Node, part: fx.Node, order: dict[fx.Node, int]) -> Any:
+        """Insert the whole tensor and its views as they are after the write; the node for the part written."""
+        position = order[write]
+
+        def insert(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+            with gm.graph.inserting_before(write):
+                new = gm.graph.call_function(target, args, kwargs)
+            new.meta.update(write.meta)
+            with mode:
+                values, options = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+                new.meta["val"] = target(*values, **options)
+            order[new] = position
+            return new
+
+        whole = part
+        for view in reversed(self.chain):
+            name, source = _name(view), view.args[0]
+            if name in _SCATTERS:
+                whole = insert(_SCATTERS[name], (source, whole, *view.args[1:]), dict(view.kwargs))
+            elif name == "squeeze" and _rank(source) > _rank(view):
+                whole = insert(torch.ops.aten.unsqueeze.default, (whole, *view.args[1:]), {})
+            elif name == "unsqueeze":
+                whole = insert(torch.ops.aten.squeeze.dim, (whole, *view.args[1:]), {})
+            elif name == "transpose":
+                whole = insert(torch.ops.aten.transpose.int, (whole, *view.args[1:]), {})
+        renewed = {self.base: whole}
+        for view in dict.fromkeys((*self.chain, *self.later)):
+            source = view.args[0]
+            assert isinstance(source, fx.Node)
+            renewed[view] = insert(view.target, (renewed[source], *view.args[1:]), dict(view.kwargs))
+        for old, new in renewed.items():
+            _replace_after(old, new, position, order)
+        return renewed[self.chain[-1]]
+
+
+def _is_exact_view(node: fx.Node) -> bool:
+    if _name(node) == "squeeze" and (len(node.args) < 2 or not isinstance(node.args[1], int)):
+        return False  # of all dimensions, or of several
+    return _name(node) in _EXACT_VIEWS
+
+
+def _rank(node: Any) -> int:
+    return int(node.meta["val"].dim())
+
+
+def _written_part(target: fx.Node, write: fx.Node, order: dict[fx.Node, int]) -> _Written | None:
+    """How to put a write through a view back; None where that is not possible, or not worth it: what is made of
+    products is no mask, and copying it costs more than it tells."""
+    chain: list[fx.Node] = []
+    base = target
+    while base.op == "call_function" and _aliases(base):
+        source = base.args[0] if base.args else None
+        if not _is_exact_view(base) or not isinstance(source, fx.Node):
+            return None
+        chain.insert(0, base)
+        base = source
+    if base.op != "call_function" or not chain or _made_of_products((base, *write.all_input_nodes)):
+        return None
+    views: list[fx.Node] = []
+    stack = [base]
+    while stack:
+        for user in stack.pop().users:
+            if user.op != "call_function" or order[user] >= order[write] or not _aliases(user) or user in views:
+                continue
+            views.append(user)
+            stack.append(user)
+    read_later = {v for v in views if any(order[u] > order[write] for u in v.users)}
+    if any(u.op == "output" for v in views for u in v.users):
+        return None  # who gets it may see that it shares memory
+    for view in [*read_later]:  # what they are views of has to be made anew, too
+        while view is not base:
+            if not _is_exact_view(view) or not isinstance(view.args[0], fx.Node):
+                return None
+            read_later.add(view)
+            view = view.args[0]
+    later = sorted(read_later - set(chain), key=order.__getitem__)
+    return _Written(base, tuple(chain), tuple(later))
+
+
+def _made_of_products(nodes: Iterable[fx.Node]) -> bool:
+    """Whether anything here comes out of a matrix product or a module's weights, or took too many strokes to paint."""
+    seen: set[fx.Node] = set()
+    stack = list(nodes)
+    strokes = 0
+    while stack:
+        node = stack.pop()
+        if node in seen or node.op != "call_function":
+            continue
+        seen.add(node)
+        name = _name(node)
+        strokes += name in ("slice_scatter", "select_scatter")
+        if strokes > 2 * _STROKES or name in _PRODUCTS:
+            return True
+        stack.extend(node.all_input_nodes)
+    return False
+
+
+_PRODUCTS = frozenset(
+    ("matmul", "mm", "bmm", "addmm", "baddbmm", "linear", "einsum", "convolution", "conv1d", "conv2d", "conv3d",
+     "scaled_dot_product_attention", "embedding", "layer_norm", "native_layer_norm", "rms_norm", "softmax", "_softmax")
+)  # fmt: skip

@@ -1,0 +1,167 @@
+"""Operations that put several tensors together: each element comes from one of them, told by its position.
+
+cat([x, y])[i]               ->  x[i] where i < len(x) else y[i - len(x)]
+pad(x, (2, 0))[i]            ->  x[i - 2] where i >= 2 else 0
+slice_scatter(x, y, 0, 3)[i] ->  y[i - 3] where i >= 3 else x[i]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import fx
+
+from refocus import simplify as s
+from refocus.ir import BOOL, Const, Expr
+from refocus.lift import Handler, Index, Lifter, arguments, dtype_of, kind_of, op_name
+from refocus.lift_views import arguments_of, dimension, start_of
+from refocus.simplify import Knowledge
+from refocus.sizes import shape_of, size_expr
+
+
+def _clamped(position: Expr, size: Expr) -> Expr:
+    """A position that is only used where a condition holds, kept in range where it does not: a load is carried out
+    everywhere. It is the position itself wherever the range is proved, as it is once the condition is decided."""
+    return s.minimum(s.maximum(position, 0), s.sub(size, 1))
+
+
+def _guarded(lift: Lifter, source: fx.Node, index: Iterable[Expr], facts: Knowledge) -> Expr:
+    """A value that is only used where `facts` hold. Positions inside a load stay clamped: see `_clamped`."""
+    value = lift.at(source, index)
+    return value if value.loads else s.under(value, facts)
+
+
+def _cat(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    tensors, dim = arguments_of(node, "tensors", "dim", dim=0)
+    dim = dimension(dim, len(index))
+    parts = [t for t in tensors if not (len(shape_of(t)) == 1 and shape_of(t)[0] == Const(0) and len(index) > 1)]
+    sizes = [shape_of(t)[dim] for t in parts]
+    start: Expr = Const(0)
+    pieces: list[tuple[Expr, Expr]] = []  # (end, value)
+    for tensor, size in zip(parts, sizes):
+        local = s.sub(index[dim], start)
+        end = s.add(start, size)
+        reached = s.lt(index[dim], end) if tensor is not parts[-1] else Const(True, BOOL)
+        begun = s.ge(index[dim], start)
+        if begun != Const(False, BOOL) and reached != Const(False, BOOL):
+            facts = {**s.assume(s.and_(begun, reached))}
+            at = Const(0) if size == Const(1) else _clamped(s.under(local, facts), size)
+            pieces.append((reached, _guarded(lift, tensor, (*index[:dim], at, *index[dim + 1 :]), facts)))
+            if reached == Const(True, BOOL):
+                break
+        start = end
+    value = pieces[-1][1]
+    for reached, piece in reversed(pieces[:-1]):
+        value = s.where(reached, piece, value)
+    return value
+
+
+def _stack(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    tensors, dim = arguments_of(node, "tensors", "dim", dim=0)
+    dim = dimension(dim, len(index))
+    rest = index[:dim] + index[dim + 1 :]
+    value = lift.at(tensors[-1], rest)
+    for k in reversed(range(len(tensors) - 1)):
+        value = s.where(s.eq(index[dim], k), lift.at(tensors[k], rest), value)
+    return value
+
+
+def _pad(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    source, pads, *_ = arguments_of(node, "self", "pad")
+    options = [*arguments(node)[2:], *node.kwargs.values()]  # constant_pad_nd has no mode
+    mode = next((o for o in options if isinstance(o, str)), "constant")
+    value = next((o for o in options if o is not None and not isinstance(o, str)), 0)
+    if mode != "constant":
+        return None
+    shape = shape_of(source)
+    position = list(index)
+    ok: Expr = Const(True, BOOL)
+    for k in range(len(pads) // 2):
+        dim = len(index) - 1 - k
+        position[dim] = s.sub(index[dim], size_expr(pads[2 * k]))
+        ok = s.and_(ok, s.ge(position[dim], 0), s.lt(position[dim], shape[dim]))
+    facts = s.assume(ok)
+    dtype = kind_of(dtype_of(node))
+    fill = s.cast(lift.scalar(value, dtype), dtype)
+    at = [_clamped(s.under(p, facts), d) for p, d in zip(position, shape)]
+    return s.where(ok, _guarded(lift, source, at, facts), fill)
+
+
+def _block_diag(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    """Matrices along the diagonal, zeros elsewhere."""
+    tensors = arguments(node)[0]
+    if any(len(shape_of(t)) != 2 for t in tensors):
+        return None
+    value = s.cast(Const(0), kind_of(dtype_of(node)))
+    rows: list[Expr] = [Const(0)]
+    columns: list[Expr] = [Const(0)]
+    for t in tensors:
+        rows.append(s.add(rows[-1], shape_of(t)[0]))
+        columns.append(s.add(columns[-1], shape_of(t)[1]))
+    for k in reversed(range(len(tensors))):
+        (y, x), (height, width) = index, shape_of(tensors[k])
+        down, right = s.sub(y, rows[k]), s.sub(x, columns[k])
+        inside = s.and_(s.ge(down, 0), s.lt(down, height), s.ge(right, 0), s.lt(right, width))
+        facts = s.assume(inside)
+        at = (_clamped(s.under(down, facts), height), _clamped(s.under(right, facts), width))
+        value = s.where(inside, _guarded(lift, tensors[k], at, facts), value)
+    return value
+
+
+@dataclass(frozen=True)
+class _Stroke:
+    """One write to a part of a tensor: `new` at `at` where `inside`."""
+
+    inside: Expr
+    new: fx.Node
+    at: Index
+
+
+def _stroke(lift: Lifter, node: fx.Node, index: Index) -> _Stroke:
+    """What `x[.., start:end:step] = y` or `x[.., k] = y` writes, seen at one position of x.
+
+    A write to a view of a view is a scatter into a scatter: one stroke, where both conditions hold.
+    """
+    source, new, dim, start, end, step = arguments_of(node, "self", "src", "dim", "start", "end", "step", dim=0, step=1)
+    dim = dimension(dim, len(index))
+    size = shape_of(source)[dim]
+    at: Index
+    if op_name(node) == "select_scatter":
+        inside = s.eq(index[dim], start_of(start, size))
+        at = index[:dim] + index[dim + 1 :]
+    else:
+        first, by = s.minimum(start_of(start, size), size), size_expr(step)
+        last = size if end is None else s.minimum(start_of(end, size), size)
+        ahead = s.sub(index[dim], first)
+        inside = s.and_(s.ge(ahead, 0), s.lt(index[dim], last), s.eq(s.mod(ahead, by), 0))
+        position = _clamped(s.under(s.floordiv(ahead, by), s.assume(inside)), shape_of(new)[dim])
+        at = (*index[:dim], position, *index[dim + 1 :])
+    if op_name(new) in ("slice_scatter", "select_scatter"):
+        viewed = arguments(new)[0]
+        if op_name(viewed) in ("slice", "select") and arguments(viewed)[0] is source:
+            inner = _stroke(lift, new, at)
+            return _Stroke(s.and_(inside, inner.inside), inner.new, inner.at)
+    return _Stroke(inside, new, at)
+
+
+def _scatter(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    stroke = _stroke(lift, node, index)
+    if stroke.inside == Const(True, BOOL):
+        return lift.at(stroke.new, stroke.at)
+    if stroke.inside == Const(False, BOOL):
+        return lift.at(arguments(node)[0], index)
+    value = _guarded(lift, stroke.new, stroke.at, s.assume(stroke.inside))
+    return s.where(stroke.inside, value, lift.at(arguments(node)[0], index))
+
+
+def _copied(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    """x.copy_(y), out of place: y, broadcast."""
+    return s.cast(lift.broadcast(arguments(node)[1], index), kind_of(dtype_of(node)))
+
+
+JOINS: dict[str, Handler] = {
+    **dict.fromkeys(("cat", "concat", "concatenate"), _cat), **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
+    "stack": _stack, "block_diag": _block_diag, "copy": _copied,
+    **dict.fromkeys(("slice_scatter", "select_scatter"), _scatter),
+}  # fmt: skip

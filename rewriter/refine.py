@@ -1,0 +1,89 @@
+"""Tiles that interval arithmetic could not decide, decided by looking at their pairs.
+
+An interval of a conjunction is as wide as its parts allow: two conditions that hold somewhere on a tile need not hold
+together anywhere. A few pairs of each open tile are tried out first, which settles nearly all that are partial; then
+every pair of what is left. Both have a budget of pairs, so that this costs a fraction of what it may save; tiles that
+it does not reach stay partial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from refocus.evaluate import evaluate
+from refocus.ir import Axis, Expr, Sym
+
+_SAMPLES = (8, 48)  # pairs of a tile that are tried first, and next
+_CHUNK = 1 << 20  # pairs evaluated at once
+
+
+def refine(
+    state: Tensor,
+    mask: Expr,
+    batch: tuple[Axis, ...],
+    query: Axis,
+    key: Axis,
+    blocks: tuple[int, int],
+    lengths: tuple[int, int],
+    tensors: Mapping[str, Tensor],
+    sizes: Mapping[Sym, int],
+    budget: int,
+) -> Tensor:
+    """`state` (int8 [*batch, query tiles, key tiles]: 0 empty, 1 partial or open, 2 full) with open tiles decided.
+
+    `lengths`: numbers of queries and keys. `budget`: how many pairs may be looked at, all in all.
+    """
+    pairs = _Pairs(mask, (*batch, query, key), tensors, sizes, blocks, lengths)
+    open_ = (state == 1).nonzero()
+    generator = torch.Generator().manual_seed(0)
+    for count in _SAMPLES:
+        open_ = open_[: budget // count]
+        if not len(open_):
+            return state
+        rows, columns = (torch.randint(b, (count,), generator=generator) for b in blocks)
+        ends = torch.tensor([0, 0, -1, -1]), torch.tensor([0, -1, 0, -1])  # monotone parts show at the corners
+        rows[:4], columns[:4] = ends[0] % blocks[0], ends[1] % blocks[1]
+        some, every = pairs.look(open_, rows.to(state.device), columns.to(state.device))
+        open_ = open_[some == every]
+    area = blocks[0] * blocks[1]
+    open_ = open_[: budget // area]
+    if not len(open_):
+        return state
+    rows, columns = torch.meshgrid(*(torch.arange(b, device=state.device) for b in blocks), indexing="ij")
+    state = state.clone()
+    step = max(1, _CHUNK // area)
+    for part in open_.split(step):
+        some, every = pairs.look(part, rows.flatten(), columns.flatten())
+        state[part.unbind(1)] = some.to(torch.int8) + every.to(torch.int8)
+    return state
+
+
+class _Pairs:
+    """A predicate at chosen pairs of chosen tiles."""
+
+    def __init__(
+        self,
+        mask: Expr,
+        axes: tuple[Axis, ...],
+        tensors: Mapping[str, Tensor],
+        sizes: Mapping[Sym, int],
+        blocks: tuple[int, int],
+        lengths: tuple[int, int],
+    ) -> None:
+        self.mask, self.axes, self.tensors, self.sizes = mask, axes, tensors, sizes
+        self.blocks, self.lengths = blocks, lengths
+
+    def look(self, tiles: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """(whether any, whether all) of the pairs at (rows, columns) of each tile are kept. `tiles` holds the position
+        on each axis, then tile numbers; pairs past the end are replaced by the last one in range."""
+        position = list(tiles.unsqueeze(-1).unbind(1))
+        for k, inside in ((-2, rows), (-1, columns)):
+            position[k] = (position[k] * self.blocks[k] + inside).clamp(max=self.lengths[k] - 1)
+        kept = evaluate(self.mask, dict(zip(self.axes, position)), self.tensors, self.sizes)
+        kept = kept.expand(len(tiles), len(rows))
+        return kept.any(-1), kept.all(-1)
+
+
