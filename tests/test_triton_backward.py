@@ -111,7 +111,20 @@ def _others() -> dict[str, Any]:
     expected = reference(region, leaves, sizes, torch.ones(result.shape))[1]
     found = [(t.grad, e) for t, e in zip(leaves, expected)]
     out["operator"] = max(difference(g, e) if g is not None and e is not None else 1.0 for g, e in found)
+    out["model"] = _model()
     return out
+
+
+def _model() -> list[float]:
+    """[largest difference, largest gradient] of a model that trains on this engine, against eager code."""
+    from refocus.testing import rewritten
+    from tests.test_training import Attention, gradients
+
+    torch.manual_seed(0)
+    model, x = Attention(heads=2), torch.randn(2, 20, 32)
+    got = gradients(rewritten(model, engine="triton", require=True), model, x)
+    expected = gradients(model, model, x)
+    return [max(difference(got[n], g) for n, g in expected.items()), max(map(magnitude, expected.values()))]
 
 
 def _same_nans(name: str, what: str, value: float) -> bool:
@@ -213,6 +226,12 @@ def test_sizes_of_zero(results: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_the_operator_trains_with_it(results: dict[str, Any]) -> None:
     assert results["operator"] < 1e-5
+
+
+@pytest.mark.slow
+def test_a_model_trains_with_it(results: dict[str, Any]) -> None:
+    error, largest = results["model"]
+    assert error <= 1e-5 * largest
 
 
 # ----------------------------------------------------------------------------------------------------- the source
