@@ -77,8 +77,8 @@ def _signature(kernel: Kernel) -> tuple[dict[str, str], dict[str, int], dict[tup
     constants: dict[str, int] = {}
     attributes: dict[tuple[int], Any] = {}
     for position, argument in enumerate(kernel.arguments):
-        if argument.kind in ("tensor", "output"):
-            dtype = region.out_dtype if argument.kind == "output" else region.operands[argument.index].dtype
+        if argument.kind in ("tensor", "output", "saved"):
+            dtype = argument.dtype or region.operands[argument.index].dtype
             signature[argument.name] = f"*{_TYPES[dtype]}"
             attributes[position,] = _ALIGNED
             continue

@@ -64,17 +64,22 @@ def _plan_training(
     was_sdpa: bool,
     trained: Collection[str],
 ) -> Chosen | Leave:
+    from refocus.codegen.backward_fit import supports_backward
     from refocus.codegen.policy import choose_training, training_plan
 
     reason = why_not_trainable(region, trained)
     if reason is not None:
         return Leave(f"its gradient cannot be generated: {reason}")
-    if engine is None:
-        if device.type != "cpu":
-            return Leave("needs gradients, and no engine of this device has a backward; engine='tiled' trains it")
+    if engine is None and device.type == "cpu":
         return choose_training(region, numbers, was_sdpa)
-    if engine not in TRAINERS:
+    if engine is not None and engine not in TRAINERS:
         return Leave(f"needs gradients, and the {engine} engine has no backward")
+    if engine in (None, "triton"):
+        reason = supports_backward(region, trained)
+        if reason is not None:
+            return Leave(f"the triton engine does not train it: {reason}; engine='tiled' does")
+    if engine is None:
+        return Chosen(default_plan("triton", region), "the generated kernels, forward and backward")
     forced = _forced(region, device, engine)
     if isinstance(forced, Chosen) and engine == "tiled":
         return replace(forced, plan=training_plan(engine))

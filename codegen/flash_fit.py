@@ -111,20 +111,21 @@ def default_plan(region: Region) -> Plan:
     dots = all_dots(region)
     widest = max([32, padded(width(region.value) or 1), *(padded(width(d.over) or 1) for d in dots)])
     narrow = all(dot_dtype(d) != "float32" for d in dots) and region.values.dtype in ("float16", "bfloat16")
-    largest, block_k, warps = (_NARROW if narrow else _FLOAT32)[widest][_is_rich(region)]
-    block_q, block_k = _no_larger(largest, region.query), _no_larger(block_k, region.key)
+    largest, block_k, warps = (_NARROW if narrow else _FLOAT32)[widest][is_rich(region)]
+    block_q, block_k = no_larger(largest, region.query), no_larger(block_k, region.key)
     if block_q < largest:
         warps = min(warps, max(1, block_q // 16))  # a warp multiplies 16 rows at a time
     return Plan("triton", "flash", block_q, block_k, warps, 2, pays(region, block_q, block_k))
 
 
-def _is_rich(region: Region) -> bool:
-    """Whether the kernel computes fills, a gate, or something for each pair beyond a single product."""
+def is_rich(region: Region) -> bool:
+    """Whether a kernel computes fills, a gate, or something for each pair beyond a single product."""
     fills = region.empty_row == "logits" and region.mask != TRUE
     pairs = [n for n in region.score.walk() if {region.query, region.key} <= n.axes]
     plain = [n for n in pairs if isinstance(n, Call) and n.is_float and n.op in ("add", "mul", "div")]
     return fills or not isinstance(region.gate, Const) or len(pairs) - len(plain) > 1
 
 
-def _no_larger(block: int, axis: Axis) -> int:
+def no_larger(block: int, axis: Axis) -> int:
+    """A tile that is no larger than the axis needs."""
     return min(block, padded(int(axis.size.value))) if isinstance(axis.size, Const) else block

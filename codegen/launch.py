@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from refocus.codegen.cache import load_module, save
 from refocus.codegen.interpreter import interpreted, mend
 from refocus.codegen.plan import Plan
 from refocus.codegen.printer import Argument
-from refocus.codegen.tile_lists import Lists, lists_of
+from refocus.codegen.tile_lists import lists_of
 from refocus.evaluate import size_of
 from refocus.ir import Call, Const, Expr, Region
 from refocus.simplify import bounds, substitute
@@ -38,24 +38,42 @@ class Kernel:
     arguments: tuple[Argument, ...]
 
 
-def launch(kernel: Kernel, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """The region's result (*batch, query, *value), contiguous, of `region.out_dtype`, on the operands' device."""
-    region, plan = kernel.region, kernel.plan
+def launch(kernel: Kernel, operands: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The region's result (*batch, query, *value), contiguous, of `region.out_dtype`, on the operands' device; and the
+    row sums (2, *batch, query), which are nothing but memory unless the kernel saves them."""
+    region = kernel.region
     shape, keys = _shape(region, tuple(sizes))
-    device = device_of(operands)
+    device, rank = device_of(operands), len(region.batch)
+    out = torch.empty(shape, dtype=getattr(torch, region.out_dtype), device=device)
+    saves = any(a.kind == "output" and a.index == 1 for a in kernel.arguments)
+    sums = torch.empty([2, *shape[: rank + 1]] if saves else [0], dtype=torch.float32, device=device)
+    if keys == 0:
+        return out.zero_(), sums.fill_(-inf)  # a sum of nothing
+    if out.numel():
+        programs = -(-shape[rank] // kernel.plan.block_q) * prod(shape[:rank])
+        start(kernel, (programs,), operands, sizes, (out, sums))
+    return out, sums
+
+
+def start(
+    kernel: Kernel,
+    grid: tuple[int, ...],
+    operands: Sequence[Tensor],
+    sizes: Sequence[int],
+    outputs: Sequence[Tensor],
+    saved: Sequence[Tensor] = (),
+) -> None:
+    """Run so many programs of a kernel."""
+    device, plan = device_of(operands), kernel.plan
     # A tensor without dimensions may stay on the CPU, as in eager code; a kernel cannot read it there.
     operands = [x if x.device == device else x.to(device) for x in operands]
-    out = torch.empty(shape, dtype=getattr(torch, region.out_dtype), device=device)
-    if out.numel() == 0:
-        return out
-    if keys == 0:
-        return out.zero_()  # a sum of nothing
-    programs = -(-shape[len(region.batch)] // plan.block_q) * prod(shape[: len(region.batch)])
-    lists = lists_of(region, plan, operands, sizes, device) if plan.listed else None
-    values = [_value(argument, operands, sizes, out, lists) for argument in kernel.arguments]
+    lists = lists_of(kernel.region, plan, operands, sizes, device) if plan.listed else ()
+    given = {"tensor": operands, "list": lists, "size": sizes, "output": outputs, "saved": saved}
+    values = [
+        operands[a.index].stride(a.dim) if a.kind == "stride" else given[a.kind][a.index] for a in kernel.arguments
+    ]
     with _on(device):
-        function_of(kernel)[(programs,)](*values, num_warps=plan.num_warps, num_stages=plan.num_stages)
-    return out
+        function_of(kernel)[grid](*values, num_warps=plan.num_warps, num_stages=plan.num_stages)
 
 
 def device_of(operands: Sequence[Tensor]) -> torch.device:
@@ -102,18 +120,6 @@ def _shape(region: Region, sizes: tuple[int, ...]) -> tuple[list[int], int]:
     numbers = dict(zip(region.syms, sizes, strict=True))
     shape = [size_of(a.size, numbers) for a in (*region.batch, region.query, *region.value)]
     return shape, size_of(region.key.size, numbers)
-
-
-def _value(
-    argument: Argument, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lists: Lists | None
-) -> Any:
-    if argument.kind == "list":
-        return lists[argument.index] if lists else None
-    if argument.kind == "tensor":
-        return operands[argument.index]
-    if argument.kind == "stride":
-        return operands[argument.index].stride(argument.dim)
-    return sizes[argument.index] if argument.kind == "size" else out
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

@@ -38,6 +38,7 @@ ENGINES: dict[str, str] = {
 # engine -> modules with `run_saving` (as `run`, and the row sums) and `run_backward`
 TRAINERS: dict[str, tuple[str, str]] = {
     "tiled": ("refocus.codegen.tiled", "refocus.codegen.tiled_backward"),
+    "triton": ("refocus.codegen.triton_engine", "refocus.codegen.triton_backward"),
 }
 Engine = Callable[[Region, Plan, Sequence[Tensor], Sequence[int]], Tensor]
 

@@ -13,49 +13,57 @@ from refocus.simplify import mul, sub, substitute
 class Positions:
     """Writes the lines that compute them into `block`; `finish` when all else is written.
 
-    `query`, `key`: the variables of the positions along these axes. `cast`: what makes an integer wide enough for
-    addresses of more than 31 bits (nothing, where they have no more). `tiled`: whether there is more than one tile of
-    queries, so that they begin at `first`, not at 0; `tiles` is their number, as text.
+    A program has a tile of the axis `own` (queries, unless it is said to be the keys) at one position of the axes
+    `batch` (all of the region's, unless fewer are given), which flatten to the variable `flat`. `query`, `key`: the
+    variables of the positions along these axes. `cast`: what makes an integer wide enough for addresses of more than 31
+    bits (nothing, where they have no more). `tiled`: whether there is more than one tile, so that they begin at
+    `first`, not at 0; `tiles` is their number, as text.
     """
 
-    def __init__(self, scope: Scope, block: Block, root: Place, block_q: int, block_k: int, wide: bool) -> None:
+    def __init__(
+        self, scope: Scope, block: Block, root: Place, block_q: int, block_k: int, wide: bool,
+        own: Axis | None = None, batch: tuple[Axis, ...] | None = None, flat: str = "batch",
+    ) -> None:  # fmt: skip
         self.scope, self.block, self.root = scope, block, root
         self.region = scope.region
+        self.own = self.region.query if own is None else own
+        self.batch, self.flat = self.region.batch if batch is None else batch, flat
         self.cast = ".to(tl.int64)" if wide else ""
         self.query = scope.declare(self.region.query, "query_index")
         self.key = scope.declare(self.region.key, "key_index")
         for n, axis in enumerate(self.region.batch):
             scope.declare(axis, f"batch_{n}")
         self._lanes: dict[tuple[Axis, ...], str] = {}
-        size = self.region.query.size
-        self.tiled = not (isinstance(size, Const) and size.value <= block_q)
-        self._program(size, block_q)
+        lanes = block_q if self.own == self.region.query else block_k
+        self.tiled = not (isinstance(self.own.size, Const) and self.own.size.value <= lanes)
+        self._program(self.own.size, lanes)
         for axis, variable, tile in ((self.region.query, self.query, block_q), (self.region.key, self.key, block_k)):
             if not (isinstance(axis.size, Const) and axis.size.value % tile == 0):
                 scope.limit(axis, variable, root.text(axis.size, ADD))
 
-    def _program(self, size: Expr, block_q: int) -> None:
-        at = self.block
-        at.line("# One program: BLOCK_Q queries of one batch position.")
+    def _program(self, size: Expr, lanes: int) -> None:
+        at, variable = self.block, self.scope.axes[self.own]
+        self._tile, what = ("BLOCK_Q", "queries") if self.own == self.region.query else ("BLOCK_K", "keys")
+        at.line(f"# One program: {self._tile} {what} of one batch position.")
         program = f"tl.program_id(0){self.cast}"
         if not self.tiled:
-            at.line(f"batch = {program}")
+            at.line(f"{self.flat} = {program}")
             self.tiles = "1"
             self._batch = at.nested()
-            at.line(f"{self.query} = tl.arange(0, BLOCK_Q)")
+            at.line(f"{variable} = tl.arange(0, {self._tile})")
             return
         if isinstance(size, Const):
-            tiles = str(-(-int(size.value) // block_q))
+            tiles = str(-(-int(size.value) // lanes))
         else:
             tiles = "tiles"
-            at.line(f"tiles = tl.cdiv({self.root.text(size)}, BLOCK_Q)")
+            at.line(f"tiles = tl.cdiv({self.root.text(size)}, {self._tile})")
         self.tiles = tiles
         at.line(f"program = {program}")
-        at.line(f"batch = program // {tiles}")
-        at.line(f"first = program % {tiles} * BLOCK_Q")
+        at.line(f"{self.flat} = program // {tiles}")
+        at.line(f"first = program % {tiles} * {self._tile}")
         self._last = at.nested()
         self._batch = at.nested()
-        at.line(f"{self.query} = first + tl.arange(0, BLOCK_Q)")
+        at.line(f"{variable} = first + tl.arange(0, {self._tile})")
 
     def lane(self, axes: tuple[Axis, ...], otherwise: str) -> str:
         """The variable of the flattened positions along `axes`, padded to a power of two. Axes whose names are no
@@ -78,26 +86,29 @@ class Positions:
         return lane
 
     def here(self, bound: Expr) -> Expr:
-        """A bound for any run of queries (`refocus.key_bounds`), for those of this program."""
-        query = self.region.query
-        first, last = first_query(query), last_query(query)
+        """A bound for any run of positions of `own` (`refocus.key_bounds`), for those of this program."""
+        first, last = first_query(self.own), last_query(self.own)
         if not self.tiled:
-            return substitute(bound, {first: Const(0), last: sub(query.size, 1)})
+            return substitute(bound, {first: Const(0), last: sub(self.own.size, 1)})
         self.scope.axes[first], self.scope.axes[last] = "first", "last"
         if last in bound.axes and self._last.empty:
-            self._last.line(f"last = tl.minimum(first + BLOCK_Q, {self.root.text(query.size)}) - 1")
+            self._last.line(f"last = tl.minimum(first + {self._tile}, {self.root.text(self.own.size)}) - 1")
         return bound
 
     def finish(self) -> None:
         """Decode the batch position, the last axis fastest: those axes that the kernel came to mention."""
-        moving = [a for a in self.region.batch if a.size != Const(1)]
-        for axis in self.region.batch:
+        self.decode(self._batch, self.flat, self.batch)
+
+    def decode(self, block: Block, flat: str, axes: tuple[Axis, ...]) -> None:
+        """The positions along those of `axes` that the kernel came to mention, from the variable they flatten to."""
+        moving = [a for a in axes if a.size != Const(1)]
+        for axis in axes:
             if axis in self.scope.used_axes and axis not in moving:
-                self._batch.line(f"{self.scope.axes[axis]} = 0")
+                block.line(f"{self.scope.axes[axis]} = 0")
         sizes = [self.root.text(a.size, UNARY) for a in moving]
         inner = [self.root.text(mul(1, *(a.size for a in moving[n + 1 :])), UNARY) for n in range(len(moving))]
-        lines = _split("batch", [self.scope.axes[a] for a in moving], sizes, inner)
-        self._batch.lines(line for axis, line in zip(moving, lines) if axis in self.scope.used_axes)
+        lines = _split(flat, [self.scope.axes[a] for a in moving], sizes, inner)
+        block.lines(line for axis, line in zip(moving, lines) if axis in self.scope.used_axes)
 
 
 def _split(flat: str, names: list[str], sizes: list[str], inner: list[str]) -> list[str]:

@@ -46,13 +46,15 @@ _SMALLEST, _LARGEST = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127
 
 @dataclass(frozen=True)
 class Argument:
-    """A kernel argument: `kind` "tensor" (operand `index`), "stride" (its dimension `dim`), "size", "output", or "list"
-    (counts and indices of tiles, see `refocus.codegen.tile_lists`)."""
+    """A kernel argument: `kind` "tensor" (operand `index`), "stride" (its dimension `dim`), "size", "list" (counts and
+    indices of tiles, see `refocus.codegen.tile_lists`), "saved" (what the forward left for the backward) or "output".
+    `dtype`: of what is saved and of an output."""
 
     name: str
     kind: str
     index: int = 0
     dim: int = 0
+    dtype: str = ""
 
 
 class Scope:
@@ -85,8 +87,8 @@ class Scope:
         """Lanes of `variable` at or past `size` lie outside of `axis`: loads and results there are masked."""
         self.limits[axis] = (variable, size)
 
-    def argument(self, name: str, kind: str, index: int = 0, dim: int = 0) -> str:
-        self._arguments.setdefault(name, Argument(name, kind, index, dim))
+    def argument(self, name: str, kind: str, index: int = 0, dim: int = 0, dtype: str = "") -> str:
+        self._arguments.setdefault(name, Argument(name, kind, index, dim, dtype))
         return name
 
     def stem(self, tensor: str) -> str:
@@ -105,7 +107,7 @@ class Scope:
     @property
     def arguments(self) -> tuple[Argument, ...]:
         """All arguments that the text mentions: tensors first, then strides, then sizes."""
-        order = ("tensor", "list", "output", "stride", "size")
+        order = ("tensor", "saved", "list", "output", "stride", "size")
         return tuple(sorted(self._arguments.values(), key=lambda a: (order.index(a.kind), a.index, a.dim)))
 
     def load_name(self, load: Load, layout: Iterable[Axis]) -> str:

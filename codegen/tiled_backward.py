@@ -170,7 +170,7 @@ class _Backward:
             other = inner.tensor(share.other) if share.other is not None else torch.ones((), dtype=self.dtype)
             lengths = self._lengths(scope, cotangent, other)
             part = contract(cotangent, other, {d: n for d, n in lengths.items() if d not in kept})
-            _add_at(sums, index, part, scope.device)
+            grids.add_at(sums, index, part, scope.device)
 
     def _lengths(self, scope: Scope, *parts: Tensor) -> dict[int, int]:
         """How often each position of a share counts: the length of every dimension of the tile, and of a product."""
@@ -190,17 +190,3 @@ class _Backward:
 def _give(scope: Scope, load: Load, value: Tensor) -> None:
     """Let an expression that loads a quantity of the backward find it."""
     scope.memo[load, 0] = value
-
-
-def _add_at(sums: Tensor, index: list[Grid | int | Tensor], part: Tensor, device: torch.device) -> None:
-    """sums[index] += part, where several positions may be the same place."""
-    if not grids.gathers(index):
-        view = grids.read(sums, index, device)
-        view += part.reshape(part.shape[part.dim() - view.dim() :]) if part.dim() > view.dim() else part
-        return
-    places = [i.tensor(device) if isinstance(i, Grid) else torch.as_tensor(i, device=device) for i in index]
-    shape = torch.broadcast_shapes(*(p.shape for p in places))
-    if part.dim() > len(shape):
-        part = part.reshape(part.shape[part.dim() - len(shape) :])
-    # index_put_ adds one after the other (on a GPU after sorting): repeated places give the same sum in every run.
-    sums.index_put_(tuple(p.expand(shape) for p in places), part.expand(shape), accumulate=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from refocus.codegen.plan import Plan
 from refocus.errors import EngineUnavailable
 from refocus.ir import Region
 
-__all__ = ["available", "default_plan", "emit", "run", "supports"]
+__all__ = ["available", "default_plan", "emit", "fitted", "run", "run_saving", "supports"]
+Result = TypeVar("Result")
 
 
 def available(device: torch.device | str) -> str | None:
@@ -33,7 +35,7 @@ def available(device: torch.device | str) -> str | None:
 
 
 @lru_cache(maxsize=512)
-def emit(region: Region, plan: Plan, wide: bool = False) -> Kernel:
+def emit(region: Region, plan: Plan, wide: bool = False, saving: bool = False) -> Kernel:
     """The kernel of a region, its source saved. Needs neither a GPU nor Triton. Raises `EngineUnavailable`."""
     reason = supports(region)
     if plan.schedule != "flash":
@@ -42,26 +44,46 @@ def emit(region: Region, plan: Plan, wide: bool = False) -> Kernel:
         reason = f"tiles of {plan.block_q} by {plan.block_k}, which must be powers of two from 16 on"
     if reason is not None:
         raise EngineUnavailable("the triton engine cannot run this region", got=reason, todo="use engine='tiled'")
-    source = flash.write(region, plan, wide)
-    key = cache.key_of(region, plan, wide)
+    source = flash.write(region, plan, wide, saving)
+    key = cache.key_of(region, plan, wide, *(("saving",) if saving else ()))
     return Kernel(source.name, source.text, cache.save(source.text, key), key, region, plan, source.arguments)
 
 
 def run(region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     """The region's result; see `launch.launch`. A plan that wants more shared memory than the device has is replaced
     by a smaller one. Raises `EngineUnavailable`."""
+    return _run(region, plan, operands, sizes, False)[0]
+
+
+def run_saving(
+    region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """As `run`, and the row sums that the backward needs: (2, *batch, query), float32, as in `tiled.run_saving`."""
+    return _run(region, plan, operands, sizes, True)
+
+
+def _run(
+    region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[int], saving: bool
+) -> tuple[Tensor, Tensor]:
     device = device_of(operands)
+    wide = needs_wide(region, operands, sizes)
+    return fitted(
+        (region, saving), plan, device, lambda smaller: launch(emit(region, smaller, wide, saving), operands, sizes)
+    )
+
+
+def fitted(what: Hashable, plan: Plan, device: torch.device, attempt: Callable[[Plan], Result]) -> Result:
+    """`attempt` with `plan`, or with the first smaller one that the device has the memory for; which one, is
+    remembered for `what`."""
     reason = available(device)
     if reason is not None:
         raise EngineUnavailable("the triton engine cannot run here", got=reason, todo="use engine='tiled'")
     from triton.runtime.errors import OutOfResources
 
-    wide = needs_wide(region, operands, sizes)
-    plan = _fitting.get((region, plan, device), plan)
-    asked = plan
+    asked, plan = plan, _fitting.get((what, plan, device), plan)
     while True:
         try:
-            out = launch(emit(region, plan, wide), operands, sizes)
+            out = attempt(plan)
         except OutOfResources as problem:
             fewer = smaller(plan)
             if fewer is None:
@@ -71,12 +93,12 @@ def run(region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[
             plan = fewer
             continue
         if plan != asked:
-            _fitting[region, asked, device] = plan
+            _fitting[what, asked, device] = plan
         return out
 
 
-# (region, plan asked for, device) -> the plan that fits.
-_fitting: dict[tuple[Region, Plan, torch.device], Plan] = {}
+# (what is run, plan asked for, device) -> the plan that fits.
+_fitting: dict[tuple[Hashable, Plan, torch.device], Plan] = {}
 
 
 def smaller(plan: Plan) -> Plan | None:

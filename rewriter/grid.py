@@ -130,9 +130,18 @@ def read(tensor: Tensor, index: list[Grid | int | Tensor], device: torch.device)
     return place(view, labels)
 
 
-def gathers(index: list[Grid | int | Tensor]) -> bool:
-    """Whether `read` at these positions has to copy: otherwise it is a view, and may be written to."""
-    return bool(_gathered(index))
+def add_at(sums: Tensor, index: list[Grid | int | Tensor], part: Tensor, device: torch.device) -> None:
+    """sums[index] += part, where several positions may be the same place."""
+    if not _gathered(index):
+        view = read(sums, index, device)
+        view += part.reshape(part.shape[part.dim() - view.dim() :]) if part.dim() > view.dim() else part
+        return
+    places = [i.tensor(device) if isinstance(i, Grid) else torch.as_tensor(i, device=device) for i in index]
+    shape = torch.broadcast_shapes(*(p.shape for p in places))
+    if part.dim() > len(shape):
+        part = part.reshape(part.shape[part.dim() - len(shape) :])
+    # index_put_ adds one after the other (on a GPU after sorting): repeated places give the same sum in every run.
+    sums.index_put_(tuple(p.expand(shape) for p in places), part.expand(shape), accumulate=True)
 
 
 def _gathered(index: list[Grid | int | Tensor]) -> set[int]:

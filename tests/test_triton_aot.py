@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from refocus.codegen import aot, flash_fit, triton_engine
+from refocus.codegen.launch import Kernel
 from tests import region_cases as cases
 from tests.flash_cases import BINARY, MORE, UNARY, pointwise
 from tests.region_cases import Case
@@ -39,7 +40,7 @@ def compiled() -> dict[str, tuple[Case, tuple[str, ...]]]:
     }
 
 
-def read(case: Case, wide: bool = False) -> str:
+def read(kernel: Kernel) -> str:
     """Triton's own intermediate text of a kernel: its source passes the front end."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -47,8 +48,6 @@ def read(case: Case, wide: bool = False) -> str:
 
     from refocus.codegen.launch import function_of
 
-    region = case[0]
-    kernel = triton_engine.emit(region, flash_fit.default_plan(region), wide)
     signature, constants, attributes = aot._signature(kernel)
     target = GPUTarget(*aot.TARGETS["sm_90"])
     backend = make_backend(target)
@@ -73,8 +72,10 @@ def child() -> dict[str, Any]:
     everything = {name: make() for name, make in (*cases.CASES.items(), *MORE.items())}
     everything |= {op: pointwise(op) for op in (*UNARY, *BINARY)}
     for name, case in everything.items():
+        plan = flash_fit.default_plan(case[0])
         try:
-            assert "tt.func" in read(case) and "tt.func" in read(case, wide=True)
+            for wide in (False, True):
+                assert "tt.func" in read(triton_engine.emit(case[0], plan, wide))
         except Exception as problem:
             problems[name] = str(problem)
     return out | {"problems": problems}

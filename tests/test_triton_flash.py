@@ -43,7 +43,7 @@ def _error(case: Case, plan: Plan | None, wide: bool = False) -> list[float]:
     region, tensors, sizes = case
     plan = plan or flash_fit.default_plan(region)
     if wide:
-        got = launch.launch(triton_engine.emit(region, plan, wide=True), tensors, sizes)
+        got, _ = launch.launch(triton_engine.emit(region, plan, wide=True), tensors, sizes)
     else:
         got = triton_engine.run(region, plan, tensors, sizes)
     assert got.is_contiguous() and str(got.dtype) == f"torch.{region.out_dtype}"
