@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from refocus.differentiate import NotDifferentiable, Share, differentiate
-from refocus.ir import Expr, Load, Region
+from refocus.ir import TRUE, Expr, Load, Region
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def cotangents(region: Region, wanted: frozenset[str]) -> Cotangents:
         if not isinstance(region.values, Load):
             raise NotDifferentiable("the values are computed inside the region")
         values = (Share(region.values, weight, out),)
-    emptied = region.empty_row == "logits" and region.logits != region.score
+    emptied = region.empty_row == "logits" and region.mask != TRUE
     return Cotangents(
         weight, out, score, gate, extra, values,
         differentiate(region.score, score, wanted),
