@@ -19,9 +19,8 @@ from refocus.codegen.plan import Plan
 from refocus.evaluate import size_of
 from refocus.ir import FALSE, TRUE, Const, Expr, Region, Sym
 from refocus.key_bounds import first_query, key_bounds, last_query
-from refocus.masks import EMPTY, FULL, count_tiles
+from refocus.masks import EMPTY, FULL, classify, count_tiles
 from refocus.simplify import substitute
-from refocus.tile_grid import tile_states
 
 Lists = tuple[Tensor, Tensor]
 # Below so many tiles of keys, finding them takes as long as visiting them.
@@ -92,7 +91,9 @@ def _lists(
     sizes: Mapping[Sym, int],
     device: torch.device,
 ) -> Lists:
-    state = tile_states(region.mask, region.batch, region.query, region.key, block_q, block_k, tensors, sizes, device)
+    state = classify(
+        region.mask, region.batch, region.query, region.key, block_q, block_k, tensors, sizes, device
+    ).state
     order = torch.argsort(state, dim=-1, descending=True, stable=True).to(torch.int32)
     counts = torch.stack(((state == FULL).sum(-1), (state != EMPTY).sum(-1)), -1).to(torch.int32)
     return counts.contiguous(), order.contiguous()

@@ -118,6 +118,10 @@ class Lifter:
             if node in self.known.closed and any(True for _ in _loads(value)):
                 # What is made of constants, but not of operations that can be followed: its values tell.
                 value = self.constant(node, index) or value
+            elif node in self.known.closed and _is_painted(node) and _nodes(value) > _STROKES:
+                told = self.constant(node, index)  # one form for all strokes, where the values have one
+                if told is not None and not any(True for _ in _loads(told)) and _nodes(told) < _nodes(value):
+                    value = told
             if node in self.known.cuts and value.is_float and any(x.tensor != node.name for x in _loads(value)):
                 value = s.call("detach", value, dtype=value.dtype)
             memo[key] = value
@@ -292,10 +296,20 @@ def _is_table(node: fx.Node, index: Index, value: Expr) -> bool:
         if not isinstance(axis.size, Const):
             return False
         positions *= int(axis.size.value)
-    return _numel(node) * 16 <= positions and sum(1 for _ in value.walk()) > _TABLE_NODES
+    return _numel(node) * 16 <= positions and _nodes(value) > _TABLE_NODES
 
 
-_TABLE_NODES = 24
+_TABLE_NODES, _STROKES = 24, 12
+
+
+def _nodes(value: Expr) -> int:
+    return sum(1 for _ in value.walk())
+
+
+def _is_painted(node: fx.Node) -> bool:
+    """Whether a node is a tensor after the last write to a part of it."""
+    scatters = ("slice_scatter", "select_scatter")
+    return op_name(node) in scatters and not any(op_name(u) in scatters and u.args[0] is node for u in node.users)
 
 
 def contract(axes: tuple[Axis, ...], factors: list[Expr], lifter: Lifter, dtype: str) -> Expr | None:
