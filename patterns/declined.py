@@ -11,3 +11,11 @@ class Declined:
 
     reason: str
     blame: str | None = None
+
+
+class Stop(Exception):
+    """Ends the reading of a candidate, from however deep; the reason is `declined`."""
+
+    def __init__(self, declined: Declined) -> None:
+        super().__init__(declined.reason)
+        self.declined = declined

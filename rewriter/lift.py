@@ -209,8 +209,8 @@ class Lifter:
         if not is_tensor(node) or not below.is_float or self.inside(index):
             return below
         if isinstance(below, Load):
-            here = _complexity(index)
-            there = _complexity(below.index)
+            here = complexity(index)
+            there = complexity(below.index)
             if here != there:
                 return self.leaf(node, index) if here < there else below
             source = self.known.nodes[below.tensor]
@@ -263,7 +263,8 @@ def _loads(value: Expr) -> Iterable[Load]:
     return value.loads if not isinstance(value, Load) else (value,)
 
 
-def _complexity(index: Index) -> int:
+def complexity(index: Index) -> int:
+    """How far the entries of an index are from plain axes: 0 for a view, more for divisions and mixtures."""
     cost = 0
     for entry in index:
         if isinstance(entry, Const | Axis):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from refocus import simplify as s
-from refocus.ir import BOOL, INT, Axis, Const, Expr, Reduce
+from refocus.ir import BOOL, INT, Axis, Call, Const, Expr, Reduce
 from refocus.lift import Handler, Index, Lifter, arguments, contract, dtype_of, kind_of
 from refocus.sizes import shape_of
 
@@ -52,8 +52,6 @@ def reduction(lift: Lifter, op: str, axes: tuple[Axis, ...], body: Expr, dtype: 
 
 
 def _factors(body: Expr) -> list[Expr]:
-    from refocus.ir import Call
-
     if isinstance(body, Call) and body.op == "mul" and body.is_float:
         return [f for a in body.args for f in _factors(a)]
     return [body]

@@ -15,7 +15,7 @@ from torch import fx
 
 from refocus import simplify as s
 from refocus.ir import BOOL, Const, Expr
-from refocus.lift import Handler, Index, Lifter, arguments, dtype_of, is_tensor, kind_of
+from refocus.lift import Handler, Index, Lifter, arguments, dtype_of, is_tensor, kind_of, op_name
 from refocus.sizes import shape_of, size_expr
 
 
@@ -207,8 +207,6 @@ def _select(lift: Lifter, node: fx.Node, index: Index) -> Expr:
 
 def _getitem(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     """One of several results: a part of a split, one of an unbind, the values of max(dim)."""
-    from refocus.lift import op_name
-
     producer, which = arguments(node)
     if not isinstance(producer, fx.Node) or producer.op != "call_function":
         return None

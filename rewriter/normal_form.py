@@ -16,7 +16,7 @@ from refocus.hoist import Hoisted, hoist_distances
 from refocus.ir import Axis, Const, Dot, Expr, Load, Operand, Reduce, Region, rewrite
 from refocus.lift import dtype_of
 from refocus.masks import never_empty
-from refocus.patterns.declined import Declined
+from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.softmax import Softmax, separate_mask
 from refocus.sizes import shape_of
 
@@ -49,8 +49,6 @@ def finish(
     draft: Draft, facts: Facts, out_dtype: str, zero_rows: bool
 ) -> tuple[Region, tuple[Binding, ...], tuple[Axis, ...]]:
     """The region, what its operands are bound to, and the site's axes in the order of the region's result."""
-    from refocus.recognize import _Stop
-
     soft, key = draft.softmax, draft.key
     mask = separate_mask(soft.logits)[1]
     weight_axes = frozenset().union(soft.logits.axes, soft.gate.axes, *(e.axes for e in soft.extra))
@@ -66,11 +64,11 @@ def finish(
         batch = [a for a in rest if a is not query]
     for dot in (n for n in soft.logits.walk() if isinstance(n, Dot)):
         if query in dot.key.axes:
-            raise _Stop(Declined("a key depends on the query", None))
+            raise Stop(Declined("a key depends on the query", None))
     if any(isinstance(n, Reduce) for e in (soft.logits, soft.gate, *soft.extra) for n in e.walk()):
-        raise _Stop(Declined("a sum that is not a product of queries and keys stands in the scores"))
+        raise Stop(Declined("a sum that is not a product of queries and keys stands in the scores"))
     if query in draft.values.axes:
-        raise _Stop(Declined("the values depend on the query"))
+        raise Stop(Declined("the values depend on the query"))
     order = [*batch, *([query] if query.name != "one" else []), *value]
     names = _axis_names(batch, query, key, value, [soft.logits, soft.gate, *soft.extra, draft.values])
     logits, hoisted = hoist_distances(soft.logits, query, key)

@@ -17,12 +17,12 @@ from torch import fx
 
 from refocus import simplify as s
 from refocus.facts import Candidate, Facts, candidates, contraction_operands, taint_of
-from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Region, Sym
-from refocus.lift import Lifter, Unliftable, dtype_of, is_tensor, op_name
+from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Reduce, Region
+from refocus.lift import Lifter, Unliftable, complexity, dtype_of, is_tensor, op_name
 from refocus.lift_reductions import CONTRACTIONS, operands_at
 from refocus.normal_form import Binding, Draft, finish
 from refocus.notation import notation
-from refocus.patterns.declined import Declined
+from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.sdpa import lift_sdpa
 from refocus.patterns.softmax import Softmax, match, terms_of
 from refocus.polynomial import to_poly
@@ -51,7 +51,6 @@ class Site:
     plain: bool
     dims: tuple[tuple[Axis, ...], ...]
     axes: tuple[tuple[Axis, ...], ...]  # per part: the site's axes in the order of the part's result
-    operands: tuple[tuple[str, fx.Node], ...] = ()
     interior: frozenset[fx.Node] = frozenset()
     family: str = "softmax"
 
@@ -135,13 +134,8 @@ def recognize_one(candidate: Candidate, facts: Facts) -> Site | Left:
         return _close(candidate, facts, axes, outcome) or left(Declined("is not closed"))
     except Unliftable as problem:
         return left(Declined(f"cannot be put in index notation: {problem}"))
-    except _Stop as stop:
+    except Stop as stop:
         return left(stop.declined)
-
-
-class _Stop(Exception):
-    def __init__(self, declined: Declined) -> None:
-        self.declined = declined
 
 
 @dataclass
@@ -283,10 +277,8 @@ def _expressions(lifted: _Lifted) -> list[Expr]:
 
 def _untidy(lifted: _Lifted) -> int:
     """How many index entries of loads are neither an axis, a constant, nor an axis over a constant."""
-    from refocus.lift import _complexity
-
     return sum(
-        _complexity(load.index) for e in _expressions(lifted) for load in (e.loads if not isinstance(e, Load) else (e,))
+        complexity(load.index) for e in _expressions(lifted) for load in (e.loads if not isinstance(e, Load) else (e,))
     )
 
 
@@ -334,7 +326,7 @@ def _close(candidate: Candidate, facts: Facts, axes: _Axes, lifted: _Lifted) -> 
             if _after(node, candidate.normaliser, facts) and user in facts.roots:
                 continue  # the same weights applied to other values, a site of its own
             what = "the probabilities are" if _after(node, candidate.normaliser, facts) else "a score is"
-            raise _Stop(Declined(f"{what} read elsewhere (by `{op_name(user)}`)", node.name))
+            raise Stop(Declined(f"{what} read elsewhere (by `{op_name(user)}`)", node.name))
     _no_writes_between(facts, interior | lifted.lifter.visited | {root}, root)
     drafts = [Draft(axes.flat(), mixed, lifted.key, soft, lifted.values) for mixed, _, soft in lifted.terms]
     parts, orders = [], []
@@ -354,8 +346,6 @@ def _close(candidate: Candidate, facts: Facts, axes: _Axes, lifted: _Lifted) -> 
     assert epilogue is not None
     plain = isinstance(epilogue, Load)
     if not (isinstance(lifted.rest, Const) and lifted.rest.value == 0):
-        from refocus.ir import Reduce
-
         epilogue = s.call(
             "add",
             epilogue,
@@ -371,7 +361,6 @@ def _close(candidate: Candidate, facts: Facts, axes: _Axes, lifted: _Lifted) -> 
         plain,
         tuple(tuple(g) for g in axes.dims),
         tuple(orders),
-        (),
         frozenset(interior),
     )
 
@@ -387,12 +376,10 @@ def _no_writes_between(facts: Facts, readers: set[fx.Node], root: fx.Node) -> No
             first_read[storage] = min(first_read.get(storage, facts.order[reader]), facts.order[reader])
     for position, storage in facts.writes:
         if first_read.get(storage, facts.order[root]) < position < facts.order[root]:
-            raise _Stop(Declined("a tensor it reads is written in place before it is used"))
+            raise Stop(Declined("a tensor it reads is written in place before it is used"))
 
 
 def _sum(axis: Axis, factor: Expr, part: Load, term: Expr) -> Expr:
-    from refocus.ir import Reduce
-
     return (
         Dot((axis,), factor, part, "float32")
         if axis in factor.axes and isinstance(term, Call)
@@ -432,6 +419,3 @@ def _sums_product(node: fx.Node) -> bool:
 
 def _after(node: fx.Node, normaliser: fx.Node, facts: Facts) -> bool:
     return facts.order[node] >= facts.order[normaliser]
-
-
-__all__ = ["Left", "Part", "Site", "Sym", "recognize", "recognize_one"]
