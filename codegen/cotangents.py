@@ -73,6 +73,21 @@ def why_not_trainable(region: Region, wanted: Collection[str]) -> str | None:
     return None
 
 
+@lru_cache(maxsize=256)
+def flows_into(region: Region) -> frozenset[str]:
+    """The operands that have a gradient: floats that flow into the result, and those that cancelled and are not read.
+
+    What only a mask or an index reads has none, as in eager code: not even zeros."""
+    read = {load.tensor for e in region.expressions for load in e.loads}
+    read |= {e.tensor for e in region.expressions if isinstance(e, Load)}
+    found = set()
+    for operand in region.operands:
+        shares = shares_of(cotangents(region, frozenset((operand.name,))))
+        if operand.name not in read or any(share.load.tensor == operand.name for share in shares):
+            found.add(operand.name)
+    return frozenset(found)
+
+
 def shares_of(found: Cotangents) -> tuple[Share, ...]:
     """All shares of a region together."""
     return (

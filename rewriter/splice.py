@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from refocus.codegen import operator
+from refocus.codegen.cotangents import flows_into
 from refocus.codegen.plan import Plan
 from refocus.evaluate import arange_env, evaluate, size_of
 from refocus.facts import Facts
@@ -280,6 +281,8 @@ def _dtype(binding: Hoisted) -> torch.dtype:
 
 def _attend(region: Any, plan: Plan, operands: list[Tensor], sizes: list[int], trained: bool) -> Tensor:
     if trained:
+        flows = flows_into(region)
+        operands = [t if o.name in flows else t.detach() for o, t in zip(region.operands, operands)]
         return operator.call_saving(region, plan, operands, sizes)
     if plan.engine in IN_GRAPH:
         result: Tensor = importlib.import_module(IN_GRAPH[plan.engine]).attend(region, plan, operands, sizes)
