@@ -390,7 +390,7 @@ def t5() -> tuple[nn.Module, Callable[[nn.Module, torch.Generator], Tensor]]:
 
 
 def swin() -> tuple[nn.Module, Callable[[nn.Module, torch.Generator], Tensor]]:
-    """Which quadrant of the picture is bright?"""
+    """Do the stripes lie or stand, and are they faint or strong?"""
     import transformers
 
     config = transformers.SwinConfig(
@@ -401,9 +401,10 @@ def swin() -> tuple[nn.Module, Callable[[nn.Module, torch.Generator], Tensor]]:
 
     def loss(call: nn.Module, data: torch.Generator) -> Tensor:
         which = torch.randint(0, 4, (8,), generator=data)
-        pictures = 0.3 * torch.randn(8, 1, 2, 16, 2, 16, generator=data)
-        pictures[torch.arange(8), 0, which // 2, :, which % 2] += 0.5
-        return F.cross_entropy(call(pixel_values=pictures.reshape(8, 1, 32, 32)).logits, which)
+        stripes = torch.arange(32).div(4, rounding_mode="floor").remainder(2).mul(2.0).sub(1.0)
+        stripes = torch.where(which[:, None, None] % 2 == 0, stripes[None, :, None], stripes[None, None, :])
+        pictures = (0.5 + which // 2)[:, None, None] * stripes + 0.3 * torch.randn(8, 32, 32, generator=data)
+        return F.cross_entropy(call(pixel_values=pictures[:, None]).logits, which)
 
     return model, loss
 
