@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from refocus.bodies import Retrace
@@ -45,6 +46,10 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
             traced = make_fx(Retrace(gm).run, pre_dispatch=not casts)(*values)
     except Exception as problem:  # anything may go wrong while tracing foreign code; the caller falls back
         raise CaptureFailed(f"{type(problem).__name__}: {problem}") from problem
+    for node in traced.graph.find_nodes(op="get_attr"):
+        if isinstance(_attribute(traced, node), FakeTensor):
+            # Under torch.vmap, for one, values are made that the tracer does not follow: it took one for a constant.
+            raise CaptureFailed("a value of the graph was lost when it was traced again")
     traced.meta.update(gm.meta)
     traced.graph.eliminate_dead_code()
     for old, new, value in zip(placeholders, traced.graph.find_nodes(op="placeholder"), values):

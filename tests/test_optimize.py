@@ -253,6 +253,27 @@ def test_graph_breaks() -> None:
         assert close(refocus.optimize(model, engine="tiled", require=True)(x), model(x))
 
 
+def test_a_graph_that_cannot_be_traced_again_runs_as_it_is() -> None:
+    """A scan expands to code under torch.vmap, whose values the tracer loses."""
+    from torch._higher_order_ops.associative_scan import associative_scan
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = Attention()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.attention(x)
+            return associative_scan(lambda a, b: a * 0.5 + b, y, dim=1, combine_mode="generic")
+
+    model = Mixed().eval()
+    x = torch.randn(2, 16, 32)
+    found: list[refocus.Report] = []
+    with torch.no_grad():
+        assert close(refocus.optimize(model, engine="tiled", report=found.append)(x), model(x))
+    assert all(site.fused for site in found[0].sites) or found[0].notes
+
+
 def test_containers_are_one_graph_and_many_models_are_compiled() -> None:
     x = torch.randn(1, 8, 32)
     for _ in range(10):  # more than Dynamo compiles from one code object
