@@ -51,17 +51,18 @@ def test_registry_has_every_model_twice() -> None:
 
 
 def test_peak_memory_is_what_is_alive_at_the_worst_moment() -> None:
-    def call(elements: int = 4_000_000) -> torch.Tensor:
+    def call(elements: int = 16_000_000) -> torch.Tensor:
         first = torch.ones(elements)
         second = first * 2
         del first
         return (second + 1).sum()  # two tensors at a time, never three
 
     call()
-    peak = peak_memory(call, device=CPU)
-    if peak is None:
+    peaks = [peak for peak in (peak_memory(call, device=CPU) for _ in range(3)) if peak is not None]
+    if not peaks:
         pytest.skip("this system does not tell")
-    assert 2 * 16e6 * 0.9 < peak < 2 * 16e6 * 1.2
+    # Threads that earlier tests left behind give memory back when they please: the middle one of three.
+    assert 2 * 64e6 * 0.9 < sorted(peaks)[len(peaks) // 2] < 2 * 64e6 * 1.2
 
 
 def test_peers_take_turns() -> None:
