@@ -253,6 +253,7 @@ def test_graph_breaks() -> None:
         assert close(refocus.optimize(model, engine="tiled", require=True)(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore::refocus.FallbackWarning")  # torch 2.11 notices later, when it compiles
 def test_a_graph_that_cannot_be_traced_again_runs_as_it_is() -> None:
     """A scan expands to code under torch.vmap, whose values the tracer loses."""
     from torch._higher_order_ops.associative_scan import associative_scan
@@ -271,7 +272,7 @@ def test_a_graph_that_cannot_be_traced_again_runs_as_it_is() -> None:
     found: list[refocus.Report] = []
     with torch.no_grad():
         assert close(refocus.optimize(model, engine="tiled", report=found.append)(x), model(x))
-    assert all(site.fused for site in found[0].sites) or found[0].notes
+    assert found[0].notes or all(site.fused or "failed" in site.reason for site in found[0].sites)
 
 
 def test_containers_are_one_graph_and_many_models_are_compiled() -> None:
