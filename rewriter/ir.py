@@ -86,7 +86,7 @@ class Expr:
             stack.extend(reversed(node.children))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Const(Expr):
     """A literal; `dtype` keeps 1, 1.0 and True apart."""
 
@@ -97,6 +97,12 @@ class Const(Expr):
         if self.value != self.value:
             object.__setattr__(self, "value", nan)  # one object, so that a NaN equals its own parse
         self._seal(())
+
+    def __eq__(self, other: object) -> bool:
+        # Written out, because dataclasses compare identical values first up to Python 3.12 only.
+        if not isinstance(other, Const):
+            return NotImplemented
+        return self.dtype == other.dtype and (self.value is other.value or self.value == other.value)
 
     __hash__ = Expr.__hash__
 
