@@ -30,6 +30,7 @@ class Facts:
     """Forward facts about every node of one graph."""
 
     graph: fx.Graph
+    flow: nx.DiGraph = field(default_factory=nx.DiGraph)  # from every node to those that read it
     order: dict[fx.Node, int] = field(default_factory=dict)
     nodes: dict[str, fx.Node] = field(default_factory=dict)
     pure: set[fx.Node] = field(default_factory=set)
@@ -145,6 +146,8 @@ def gather_facts(gm: fx.GraphModule, buffers: dict[fx.Node, torch.Tensor] | None
     unrecorded: dict[fx.Node, None] = {}  # computed from what needs a gradient, while none was recorded
     for position, node in enumerate(gm.graph.nodes):
         facts.order[node] = position
+        facts.flow.add_node(node)
+        facts.flow.add_edges_from((source, node) for source in node.all_input_nodes)
         facts.nodes[node.name] = node
         if node.op == "call_function" and getattr(node.target, "__name__", "") == "_set_grad_enabled":
             grad = bool(arguments(node)[0])
@@ -290,25 +293,21 @@ class Candidate:
 
 def candidates(facts: Facts) -> list[list[Candidate]]:
     """For every normaliser that reads a score product: the contractions it may flow into, nearest first."""
-    flow = nx.DiGraph()
-    for node in facts.order:
-        flow.add_edges_from((source, node) for source in node.all_input_nodes)
     groups: list[list[Candidate]] = []
-    covered: set[fx.Node] = set()
     for node in facts.order:
         if node.op != "call_function" or not is_tensor(node) or node in facts.pure:
             continue
         name = op_name(node)
         if name in ATTENTION_OPS:
             groups.append([Candidate(node, -1, node)])
-        elif name in NORMALISERS and node not in covered:
-            group = list(_reached(node, facts, covered))
-            if group and taint_of(node, facts):
+        elif name in NORMALISERS and taint_of(node, facts):
+            group = list(_reached(node, facts))
+            if group:
                 groups.append(group)
     return groups
 
 
-def _reached(normaliser: fx.Node, facts: Facts, covered: set[fx.Node]) -> Iterator[Candidate]:
+def _reached(normaliser: fx.Node, facts: Facts) -> Iterator[Candidate]:
     queue: list[tuple[fx.Node, int]] = [(normaliser, 0)]
     seen = {normaliser}
     while queue:
@@ -326,12 +325,11 @@ def _reached(normaliser: fx.Node, facts: Facts, covered: set[fx.Node]) -> Iterat
                     queue.append((user, mixes + 1))
                 if name != "sum":
                     continue
-            if name in NORMALISERS and name not in ("exp", "exp2"):
+            # Past another contraction, an exponential is one of other scores.
+            if name in NORMALISERS and (mixes or name not in ("exp", "exp2")):
                 continue
             if name in MOVES or name in OPERATIONS:
                 seen.add(user)
-                if name in NORMALISERS:
-                    covered.add(user)
                 queue.append((user, mixes))
 
 

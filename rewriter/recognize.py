@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import networkx as nx
 from torch import fx
 
 from refocus import simplify as s
@@ -106,7 +107,8 @@ def recognize(facts: Facts) -> list[Site | Left]:
             elif level is None:
                 lefts.setdefault(group[0].root, outcome)
     inner = {n for site in sites for n in (*site.interior, site.normaliser)}
-    kept = [x for root, x in lefts.items() if root not in done and x.root not in done and x.normaliser not in inner]
+    gone = done | inner
+    kept = [x for root, x in lefts.items() if not {root, x.root} & gone and x.normaliser not in inner]
     return sorted([*sites, *kept], key=lambda x: facts.order[x.root])
 
 
@@ -392,23 +394,10 @@ def _interior(candidate: Candidate, facts: Facts, lifted: _Lifted) -> set[fx.Nod
     if candidate.weights < 0:
         return set()
     scores = {n for n in lifted.lifter.visited if op_name(n) in CONTRACTIONS or _sums_product(n)}
-    below: set[fx.Node] = set()
-    stack = [candidate.root]
-    stop = facts.order
-    while stack:
-        node = stack.pop()
-        for source in node.all_input_nodes:
-            if source in lifted.lifter.visited and source not in below and source in stop:
-                below.add(source)
-                stack.append(source)
-    forward: set[fx.Node] = set()
-    stack = [n for n in scores if n in below]
-    while stack:
-        node = stack.pop()
-        if node in forward or node not in below:
-            continue
-        forward.add(node)
-        stack.extend(u for u in node.users if u in below)
+    read = facts.flow.subgraph({*lifted.lifter.visited, candidate.root})
+    below = nx.ancestors(read, candidate.root)
+    starts = scores & below
+    forward = starts.union(*(nx.descendants(read, start) & below for start in starts))
     return {n for n in forward if is_tensor(n) or op_name(n) in ("split", "chunk", "unbind", "max")}
 
 

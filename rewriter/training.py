@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+import networkx as nx
 from torch import fx
 
 from refocus.facts import Facts
@@ -51,17 +52,7 @@ def with_cancelled(site: Site, facts: Facts) -> Site:
 
 def _leaves(nodes: Iterable[fx.Node], facts: Facts) -> set[fx.Node]:
     """The inputs of the graph that require a gradient and reach one of these nodes."""
-    found: set[fx.Node] = set()
-    seen: set[fx.Node] = set()
-    stack = [n for n in nodes if n in facts.needs_grad]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.op == "placeholder":
-            found.add(node)
-        stack.extend(n for n in node.all_input_nodes if n in facts.needs_grad)
-    return found
-
-
+    trained = facts.flow.subgraph(facts.needs_grad)
+    ends = [n for n in nodes if n in facts.needs_grad]
+    reaching = set(ends).union(*(nx.ancestors(trained, end) for end in ends))
+    return {n for n in reaching if n.op == "placeholder"}

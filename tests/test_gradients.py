@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -128,12 +129,28 @@ def switched_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).masked_fill(v[:, None, :, 0] > 0.5, -1e9).softmax(-1) @ k
 
 
+def temperature_by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Two exponentials on one path: a learned temperature's, before the scores, and the softmax's own."""
+    scores = (k * v.mean((0, 2), keepdim=True).exp()) @ q.mT  # [h, j, i]
+    weights = torch.exp2((scores - scores.amax(1, keepdim=True).detach()) * math.log2(math.e))
+    return torch.einsum("hji,hjd->hid", weights / weights.sum(1, keepdim=True), v)
+
+
 def one_tensor_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).softmax(-1) @ k + 0 * v
 
 
 @pytest.mark.parametrize(
-    "attend", [detached_keys, detached_scores, scores_without_grad, detached_shift, switched_keys, one_tensor_twice]
+    "attend",
+    [
+        detached_keys,
+        detached_scores,
+        scores_without_grad,
+        detached_shift,
+        switched_keys,
+        temperature_by_hand,
+        one_tensor_twice,
+    ],
 )
 def test_gradients_stop_where_the_model_stops_them(attend: Callable[..., Tensor]) -> None:
     inputs = torch.randn(3, 2, 20, 8).unbind()
