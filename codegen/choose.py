@@ -35,21 +35,22 @@ def plan_part(
     engine: str | None,
     was_sdpa: bool,
     trained: Collection[str] | None = None,
+    written: Region | None = None,
 ) -> Chosen | Leave:
     """A plan for one region. `numbers`: representative values of its symbolic sizes, for cost alone; `was_sdpa`: the
     model itself calls PyTorch's fused attention here; `trained`: the operands that need gradients, if a backward will
-    be asked for.
+    be asked for; `written`: the region as the model spells it, where this one is over other axes.
 
     Raises EngineUnavailable when the named engine cannot run on this machine at all.
     """
     if trained is not None:
-        return _plan_training(region, numbers, device, engine, was_sdpa, trained)
+        return _plan_training(region, numbers, device, engine, was_sdpa, trained, written)
     if engine is not None:
         return _forced(region, device, engine)
     if device.type == "cpu":
         from refocus.codegen.policy import choose_cpu  # what it weighs up, FlexAttention among it, is slow to import
 
-        return choose_cpu(region, numbers, was_sdpa)
+        return choose_cpu(region, numbers, was_sdpa, written)
     reason = unsupported("triton", region)
     if reason is not None:
         return Leave(f"the triton engine does not take it: {reason}")
@@ -63,6 +64,7 @@ def _plan_training(
     engine: str | None,
     was_sdpa: bool,
     trained: Collection[str],
+    written: Region | None,
 ) -> Chosen | Leave:
     from refocus.codegen.backward_fit import supports_backward
     from refocus.codegen.policy import choose_training, training_plan
@@ -71,7 +73,7 @@ def _plan_training(
     if reason is not None:
         return Leave(f"its gradient cannot be generated: {reason}")
     if engine is None and device.type == "cpu":
-        return choose_training(region, numbers, was_sdpa)
+        return choose_training(region, numbers, was_sdpa, written)
     if engine is not None and engine not in TRAINERS:
         return Leave(f"needs gradients, and the {engine} engine has no backward")
     if engine in (None, "triton"):

@@ -10,6 +10,7 @@ head, of the pairs:
     SDPA + mask       all                         1.5 + d/25     2.0    2.7    4.1    7.3
     cpp, 64 x 64      tiles that are not empty    1.7 + d/30     2.2    2.9    3.8    5.9
     cpp, 128 x 128    tiles that are not empty    7% less
+    cpp, 32 x 32      tiles that are not empty    25% more
 
 So PyTorch's kernel is never much worse on dense and causal regions, and needs no compilation; a bias or a half-empty
 mask already favours cpp; and a window of 256 in 4096 tokens is 24 times faster than compiled eager code and 14 times
@@ -28,17 +29,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from refocus import simplify
 from refocus.codegen import cpp, sdpa
 from refocus.codegen.heads import Fitted, fit
 from refocus.codegen.plan import Chosen, Leave, Plan
+from refocus.codegen.readings import live_share
 from refocus.evaluate import size_of
-from refocus.ir import TRUE, Call, Const, Expr, Load, Region, Sym
-from refocus.masks import count_tiles
-from refocus.simplify import conjuncts
+from refocus.ir import TRUE, Call, Expr, Load, Region, Sym
 
 # Tiles of the cpp engine, and how its cost for a pair compares.
-_TILES = (((64, 64), 1.0), ((128, 128), 0.93))
+_TILES = (((32, 32), 1.25), ((64, 64), 1.0), ((128, 128), 0.93))
 _FEW_QUERIES = 16
 # Scores that stay in the last cache (32 MiB of float32) cost eager code about half: a padded encoder of 1024 tokens
 # and 4 heads ran at 3.6 ns a pair, and lost to cpp's 3.8 end to end.
@@ -70,17 +69,20 @@ class Work:
         return self.key_heads * self.keys * (self.width + self.value_width) * 4 * _NS_A_BYTE
 
 
-def choose_cpu(region: Region, numbers: Mapping[Sym, int], was_sdpa: bool = False) -> Chosen | Leave:
+def choose_cpu(
+    region: Region, numbers: Mapping[Sym, int], was_sdpa: bool = False, written: Region | None = None
+) -> Chosen | Leave:
     """The engine that should run `region` at these sizes, with its tiles, or the advice to leave it.
 
-    `was_sdpa`: the model calls PyTorch's attention here itself, so that leaving it costs what that costs.
+    `was_sdpa`: the model calls PyTorch's attention here itself, so that leaving it costs what that costs. `written`:
+    what the model computes there, if not over the same axes (keys gathered for each query).
     """
     fitted = fit(region)
     if isinstance(fitted, str):
         return Leave(f"no CPU engine takes it: {fitted}")
     work = _work(fitted, numbers)
     costs: dict[str, float] = {}
-    leave = _eager_cost(work)
+    leave = _eager_cost(work) if written is None else _gathered_cost(written, numbers)
     # Where keys and values differ in width, PyTorch computes the scores densely.
     if sdpa.supports(region) is None and work.width == work.value_width:
         cost = _sdpa_cost(region, work, numbers)
@@ -100,7 +102,9 @@ def choose_cpu(region: Region, numbers: Mapping[Sym, int], was_sdpa: bool = Fals
     return Chosen(Plan(engine, block_q=blocks[0], block_k=blocks[1]), reason)
 
 
-def choose_training(region: Region, numbers: Mapping[Sym, int], was_sdpa: bool = False) -> Chosen | Leave:
+def choose_training(
+    region: Region, numbers: Mapping[Sym, int], was_sdpa: bool = False, written: Region | None = None
+) -> Chosen | Leave:
     """As `choose_cpu`, where a backward will be asked for: only the tiled engine has one on CPU.
 
     Forward and backward together take 16 to 18 ns a pair compiled, about 7 through SDPA, and 24 to 36 ns for each pair
@@ -110,7 +114,9 @@ def choose_training(region: Region, numbers: Mapping[Sym, int], was_sdpa: bool =
     queries, keys = (size_of(a.size, numbers) for a in (region.query, region.key))
     plan = training_plan("tiled")
     leave = batch * queries * keys * (7.0 if was_sdpa else 17.0)
-    cost = batch * queries * keys * 32.0 * _live(region, plan.block_q, plan.block_k, numbers) + _LAUNCH
+    if written is not None:
+        leave = _gathered_cost(written, numbers, training=True)
+    cost = batch * queries * keys * 32.0 * live_share(region, plan.block_q, plan.block_k, numbers) + _LAUNCH
     sizes = f"{batch} heads x {queries} queries x {keys} keys"
     if cost > _GAIN * leave or leave - cost < _LEAST_GAIN:
         return Leave(f"needs gradients, and no engine with a backward is faster at {sizes}; engine='tiled' trains it")
@@ -143,6 +149,21 @@ def _eager_cost(work: Work) -> float:
     return work.pairs * (3.8 + work.width / 24) * cached + work.reading * (1 + copied)
 
 
+def _gathered_cost(region: Region, numbers: Mapping[Sym, int], training: bool = False) -> float:
+    """As `_eager_cost`, where keys and values are gathered for each query or block of queries.
+
+    Inductor fuses products of one row with the gather: forward it takes 3.5 to 7.5 ns a pair (d=64), but its backward
+    scatters every gathered element, which with the rest takes 265 to 330 ns a pair. Blocks are copied and multiplied:
+    8 ns a pair, 11 to 18 with the backward (4096 tokens, window 64, one core, `benchmarks/windows.py`)."""
+    pairs = math.prod(size_of(a.size, numbers) for a in (*region.batch, region.query, region.key))
+    sides = [region.values, *(dot.key for dot in region.dots)]
+    copied = sum(math.prod(size_of(a.size, numbers) for a in side.axes) for side in sides)
+    width = copied / max(1, pairs) * size_of(region.query.size, numbers)
+    if size_of(region.query.size, numbers) == 1:
+        return pairs * width * (2.2 if training else 0.045)
+    return pairs * (3.8 + width / 48) * (2.0 if training else 1.0) + copied * 4 * _NS_A_BYTE * 3
+
+
 def _sdpa_cost(region: Region, work: Work, numbers: Mapping[Sym, int]) -> float:
     if sdpa.plain(region):
         visited = work.pairs * (1.0 if region.mask == TRUE else 0.55 if work.keys >= 2048 else 0.75)
@@ -171,7 +192,7 @@ def _cpp_cost(fitted: Fitted, work: Work, numbers: Mapping[Sym, int]) -> tuple[f
     best = math.inf, (64, 64)
     tiles = _TILES if work.queries > _FEW_QUERIES else (((16, 128), 1.0),)
     for (block_q, block_k), factor in tiles:
-        live = _live(region, block_q, block_k, numbers)
+        live = live_share(region, block_q, block_k, numbers)
         rows = work.heads * -(-work.queries // block_q)
         cost = fixed + work.pairs * live * each * factor + work.reading * live + rows * _TILE
         best = min(best, (cost, (block_q, block_k)))
@@ -185,26 +206,3 @@ def _function_cost(score: Expr | None) -> float:
     nodes = list(score.walk())
     loads = sum(isinstance(n, Load) and bool(n.index) for n in nodes)
     return loads * 1.1 + sum(isinstance(n, Call) and n.op in _SLOW for n in nodes) * 1.2
-
-
-def _reads_pairs(part: Expr, region: Region) -> bool:
-    """Whether a tensor is read for each pair: a dense mask says nothing about tiles before it is read."""
-    return any({region.query, region.key} <= load.axes for load in part.loads)
-
-
-def _live(region: Region, block_q: int, block_k: int, numbers: Mapping[Sym, int]) -> float:
-    """The share of tiles that are not empty: counted for the closed part of the mask, guessed for what is loaded."""
-    closed: Expr = TRUE
-    loaded = 1.0
-    for part in conjuncts(region.mask):
-        if not part.loads:
-            closed = simplify.and_(closed, part)
-        elif region.query in part.axes and region.key in part.axes and not _reads_pairs(part, region):
-            loaded *= 0.7  # documents, clusters
-    if closed == TRUE or isinstance(closed, Const):
-        return loaded
-    batch = [a for a in region.batch if a in closed.axes and size_of(a.size, numbers) <= 64]
-    if any(a in closed.axes and a not in batch for a in region.batch):
-        return loaded
-    tiles = count_tiles(closed, batch, region.query, region.key, block_q, block_k, {}, numbers)
-    return loaded * (1 - tiles.empty / max(1, sum(tiles)))

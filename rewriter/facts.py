@@ -362,7 +362,7 @@ def taint_of(node: fx.Node, facts: Facts) -> frozenset[fx.Node]:
             continue
         seen.add(n)
         name = op_name(n)
-        if name in CONTRACTIONS:
+        if name in CONTRACTIONS or (name == "sum" and _is_product_sum(n)):
             found.add(n)
         elif n.op == "call_function" and (name in MOVES or name in OPERATIONS) and n not in facts.pure:
             stack.extend(

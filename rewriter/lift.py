@@ -81,6 +81,7 @@ class Known(Protocol):
     opaque: set[fx.Node]  # written in place somewhere: never looked through
     lifted: dict[tuple[fx.Node, Index], Expr]  # pure values, shared by all sites
     cuts: set[fx.Node]  # no gradient flows through these
+    storage: dict[fx.Node, int]  # equal for views of one tensor
 
     def closed_form(self, node: fx.Node) -> Expr | None: ...
 
@@ -91,7 +92,8 @@ class Lifter:
 
     `key_axes` / `query_axes` are what the cut looks at; softmax-like handlers add the axes they reduce over to the key
     axes. `tainted(node)` says whether a node may hold scores of this site. `visited` collects every node lifted
-    through, `blame` is the first operation that stopped a value which may hold scores.
+    through, `blame` is the first operation that stopped a value which may hold scores. With `far`, what an operation
+    has copied or repeated (a roll, a gather, overlapping windows) is read where it was before.
     """
 
     known: Known
@@ -100,6 +102,7 @@ class Lifter:
     query_axes: set[Axis] = field(default_factory=set)
     visited: set[fx.Node] = field(default_factory=set)
     blame: fx.Node | None = None
+    far: bool = False
     budget: int = 20_000
     _memo: dict[tuple[fx.Node, Index], Expr] = field(default_factory=dict)
 
@@ -209,11 +212,13 @@ class Lifter:
         if not is_tensor(node) or not below.is_float or self.inside(index):
             return below
         if isinstance(below, Load):
+            source = self.known.nodes[below.tensor]
+            if self.far and (self.known.storage[node] != self.known.storage[source] or _numel(node) > _numel(source)):
+                return below
             here = complexity(index)
             there = complexity(below.index)
             if here != there:
                 return self.leaf(node, index) if here < there else below
-            source = self.known.nodes[below.tensor]
             smaller = (_numel(source), source.meta["val"].dim()) < (_numel(node), node.meta["val"].dim())
             return below if smaller else self.leaf(node, index)
         if holds_scores(below) or node in self.known.pure or isinstance(below, Const):

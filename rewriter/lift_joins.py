@@ -15,7 +15,7 @@ from torch import fx
 from refocus import simplify as s
 from refocus.ir import BOOL, Const, Expr
 from refocus.lift import Handler, Index, Lifter, arguments, dtype_of, kind_of, op_name
-from refocus.lift_views import arguments_of, dimension, start_of
+from refocus.lift_views import PARTS, arguments_of, dimension, start_of
 from refocus.simplify import Knowledge
 from refocus.sizes import shape_of, size_expr
 
@@ -37,6 +37,10 @@ def _cat(lift: Lifter, node: fx.Node, index: Index) -> Expr:
     dim = dimension(dim, len(index))
     parts = [t for t in tensors if not (len(shape_of(t)) == 1 and shape_of(t)[0] == Const(0) and len(index) > 1)]
     sizes = [shape_of(t)[dim] for t in parts]
+    if all(size == Const(1) for size in sizes):
+        run = _run(lift, [(t, (*index[:dim], Const(0), *index[dim + 1 :])) for t in parts], index[dim])
+        if run is not None:
+            return run
     start: Expr = Const(0)
     pieces: list[tuple[Expr, Expr]] = []  # (end, value)
     for tensor, size in zip(parts, sizes):
@@ -57,10 +61,40 @@ def _cat(lift: Lifter, node: fx.Node, index: Index) -> Expr:
     return value
 
 
+def _run(lift: Lifter, parts: list[tuple[fx.Node, Index]], which: Expr) -> Expr | None:
+    """Parts of one tensor at places in arithmetic progression, read at the place of part number `which`.
+
+    stack([x[:, 0:n], x[:, 1:n+1], x[:, 2:n+2]])[w, b, i]   ->   x[b, i + w]
+    """
+    viewed = [_viewed(*part) for part in parts]
+    source = viewed[0][0]
+    if len(viewed) < 2 or any(node is not source for node, _ in viewed):
+        return None
+    place = []
+    for entries in zip(*(index for _, index in viewed)):
+        step = s.sub(entries[1], entries[0])
+        if not isinstance(step, Const) or any(
+            s.sub(entry, entries[0]) != s.mul(step, k) for k, entry in enumerate(entries)
+        ):
+            return None
+        place.append(s.add(entries[0], s.mul(step, which)))
+    return lift.at(source, place)
+
+
+def _viewed(node: fx.Node, index: Index) -> tuple[fx.Node, Index]:
+    """The tensor that parts of parts are of, and the position in it."""
+    while op_name(node) in PARTS:
+        node, index = PARTS[op_name(node)](node, index)
+    return node, index
+
+
 def _stack(lift: Lifter, node: fx.Node, index: Index) -> Expr:
     tensors, dim = arguments_of(node, "tensors", "dim", dim=0)
     dim = dimension(dim, len(index))
     rest = index[:dim] + index[dim + 1 :]
+    run = _run(lift, [(t, rest) for t in tensors], index[dim])
+    if run is not None:
+        return run
     value = lift.at(tensors[-1], rest)
     for k in reversed(range(len(tensors) - 1)):
         value = s.where(s.eq(index[dim], k), lift.at(tensors[k], rest), value)

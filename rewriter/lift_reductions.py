@@ -11,7 +11,7 @@ from torch import fx
 
 from refocus import simplify as s
 from refocus.ir import BOOL, INT, Axis, Call, Const, Expr, Reduce
-from refocus.lift import Handler, Index, Lifter, arguments, contract, dtype_of, kind_of
+from refocus.lift import Handler, Index, Lifter, arguments, contract, dtype_of, kind_of, op_name
 from refocus.sizes import shape_of
 
 
@@ -40,6 +40,12 @@ def reduce_over(
     axes = {d: reduced_axis(lift, node, d, shape[d], index) for d in gone}
     rest = iter(x for k, x in enumerate(index) if not keep or k not in axes)
     position = tuple(axes[d] if d in axes else next(rest) for d in range(rank))
+    product = op == "sum" and op_name(source) in ("mul", "multiply") and kind_of(dtype) not in (INT, BOOL)
+    if product and not any(a in lift.key_axes for a in axes.values()):
+        # multiply and sum: a product of queries and keys, though what is multiplied may lie outside of the region
+        lift.visited.add(source)
+        factors = [lift.broadcast(a, position, dtype) for a in arguments(source)[:2]]
+        return contract(tuple(axes.values()), [f for x in factors for f in _factors(x)], lift, dtype)
     return reduction(lift, op, tuple(axes.values()), lift.at(source, position), dtype)
 
 

@@ -8,6 +8,7 @@ x[idx][i]                    ->  x[idx[i]]
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from refocus import simplify as s
 from refocus.ir import BOOL, Const, Expr
 from refocus.lift import Handler, Index, Lifter, arguments, dtype_of, is_tensor, kind_of, op_name
 from refocus.sizes import shape_of, size_expr
+
+Place = tuple[fx.Node, Index]
 
 
 def dimension(dim: int, rank: int) -> int:
@@ -132,10 +135,10 @@ def _expand(lift: Lifter, node: fx.Node, index: Index) -> Expr:
     return lift.broadcast(arguments(node)[0], index)
 
 
-def _unsqueeze(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+def _unsqueeze(node: fx.Node, index: Index) -> Place:
     source, dim = arguments_of(node, "self", "dim")
     dim = dimension(dim, len(index))
-    return lift.at(source, index[:dim] + index[dim + 1 :])
+    return source, index[:dim] + index[dim + 1 :]
 
 
 def _squeeze(lift: Lifter, node: fx.Node, index: Index) -> Expr:
@@ -184,25 +187,37 @@ def start_of(value: Any, size: Expr) -> Expr:
     return start
 
 
-def _slice(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+def _slice(node: fx.Node, index: Index) -> Place:
     source, dim, start, _, step = arguments_of(node, "self", "dim", "start", "end", "step", dim=0, step=1)
     dim = dimension(dim, len(index))
     first = s.minimum(start_of(start, shape_of(source)[dim]), shape_of(source)[dim])
-    return lift.at(source, [s.add(first, s.mul(x, size_expr(step))) if k == dim else x for k, x in enumerate(index)])
+    at = s.add(first, s.mul(index[dim], size_expr(step)))
+    return source, (*index[:dim], at, *index[dim + 1 :])
 
 
-def _narrow(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+def _narrow(node: fx.Node, index: Index) -> Place:
     source, dim, start, _ = arguments_of(node, "self", "dim", "start", "length")
     dim = dimension(dim, len(index))
     first = start_of(start, shape_of(source)[dim])
-    return lift.at(source, [s.add(first, x) if k == dim else x for k, x in enumerate(index)])
+    return source, (*index[:dim], s.add(first, index[dim]), *index[dim + 1 :])
 
 
-def _select(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+def _select(node: fx.Node, index: Index) -> Place:
     source, dim, at = arguments_of(node, "self", "dim", "index")
     shape = shape_of(source)
     dim = dimension(dim, len(shape))
-    return lift.at(source, (*index[:dim], start_of(at, shape[dim]), *index[dim:]))
+    return source, (*index[:dim], start_of(at, shape[dim]), *index[dim:])
+
+
+# What is part of one tensor: the position there.
+PARTS: dict[str, Callable[[fx.Node, Index], Place]] = {
+    "unsqueeze": _unsqueeze, "slice": _slice, "narrow": _narrow, "select": _select,
+}  # fmt: skip
+
+
+def _part(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    source, position = PARTS[op_name(node)](node, index)
+    return lift.at(source, position)
 
 
 def _getitem(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
@@ -363,8 +378,8 @@ VIEWS: dict[str, Handler] = {
     **dict.fromkeys(("contiguous", "clone", "alias", "detach", "lift_fresh", "lift_fresh_copy", "positive"), _same),
     **dict.fromkeys(("squeeze", "squeeze_copy"), _squeeze),
     **dict.fromkeys(("to", "_to_copy", "type_as", "float", "half", "bfloat16", "double"), _as_typed),
-    "permute": _permute, "unsqueeze": _unsqueeze, "repeat_interleave": _repeat_interleave, "slice": _slice,
-    "narrow": _narrow, "select": _select, "getitem": _getitem, "index": _advanced, "index_select": _index_select,
+    **dict.fromkeys(PARTS, _part), "permute": _permute, "repeat_interleave": _repeat_interleave, "getitem": _getitem,
+    "index": _advanced, "index_select": _index_select,
     "gather": _gather, "take_along_dim": _take_along_dim, "embedding": _embedding, "flip": _flip, "roll": _roll,
     "diagonal": _diagonal, "unfold": _unfold,
 }  # fmt: skip

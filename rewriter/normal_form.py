@@ -13,7 +13,7 @@ from refocus import simplify as s
 from refocus.dropout import dropping
 from refocus.facts import Facts
 from refocus.hoist import Hoisted, hoist_distances
-from refocus.ir import Axis, Const, Dot, Expr, Load, Operand, Reduce, Region, rewrite
+from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Operand, Reduce, Region, rewrite
 from refocus.lift import dtype_of
 from refocus.masks import never_empty
 from refocus.patterns.declined import Declined, Stop
@@ -161,6 +161,18 @@ class _Operands:
     def values(self, value: Expr) -> Expr:
         return self._side(value, "v")
 
+    def _in_rows(self, load: Load) -> bool:
+        """Whether an axis is taken apart into dimensions of a tensor that the load reads all of, each element once."""
+        apart = {
+            e.args[0]
+            for e in load.index
+            if isinstance(e, Call) and e.op in ("floordiv", "mod") and isinstance(e.args[0], Axis) and not e.loads
+        }
+        if not apart or load.tensor not in self.facts.nodes:
+            return False
+        shape = shape_of(self.facts.nodes[load.tensor])
+        return s.mul(*(a.size for a in load.axes)) == s.mul(*(d for d, e in zip(shape, load.index) if e.axes))
+
     def _load(self, load: Load, role: str) -> Load:
         outside, site = self.hoisted.get(load.tensor), dropping(load.tensor)
         if site is not None:
@@ -181,8 +193,9 @@ class _Operands:
         return self.operands[tag].name
 
     def _side(self, value: Expr, role: str) -> Expr:
-        """One side of a dot product: a load stays one, anything else is computed outside and loaded."""
-        if isinstance(value, Load):
+        """One side of a dot product: a load stays one, anything else is computed outside and loaded. So is a tensor
+        with tokens in rows and columns, of which a view has them in one dimension."""
+        if isinstance(value, Load) and not self._in_rows(value):
             return self._load(value, role)
         axes = tuple(sorted(value.axes, key=lambda a: list(self.names).index(a)))
         dtype = next((x.dtype for x in value.loads if x.is_float), value.dtype)

@@ -26,8 +26,9 @@ from refocus.bodies import with_bodies
 from refocus.capture import CaptureFailed, capture
 from refocus.codegen.choose import plan_part
 from refocus.codegen.plan import Leave, Plan
+from refocus.codegen.readings import prefers_tokens
 from refocus.errors import RegionNotFused
-from refocus.facts import gather_facts
+from refocus.facts import Facts, gather_facts
 from refocus.options import Options
 from refocus.recognize import Left, Site, recognize
 from refocus.report import Report, joined
@@ -86,11 +87,8 @@ def _rewrite_outer(gm: fx.GraphModule, options: Options, inputs: Sequence[Any]) 
         if isinstance(site, Left):
             rows.append(describe_left(name, site))
             continue
+        site, plans, reason = _plan(site, facts, options)
         trained = trained_operands(site, facts)
-        if any(trained):
-            site = with_cancelled(site, facts)
-            trained = trained_operands(site, facts)
-        plans, reason = _plan(site, trained, options)
         if plans is not None:
             try:
                 splicer.replace(site, plans, any(trained))
@@ -112,11 +110,20 @@ def _rewrite_outer(gm: fx.GraphModule, options: Options, inputs: Sequence[Any]) 
     return Rewritten(traced, report, tuple(assumed))
 
 
-def _plan(site: Site, trained: list[frozenset[str]], options: Options) -> tuple[list[Plan] | None, str]:
-    """A plan for every part, or the reason to leave the site."""
+def _plan(site: Site, facts: Facts, options: Options) -> tuple[Site, list[Plan] | None, str]:
+    """The site in the reading that is least work, and a plan for every part, or the reason to leave it."""
+    written = site
+    if site.banded is not None and all(
+        prefers_tokens(over.region, part.region, numbers_of(site)) for over, part in zip(site.banded.parts, site.parts)
+    ):
+        site = site.banded
+    trained = trained_operands(site, facts)
+    if any(trained):
+        site = with_cancelled(site, facts)
+        trained = trained_operands(site, facts)
     plans = []
     reasons = []
-    for part, names in zip(site.parts, trained):
+    for part, before, names in zip(site.parts, written.parts, trained):
         outcome = plan_part(
             part.region,
             numbers_of(site),
@@ -124,12 +131,13 @@ def _plan(site: Site, trained: list[frozenset[str]], options: Options) -> tuple[
             options.engine,
             site.normaliser is site.root,
             names if any(trained) else None,
+            before.region if site.over_tokens else None,
         )
         if isinstance(outcome, Leave):
-            return None, outcome.reason
+            return site, None, outcome.reason
         plans.append(outcome.plan)
         reasons.append(outcome.reason)
-    return plans, reasons[0] if reasons else ""
+    return site, plans, reasons[0] if reasons else ""
 
 
 def _require(report: Report) -> None:

@@ -11,16 +11,19 @@ close       no value that holds scores may be read elsewhere, and nothing it rea
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import networkx as nx
 from torch import fx
 
 from refocus import simplify as s
+from refocus.bands import Reading, to_tokens, unflatten
 from refocus.facts import Candidate, Facts, candidates, contraction_operands, taint_of
 from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Reduce, Region
-from refocus.lift import Lifter, Unliftable, complexity, dtype_of, is_tensor, op_name
+from refocus.lift import Lifter, Unliftable, arguments, complexity, dtype_of, is_tensor, op_name
 from refocus.lift_reductions import CONTRACTIONS, operands_at
+from refocus.lift_tables import MOVES
 from refocus.normal_form import Binding, Draft, finish
 from refocus.notation import notation
 from refocus.patterns.declined import Declined, Stop
@@ -54,6 +57,8 @@ class Site:
     axes: tuple[tuple[Axis, ...], ...]  # per part: the site's axes in the order of the part's result
     interior: frozenset[fx.Node] = frozenset()
     family: str = "softmax"
+    banded: Site | None = None  # the same over tokens, where the key axis counts offsets
+    over_tokens: bool = False  # this is such a reading
 
     def __str__(self) -> str:
         return f"{self.root}:\n" + "\n".join(notation(part.region) for part in self.parts)
@@ -133,11 +138,51 @@ def recognize_one(candidate: Candidate, facts: Facts) -> Site | Left:
             outcome, axes = again, split
         if isinstance(outcome, Declined):
             return left(outcome)
-        return _close(candidate, facts, axes, outcome) or left(Declined("is not closed"))
+        site = _close(candidate, facts, axes, outcome)
+        return replace(site, banded=_over_tokens(candidate, facts, axes, outcome))
     except Unliftable as problem:
         return left(Declined(f"cannot be put in index notation: {problem}"))
     except Stop as stop:
         return left(stop.declined)
+
+
+def _over_tokens(candidate: Candidate, facts: Facts, axes: _Axes, near: _Lifted) -> Site | None:
+    """The site over the tokens that its key axis reaches, where that is an axis of offsets (see `refocus.bands`)."""
+    if not any(near.key in x.axes and _gathered(facts.nodes[x.tensor]) for x in _all_loads(near) if x.is_float):
+        return None
+    try:
+        far = _attempt(candidate, facts, axes, far=True)
+        if isinstance(far, Declined) or not (isinstance(far.rest, Const) and far.rest.value == 0):
+            return None
+        softs = tuple(soft for _, _, soft in far.terms)
+        queries = frozenset(far.lifter.query_axes)
+        reading = Reading(far.key, far.values, softs, tuple(axes.flat()))
+        found = to_tokens(reading, queries, lambda name: shape_of(facts.nodes[name]))
+        if isinstance(found, Declined):
+            return None
+        over = found.reading
+        terms = [(mixed, factor, soft) for (mixed, factor, _), soft in zip(far.terms, over.softs)]
+        banded = replace(far, key=over.key, values=over.values, terms=terms)
+        return replace(_close(candidate, facts, axes, banded, over.free, found.places), over_tokens=True)
+    except (Unliftable, Stop):
+        return None
+
+
+def _gathered(node: fx.Node) -> bool:
+    """Whether a value was read from others at several places at once, without being computed with."""
+    while op_name(node) in MOVES and is_tensor(node):
+        source = arguments(node)[0]
+        if op_name(node) in _GATHERS:
+            return True
+        if not isinstance(source, fx.Node):
+            return False
+        node = source
+    return False
+
+
+_GATHERS = frozenset(
+    ("unfold", "index", "index_select", "gather", "take_along_dim", "roll", "as_strided", "im2col", "stack", "cat")
+)
 
 
 @dataclass
@@ -152,10 +197,10 @@ class _Lifted:
     zero_rows: bool
 
 
-def _attempt(candidate: Candidate, facts: Facts, axes: _Axes) -> _Lifted | Declined:
+def _attempt(candidate: Candidate, facts: Facts, axes: _Axes, far: bool = False) -> _Lifted | Declined:
     root = candidate.root
     index = axes.index()
-    lifter = Lifter(facts)
+    lifter = Lifter(facts, far=far)
     if candidate.weights < 0:
         found = lift_sdpa(lifter, root, index)
         if isinstance(found, Declined):
@@ -179,9 +224,9 @@ def _attempt(candidate: Candidate, facts: Facts, axes: _Axes) -> _Lifted | Decli
     if candidate.root is values_node:
         return Declined("the weights meet themselves", op_name(root))
     keys = [a for a in summed if any(a in e.axes for e in weights_index) and any(a in e.axes for e in values_index)]
-    if len(keys) != 1 or len(summed) != 1:
+    if not keys or len(keys) != len(summed):
         return Declined("the values are not summed over one key axis", op_name(root))
-    key = keys[0]
+    key, weights_index, values_index = _one_key(keys, weights_index, values_index)
     lifter.key_axes.add(key)
     taint = taint_of(weights_node, facts)
     reach: dict[fx.Node, bool] = {}
@@ -217,6 +262,15 @@ def _attempt(candidate: Candidate, facts: Facts, axes: _Axes) -> _Lifted | Decli
         return Declined("the weights are not normalised over the keys")
     safe = any(op_name(n) == "_safe_softmax" for n in lifter.visited)
     return _Lifted(key, values, cores, rest, lifter, safe)
+
+
+def _one_key(keys: list[Axis], *indices: tuple[Expr, ...]) -> tuple[Axis, tuple[Expr, ...], tuple[Expr, ...]]:
+    """Keys in rows and columns of a window are one axis: the softmax runs over all of them."""
+    key = keys[0] if len(keys) == 1 else Axis(f"{keys[0].name}.all", s.mul(*(a.size for a in keys)))
+    if len(keys) > 1:
+        places = dict(zip(keys, unflatten(key, [a.size for a in keys])))
+        indices = tuple(tuple(s.substitute(e, places) for e in index) for index in indices)
+    return key, *indices  # type: ignore[return-value]
 
 
 def _cut_axes(candidates_: list[Axis], weights_index: tuple[Expr, ...], key: Axis) -> set[Axis]:
@@ -277,11 +331,13 @@ def _expressions(lifted: _Lifted) -> list[Expr]:
     return out
 
 
+def _all_loads(lifted: _Lifted) -> list[Load]:
+    return [load for e in _expressions(lifted) for load in e.loads]
+
+
 def _untidy(lifted: _Lifted) -> int:
     """How many index entries of loads are neither an axis, a constant, nor an axis over a constant."""
-    return sum(
-        complexity(load.index) for e in _expressions(lifted) for load in (e.loads if not isinstance(e, Load) else (e,))
-    )
+    return sum(complexity(load.index) for load in _all_loads(lifted))
 
 
 def _split_axis(lifted: _Lifted, axes: _Axes) -> _Axes | None:
@@ -318,7 +374,16 @@ def _split_axis(lifted: _Lifted, axes: _Axes) -> _Axes | None:
 # ---------------------------------------------------------------------------------------------------- closing a site
 
 
-def _close(candidate: Candidate, facts: Facts, axes: _Axes, lifted: _Lifted) -> Site | None:
+def _close(
+    candidate: Candidate,
+    facts: Facts,
+    axes: _Axes,
+    lifted: _Lifted,
+    free: tuple[Axis, ...] = (),
+    places: Mapping[Axis, Expr] | None = None,
+) -> Site:
+    """The site of a lifted candidate. `free`: the axes of the result, where they are not those of the root; `places`:
+    where the root reads the result along those that are several of its own."""
     root = candidate.root
     interior = _interior(candidate, facts, lifted)
     for node in interior:
@@ -330,7 +395,8 @@ def _close(candidate: Candidate, facts: Facts, axes: _Axes, lifted: _Lifted) -> 
             what = "the probabilities are" if _after(node, candidate.normaliser, facts) else "a score is"
             raise Stop(Declined(f"{what} read elsewhere (by `{op_name(user)}`)", node.name))
     _no_writes_between(facts, interior | lifted.lifter.visited | {root}, root)
-    drafts = [Draft(axes.flat(), mixed, lifted.key, soft, lifted.values) for mixed, _, soft in lifted.terms]
+    result = list(free) or axes.flat()
+    drafts = [Draft(result, mixed, lifted.key, soft, lifted.values) for mixed, _, soft in lifted.terms]
     parts, orders = [], []
     epilogue: Expr | None = None
     dtype = dtype_of(root)
@@ -338,15 +404,16 @@ def _close(candidate: Candidate, facts: Facts, axes: _Axes, lifted: _Lifted) -> 
         region, bindings, order = finish(draft, facts, dtype, lifted.zero_rows)
         parts.append(Part(region, bindings))
         orders.append(order)
-        term: Expr = Load(f"part{k}", tuple(order), dtype)
+        read = Load(f"part{k}", tuple((places or {}).get(a, a) for a in order), dtype)
+        term: Expr = read
         plain_factor = isinstance(factor, Const) and factor.value == 1.0
         if not plain_factor:
             term = s.call("mul", factor, term, dtype="float32")
         for axis in reversed(mixed):
-            term = _sum(axis, factor, Load(f"part{k}", tuple(order), dtype), term)
+            term = _sum(axis, factor, read, term)
         epilogue = term if epilogue is None else s.call("add", epilogue, term, dtype="float32")
     assert epilogue is not None
-    plain = isinstance(epilogue, Load)
+    plain = isinstance(epilogue, Load) and not places
     if not (isinstance(lifted.rest, Const) and lifted.rest.value == 0):
         epilogue = s.call(
             "add",

@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from refocus.codegen import operator
 from refocus.codegen.cotangents import flows_into
 from refocus.codegen.plan import Plan
+from refocus.codegen.tiled import factors
 from refocus.evaluate import arange_env, evaluate, size_of
 from refocus.facts import Facts
 from refocus.hoist import Hoisted
@@ -268,8 +269,11 @@ def _draw(device: torch.device) -> Tensor:
 
 def _operand(binding: fx.Node | Hoisted, named: dict[str, Tensor], sizes: dict[Sym, int]) -> Tensor:
     if isinstance(binding, Hoisted):
-        value = evaluate(binding.value, arange_env(binding.axes, sizes), named, sizes)
-        return value.expand([size_of(a.size, sizes) for a in binding.axes]).to(_dtype(binding)).contiguous()
+        lengths = [size_of(a.size, sizes) for a in binding.axes]
+        parts = {a: factors(a, n, [binding.value]) for a, n in zip(binding.axes, lengths)}
+        value = evaluate(binding.value, arange_env(binding.axes, sizes, split=parts), named, sizes)
+        whole = value.expand([n for a in binding.axes for n in parts[a]])
+        return whole.reshape(lengths).to(_dtype(binding)).contiguous()
     return named[binding.name]
 
 

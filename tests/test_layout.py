@@ -27,7 +27,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "lift": ("bodies", "capture", "functional", "fold", "sizes", "lift", "lift_*", "facts"),
     "patterns": ("patterns", "patterns.*"),
-    "recognize": ("normal_form", "recognize"),
+    "recognize": ("bands", "normal_form", "recognize"),
     "codegen": ("codegen", "codegen.*"),
     "pipeline": ("mask_report", "sites", "splice", "training", "pipeline", "emit"),
     "backend": ("backend",),

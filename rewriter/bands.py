@@ -1,0 +1,236 @@
+"""Change of variables: a key axis that counts offsets becomes an axis over the tokens that it reaches.
+
+    before   S[i, w] = q[i] . k[i + w - r] + bias[w],                       O[i] = softmax_w(S) . v[i + w - r]
+    after    S[i, j] = q[i] . k[j] + bias[j - i + r]  where 0 <= j - i + r < W,   O[i] = softmax_j(S) . v[j]
+
+However the copies were made (unfold, a gather at a table of neighbours, overlapping strides, slices of a padded
+tensor), all that the lift leaves of them is the place where keys are read. Where that place is the query's own plus a
+multiple of the offset, in each of one to three dimensions, distinct offsets are distinct tokens, and the sum over
+offsets is one over tokens under a mask. Places that wrap around (i + w) mod n do as well; places that are clamped one
+by one do not, for there one token is reached twice.
+
+Keys read past the border are zeros in most models, and mostly take part in the softmax: then the tokens include the
+border, as the padded tensor does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from refocus import simplify as s
+from refocus.ir import Axis, Call, Const, Dot, Expr, Load, rewrite
+from refocus.patterns.declined import Declined
+from refocus.patterns.softmax import Softmax
+from refocus.polynomial import from_poly, isolate, to_poly
+
+Index = tuple[Expr, ...]
+_Places = tuple[tuple[Expr, Expr], ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Softmaxes over `key` with the `values` that they weigh; `free` are the axes of the result."""
+
+    key: Axis
+    values: Expr
+    softs: tuple[Softmax, ...]
+    free: tuple[Axis, ...]
+
+
+@dataclass(frozen=True)
+class Banded:
+    """The same over tokens. The result is read at `places` of its axes, where queries of several axes became one."""
+
+    reading: Reading
+    places: dict[Axis, Expr]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One dimension in which keys are read: at base + step * digit, modulo `wrap` if there is one."""
+
+    digit: Axis
+    step: int
+    base: Expr
+    wrap: Expr | None
+
+    def offset(self, token: Expr) -> Expr:
+        gap = s.sub(token, self.base)
+        return gap if self.wrap is None else s.mod(gap, self.wrap)
+
+    def reached(self, token: Expr) -> Expr:
+        """Whether some digit reads this token."""
+        gap = self.offset(token)
+        last = s.mul(self.step, s.sub(self.digit.size, 1))
+        fits = s.and_(s.le(0, gap), s.le(gap, last))
+        return s.and_(fits, s.eq(s.mod(gap, self.step), 0)) if self.step > 1 else fits
+
+    def digit_at(self, token: Expr) -> Expr:
+        return s.floordiv(self.offset(token), self.step)
+
+
+def to_tokens(reading: Reading, query_axes: frozenset[Axis], shape_of: Callable[[str], Index]) -> Banded | Declined:
+    """The reading over tokens, or why it has none. `query_axes`: what was taken for queries so far (the positions in
+    a block); `shape_of`: the shape of a loaded tensor."""
+    key, free = reading.key, reading.free
+    loads = _key_loads(reading)
+    indices = {_places_of(x, key, shape_of) for x in loads}
+    if len(indices) != 1:
+        return Declined("keys and values are read at different places")
+    (index,) = indices
+    digits, whole = _digits(key, tuple(entry for entry, _ in index))
+    places = []
+    for entry, extent in index:
+        place = _place(s.substitute(entry, {key: whole}), digits, extent)
+        if place is None:
+            return Declined("keys are not read at a query's own place plus an offset")
+        places.append(place)
+    if sorted(p.digit.name for p in places) != sorted(d.name for d in digits):
+        return Declined("an offset does not decide which key is read")
+    moving = [a for a in free if any(a in p.base.axes for p in places)]
+    if not moving:
+        return Declined("every query reads the same keys")
+    # Padding that was written out is a condition on the place: then tokens run past both ends.
+    low: list[Expr] = []
+    sizes: list[Expr] = []
+    conditional = any(isinstance(n, Call) and n.op == "where" for side in _sides(reading) for n in side.walk())
+    for entry, extent in index:
+        first, last = s.bounds(entry) if conditional else (0, 0)
+        if first is None or last is None:
+            return Declined("how far keys are read past the border is not known")
+        low.append(Const(min(first, 0)))
+        sizes.append(s.sub(s.maximum(last + 1, extent), low[-1]) if conditional else extent)
+    blocks = any(abs(c) != 1 for p in places for m, c in to_poly(p.base).items() if m)
+    queries = [a for a in free if a in moving or (blocks and a in query_axes)]
+    query = queries[0] if len(queries) == 1 else Axis("tokens", s.mul(*(a.size for a in queries)))
+    token = Axis(f"{key.name}.token", s.mul(*sizes) if len(sizes) > 1 else sizes[0])
+    to_query = {} if len(queries) == 1 else dict(zip(queries, unflatten(query, [a.size for a in queries])))
+    at = [s.add(x, first) for x, first in zip(unflatten(token, sizes), low)]
+    places = [replace(p, base=s.substitute(p.base, to_query)) for p in places]
+    change = _Change(key, whole, index, tuple(at), tuple(places), dict(to_query), shape_of)
+    keep = s.and_(*(p.reached(x) for p, x in zip(places, at)))
+    values = change(reading.values)
+    softs = tuple(_masked(soft, change, keep) for soft in reading.softs)
+    over = Reading(token, values, softs, (*(a for a in free if a not in queries), query))
+    if any(not side.axes.isdisjoint((key, query, *queries)) for side in _sides(over)):
+        return Declined("keys depend on the query by more than their place")
+    return Banded(over, {} if len(queries) == 1 else {query: _flatten(queries)})
+
+
+@dataclass(frozen=True)
+class _Change:
+    """Rewrites expressions over (queries, offsets) to ones over (query, tokens)."""
+
+    key: Axis
+    whole: Expr
+    index: _Places
+    at: Index
+    places: tuple[_Place, ...]
+    to_query: dict[Expr, Expr]
+    shape_of: Callable[[str], Index]
+
+    def __call__(self, value: Expr) -> Expr:
+        plain = {**self.to_query, self.key: self._offset(clamped=False)}
+        safe = {**self.to_query, self.key: self._offset(clamped=True)}
+
+        def visit(node: Expr) -> Expr | None:
+            if isinstance(node, Axis):
+                return plain.get(node, node)
+            if isinstance(node, Load) and self.key in node.axes:
+                if _places_of(node, self.key, self.shape_of) == self.index:
+                    there = iter(self.at)
+                    index = (next(there) if self.key in e.axes else s.substitute(e, self.to_query) for e in node.index)
+                else:  # where no offset reaches a token nothing is kept, but something is read
+                    index = (s.substitute(e, safe) for e in node.index)
+                return Load(node.tensor, tuple(index), node.dtype)
+            return None
+
+        return rewrite(value, visit, s.rebuild)
+
+    def _offset(self, clamped: bool) -> Expr:
+        digits: dict[Expr, Expr] = {}
+        for place, token in zip(self.places, self.at):
+            digit = place.digit_at(token)
+            digits[place.digit] = s.minimum(s.maximum(digit, 0), s.sub(place.digit.size, 1)) if clamped else digit
+        return s.substitute(self.whole, digits)
+
+
+def _masked(soft: Softmax, change: _Change, keep: Expr) -> Softmax:
+    logits = change(soft.logits)
+    return Softmax(
+        s.where(keep, logits, Const(float("-inf"), logits.dtype)),
+        tuple(change(e) for e in soft.extra),
+        change(soft.gate),
+    )
+
+
+def _sides(reading: Reading) -> list[Expr]:
+    """The values, and what products of queries and keys have of keys."""
+    dots = [n for soft in reading.softs for n in soft.logits.walk() if isinstance(n, Dot)]
+    return [reading.values, *(dot.key for dot in dots)]
+
+
+def _key_loads(reading: Reading) -> list[Load]:
+    """What is read of keys and values at an offset."""
+    found = dict.fromkeys(x for side in _sides(reading) for x in side.loads)
+    return [x for x in found if x.is_float and reading.key in x.axes]
+
+
+def _places_of(load: Load, key: Axis, shape_of: Callable[[str], Index]) -> _Places:
+    """Where a load depends on the offset: those entries of its index, and how long their dimensions are."""
+    return tuple((e, extent) for e, extent in zip(load.index, shape_of(load.tensor)) if key in e.axes)
+
+
+def _digits(key: Axis, entries: Index) -> tuple[list[Axis], Expr]:
+    """The key axis taken apart at the sizes by which places divide it, and put together again from its digits."""
+    cuts = {1}
+    for entry in entries:
+        for node in entry.walk():
+            if isinstance(node, Call) and node.op in ("floordiv", "mod") and node.args[0] == key:
+                by = node.args[1]
+                if isinstance(by, Const):
+                    cuts.add(int(by.value))
+    strides = sorted(cuts)
+    sizes: list[Expr] = [Const(b // a) for a, b in pairwise(strides) if b % a == 0]
+    if len(sizes) != len(strides) - 1:
+        return [key], key
+    last = s.floordiv(key.size, strides[-1])
+    if s.mul(last, strides[-1]) != key.size:
+        return [key], key
+    digits = [Axis(f"{key.name}.{k}", size) for k, size in enumerate((*sizes, last))]
+    return digits, s.add(*(s.mul(d, stride) for d, stride in zip(digits, strides)))
+
+
+def _place(entry: Expr, digits: Sequence[Axis], extent: Expr) -> _Place | None:
+    wrap = None
+    if isinstance(entry, Call) and entry.op == "mod" and entry.args[1] == extent:
+        entry, wrap = entry.args[0], extent
+    mine = [d for d in digits if d in entry.axes]
+    if len(mine) != 1:
+        return None
+    slope, rest = isolate(to_poly(entry), mine[0])
+    base = from_poly(rest)
+    if set(slope) != {()} or slope[()] <= 0 or mine[0] in base.axes:
+        return None
+    if wrap is not None and (slope[()] != 1 or not s.is_nonneg(s.sub(wrap, mine[0].size))):
+        return None
+    return _Place(mine[0], slope[()], base, wrap)
+
+
+def _flatten(axes: Sequence[Axis]) -> Expr:
+    flat: Expr = Const(0)
+    for axis in axes:
+        flat = s.add(s.mul(flat, axis.size), axis)
+    return flat
+
+
+def unflatten(flat: Expr, sizes: Sequence[Expr]) -> list[Expr]:
+    out: list[Expr] = []
+    stride: Expr = Const(1)
+    for k, size in enumerate(reversed(sizes)):
+        digit = s.floordiv(flat, stride)
+        out.append(digit if k == len(sizes) - 1 else s.mod(digit, size))
+        stride = s.mul(stride, size)
+    return out[::-1]

@@ -1,0 +1,207 @@
+"""Keys gathered at offsets from the query are read over tokens, under a mask, and no copy of them is made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+import refocus
+from refocus.options import Options
+from refocus.pipeline import Rewritten, rewrite
+from refocus.testing import check, rewritten
+from refocus.tolerances import difference
+
+HEADS, TOKENS, WIDTH, REACH = 2, 48, 8, 3
+WINDOW = 2 * REACH + 1
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def softmax_of(scores: Tensor, bias: Tensor) -> Tensor:
+    return (scores / math.sqrt(WIDTH) + bias[:, None]).softmax(-1)
+
+
+def unfolded(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Zeros past the border, which take part in the softmax."""
+    k, v = (F.pad(t, (0, 0, REACH, REACH)).unfold(2, WINDOW, 1) for t in (k, v))
+    return torch.einsum("bhnw,bhndw->bhnd", softmax_of(torch.einsum("bhnd,bhndw->bhnw", q, k), bias), v)
+
+
+def unfolded_and_masked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    k, v = (F.pad(t, (0, 0, REACH, REACH)).unfold(2, WINDOW, 1) for t in (k, v))
+    place = torch.arange(q.shape[2])[:, None] + torch.arange(-REACH, REACH + 1)
+    scores = torch.einsum("bhnd,bhndw->bhnw", q, k).masked_fill((place < 0) | (place >= q.shape[2]), -math.inf)
+    return torch.einsum("bhnw,bhndw->bhnd", softmax_of(scores, bias), v)
+
+
+def slices_stacked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """The window as a list of shifted copies."""
+    k, v = (F.pad(t, (0, 0, REACH, REACH)) for t in (k, v))
+    k, v = (torch.stack([t[:, :, w : w + q.shape[2]] for w in range(WINDOW)], 3) for t in (k, v))
+    return (softmax_of((q.unsqueeze(3) * k).sum(-1), bias).unsqueeze(-1) * v).sum(3)
+
+
+def inward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """The window slides inward at the borders (NATTEN)."""
+    place = torch.arange(q.shape[2]).clamp(REACH, q.shape[2] - 1 - REACH)[:, None] + torch.arange(-REACH, REACH + 1)
+    k, v = k[:, :, place], v[:, :, place]
+    weights = softmax_of((q.unsqueeze(3) @ k.mT).squeeze(3), bias)
+    return (weights.unsqueeze(3) @ v).squeeze(3)
+
+
+def around(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """The last tokens see the first."""
+    place = (torch.arange(q.shape[2])[:, None] + torch.arange(WINDOW)) % q.shape[2]
+    k, v = (t.index_select(2, place.flatten()).unflatten(2, place.shape) for t in (k, v))
+    return (softmax_of((q.unsqueeze(3) * k).sum(-1), bias).unsqueeze(-2) @ v).squeeze(-2)
+
+
+def dilated(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    k, v = (F.pad(t, (0, 0, 3 * REACH, 3 * REACH)).unfold(2, 3 * WINDOW - 2, 1)[..., ::3] for t in (k, v))
+    return torch.einsum("bhnw,bhndw->bhnd", softmax_of(torch.einsum("bhnd,bhndw->bhnw", q, k), bias), v)
+
+
+def in_rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """3 x 3 neighbours of an image of 8 x 6, in two axes of keys."""
+    q, k, v = (t.unflatten(2, (8, 6)) for t in (q, k, v))
+    k, v = (F.pad(t, (0, 0, 1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1) for t in (k, v))
+    scores = torch.einsum("bhyxd,bhyxduv->bhyxuv", q, k).flatten(-2) / math.sqrt(WIDTH) + 0 * bias.sum()
+    weights = scores.softmax(-1).unflatten(-1, (3, 3))
+    return torch.einsum("bhyxuv,bhyxduv->bhyxd", weights, v).flatten(2, 3)
+
+
+def clamped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Near miss: the border token is reached several times, and counts as often."""
+    place = (torch.arange(q.shape[2])[:, None] + torch.arange(-REACH, REACH + 1)).clamp(0, q.shape[2] - 1)
+    k, v = k[:, :, place], v[:, :, place]
+    return (softmax_of((q.unsqueeze(3) * k).sum(-1), bias).unsqueeze(-1) * v).sum(3)
+
+
+def other_values(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Near miss: the values of a window are read backwards."""
+    k, v = (F.pad(t, (0, 0, REACH, REACH)).unfold(2, WINDOW, 1) for t in (k, v))
+    v = v.flip(-1)
+    return torch.einsum("bhnw,bhndw->bhnd", softmax_of(torch.einsum("bhnd,bhndw->bhnw", q, k), bias), v)
+
+
+def scaled_keys(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Near miss: a key's length depends on where it stands in the window."""
+    k, v = (F.pad(t, (0, 0, REACH, REACH)).unfold(2, WINDOW, 1) for t in (k, v))
+    k = k * bias[:, None, None]
+    return torch.einsum("bhnw,bhndw->bhnd", softmax_of(torch.einsum("bhnd,bhndw->bhnw", q, k), bias), v)
+
+
+BANDS: dict[Attend, str] = {
+    unfolded: "i <= j and j - i < 7",
+    unfolded_and_masked: "i <= j and j < 51 and j - i < 7 and j >= 3",
+    slices_stacked: "i <= j and j - i < 7",
+    inward: "j - min(44, max(i, 3)) < 4 and min(44, max(i, 3)) - j < 4",
+    around: "(j - i) % 48 < 7",
+    dilated: "(j - i) % 3 == 0 and i <= j and j - i < 19",
+    in_rows: "i//6 <= j//8 and j//8 - i//6 < 3 and i%6 <= j%8 and j%8 - i%6 < 3",
+}
+OFFSETS = (clamped, other_values, scaled_keys)
+
+
+class Attention(torch.nn.Module):
+    def __init__(self, attend: Attend) -> None:
+        super().__init__()
+        self.attend, self.qkv = attend, torch.nn.Linear(16, 3 * HEADS * WIDTH)
+        self.bias = torch.nn.Parameter(torch.randn(HEADS, WINDOW))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, WIDTH)).permute(2, 0, 3, 1, 4).unbind()
+        return self.attend(q, k, v, self.bias)
+
+
+def tensors() -> tuple[Tensor, ...]:
+    return *torch.randn(3, 2, HEADS, TOKENS, WIDTH).unbind(), torch.randn(HEADS, WINDOW)
+
+
+@pytest.mark.parametrize("attend", BANDS, ids=lambda f: f.__name__)
+def test_offsets_become_tokens(attend: Attend) -> None:
+    report = check(Attention(attend), (torch.randn(2, TOKENS, 16),), lower=False, gradients=True).report
+    assert [site.mask for site in report.sites] == [BANDS[attend]]
+
+
+@pytest.mark.parametrize("attend", OFFSETS, ids=lambda f: f.__name__)
+def test_near_misses_are_read_as_they_are(attend: Attend) -> None:
+    report = check(Attention(attend), (torch.randn(2, TOKENS, 16),), lower=False, gradients=True).report
+    assert [site.mask for site in report.sites] == [""]
+
+
+def graph_of(attend: Attend) -> Rewritten:
+    found: list[Rewritten] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        found.append(rewrite(gm, Options(engine="tiled"), inputs))
+        return gm.forward
+
+    torch.compile(attend, backend=backend, dynamic=False)(*tensors())
+    return found[0]
+
+
+COPIES = ("unfold", "index", "stack", "roll", "gather", "index_select", "slice")
+
+
+@pytest.mark.parametrize("attend", BANDS, ids=lambda f: f.__name__)
+def test_nothing_of_the_copies_is_left(attend: Attend) -> None:
+    names = [str(n.target).split(".")[1] for n in graph_of(attend).gm.graph.nodes if "aten" in str(n.target)]
+    assert not set(names) & set(COPIES)
+
+
+@pytest.mark.parametrize("attend", [unfolded, inward])
+def test_no_copy_of_the_keys_is_made(attend: Attend) -> None:
+    """The largest tensor is what the projection gives, 3 times the keys; in eager code it is the copies, 7 times."""
+    tokens = 960
+    found = check(Attention(attend), (torch.randn(2, tokens, 16),), lower=False, memory_share=0.5)
+    assert found.largest["tiled"] <= 3 * 2 * HEADS * tokens * WIDTH * 4 < found.largest["eager"]
+
+
+# ---------------------------------------------------------------------------------------------------- properties
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    tokens=st.integers(5, 40), window=st.integers(2, 6), dilation=st.integers(1, 3), stride=st.integers(1, 3),
+    left=st.integers(0, 6), right=st.integers(0, 6),
+)  # fmt: skip
+def test_any_window(tokens: int, window: int, dilation: int, stride: int, left: int, right: int) -> None:
+    """Strides between queries, dilation, and zeros on either side."""
+    reach = (window - 1) * dilation + 1
+    count = (tokens + left + right - reach) // stride + 1
+    if count < 1:
+        return
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (F.pad(t, (0, 0, left, right)).unfold(1, reach, stride)[..., ::dilation] for t in (k, v))
+        weights = torch.einsum("hnd,hndw->hnw", q, k).softmax(-1)
+        return torch.einsum("hnw,hndw->hnd", weights, v)
+
+    k, v = torch.randn(2, 2, tokens, 4).unbind()
+    q = torch.randn(2, count, 4)
+    torch._dynamo.reset()
+    assert difference(rewritten(attend, engine="tiled", require=True)(q, k, v), attend(q, k, v)) < 1e-5
+
+
+def test_the_plan_keeps_blocks_that_share_their_keys() -> None:
+    """A block of queries with its halo is dense over its offsets; a mask over tokens would visit more."""
+    size = 64
+
+    def blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (F.pad(t, (0, 0, 0, 0, 4, 4, 4, 4)).unfold(0, 16, 8).unfold(1, 16, 8).flatten(0, 1) for t in (k, v))
+        q = q.unflatten(1, (size // 8, 8)).unflatten(0, (size // 8, 8)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        scores = torch.einsum("gihd,ghdyx->ghiyx", q, k).flatten(3)
+        return torch.einsum("ghij,ghdj->gihd", scores.softmax(-1), v.flatten(3))
+
+    inputs = torch.randn(3, size, size, 2, 8).unbind()
+    report = refocus.explain(blocks, *inputs, engine="tiled")
+    assert [site.mask for site in report.sites] == [""]
+    assert difference(rewritten(blocks, engine="tiled", require=True)(*inputs), blocks(*inputs)) < 1e-5
