@@ -93,7 +93,8 @@ class Lifter:
     `key_axes` / `query_axes` are what the cut looks at; softmax-like handlers add the axes they reduce over to the key
     axes. `tainted(node)` says whether a node may hold scores of this site. `visited` collects every node lifted
     through, `blame` is the first operation that stopped a value which may hold scores. With `far`, what an operation
-    has copied or repeated (a roll, a gather, overlapping windows) is read where it was before.
+    has copied or repeated (a roll, a gather, overlapping windows) is read where it was before; and while `joining`
+    parts of one tensor, so are its parts.
     """
 
     known: Known
@@ -103,16 +104,17 @@ class Lifter:
     visited: set[fx.Node] = field(default_factory=set)
     blame: fx.Node | None = None
     far: bool = False
+    joining: bool = False
     budget: int = 20_000
-    _memo: dict[tuple[fx.Node, Index], Expr] = field(default_factory=dict)
+    _memo: dict[tuple[fx.Node, Index, bool], Expr] = field(default_factory=dict)
 
     # ------------------------------------------------------------------------------------------------ the entry
 
     def at(self, node: fx.Node, index: Iterable[Expr]) -> Expr:
         """The value of a tensor node at a position (one integer expression for each dimension)."""
         index = tuple(index)
-        key = (node, index)
-        memo = (
+        key: Any = (node, index) if node in self.known.pure else (node, index, self.joining)
+        memo: dict[Any, Expr] = (
             self.known.lifted if node in self.known.pure else self._memo
         )  # what is made of integers reads the same at every site
         if key not in memo:
@@ -213,7 +215,11 @@ class Lifter:
             return below
         if isinstance(below, Load):
             source = self.known.nodes[below.tensor]
-            if self.far and (self.known.storage[node] != self.known.storage[source] or _numel(node) > _numel(source)):
+            if self.far and (
+                self.joining
+                or self.known.storage[node] != self.known.storage[source]
+                or _numel(node) > _numel(source)
+            ):
                 return below
             here = complexity(index)
             there = complexity(below.index)

@@ -7,13 +7,14 @@ slice_scatter(x, y, 0, 3)[i] ->  y[i - 3] where i >= 3 else x[i]
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import fx
 
 from refocus import simplify as s
-from refocus.ir import BOOL, Const, Expr
+from refocus.ir import BOOL, Const, Expr, Load
 from refocus.lift import Handler, Index, Lifter, arguments, dtype_of, kind_of, op_name
 from refocus.lift_views import PARTS, arguments_of, dimension, start_of
 from refocus.simplify import Knowledge
@@ -41,6 +42,12 @@ def _cat(lift: Lifter, node: fx.Node, index: Index) -> Expr:
         run = _run(lift, [(t, (*index[:dim], Const(0), *index[dim + 1 :])) for t in parts], index[dim])
         if run is not None:
             return run
+    with _joining(lift, parts):
+        return _pieces(lift, parts, index, dim)
+
+
+def _pieces(lift: Lifter, parts: list[fx.Node], index: Index, dim: int) -> Expr:
+    sizes = [shape_of(t)[dim] for t in parts]
     start: Expr = Const(0)
     pieces: list[tuple[Expr, Expr]] = []  # (end, value)
     for tensor, size in zip(parts, sizes):
@@ -57,8 +64,39 @@ def _cat(lift: Lifter, node: fx.Node, index: Index) -> Expr:
         start = end
     value = pieces[-1][1]
     for reached, piece in reversed(pieces[:-1]):
-        value = s.where(reached, piece, value)
+        value = _joined(lift, reached, piece, value)
     return value
+
+
+@contextmanager
+def _joining(lift: Lifter, parts: list[fx.Node]) -> Iterator[None]:
+    """Where all parts are of one tensor, they are read there."""
+    before = lift.joining
+    lift.joining = before or (lift.far and len({_origin(t) for t in parts}) == 1)
+    try:
+        yield
+    finally:
+        lift.joining = before
+
+
+def _joined(lift: Lifter, condition: Expr, a: Expr, b: Expr) -> Expr:
+    """`a` where the condition holds, else `b`. Two places of one tensor are one place that depends on the condition:
+
+    cat([x[:, :2], roll(x[:, 2:], 8)], 1)[j, h]   ->   x[j if h < 2 else (j - 8) % n, h]
+    """
+    if lift.joining and isinstance(a, Load) and isinstance(b, Load) and a.tensor == b.tensor:
+        return Load(a.tensor, tuple(s.where(condition, x, y) for x, y in zip(a.index, b.index)), a.dtype)
+    return s.where(condition, a, b)
+
+
+_MOVERS = ("getitem", "split", "chunk", "unbind", "roll", "flip", "slice_scatter", "select_scatter")
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """The tensor whose elements were moved to make this one."""
+    while op_name(node) in PARTS or op_name(node) in _MOVERS:
+        node = arguments(node)[0]
+    return node
 
 
 def _run(lift: Lifter, parts: list[tuple[fx.Node, Index]], which: Expr) -> Expr | None:
@@ -185,8 +223,10 @@ def _scatter(lift: Lifter, node: fx.Node, index: Index) -> Expr:
         return lift.at(stroke.new, stroke.at)
     if stroke.inside == Const(False, BOOL):
         return lift.at(arguments(node)[0], index)
-    value = _guarded(lift, stroke.new, stroke.at, s.assume(stroke.inside))
-    return s.where(stroke.inside, value, lift.at(arguments(node)[0], index))
+    source = arguments(node)[0]
+    with _joining(lift, [stroke.new, source]):
+        value = _guarded(lift, stroke.new, stroke.at, s.assume(stroke.inside))
+        return _joined(lift, stroke.inside, value, lift.at(source, index))
 
 
 def _copied(lift: Lifter, node: fx.Node, index: Index) -> Expr:

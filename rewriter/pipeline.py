@@ -33,7 +33,7 @@ from refocus.options import Options
 from refocus.recognize import Left, Site, recognize
 from refocus.report import Report, joined
 from refocus.sites import describe_left, describe_site, numbers_of
-from refocus.splice import CannotSplice, Splicer
+from refocus.splice import IN_GRAPH, CannotSplice, Splicer
 from refocus.training import trained_operands, with_cancelled
 
 
@@ -111,33 +111,59 @@ def _rewrite_outer(gm: fx.GraphModule, options: Options, inputs: Sequence[Any]) 
 
 
 def _plan(site: Site, facts: Facts, options: Options) -> tuple[Site, list[Plan] | None, str]:
-    """The site in the reading that is least work, and a plan for every part, or the reason to leave it."""
-    written = site
-    if site.banded is not None and all(
-        prefers_tokens(over.region, part.region, numbers_of(site)) for over, part in zip(site.banded.parts, site.parts)
+    """The first reading of a site that an engine takes, and a plan for each of its parts; or the site as it is
+    written, and the reason to leave it."""
+    left = ""
+    for reading in _readings(site, options):
+        over_tokens = reading is site.readings.over_tokens
+        trained = trained_operands(reading, facts)
+        if any(trained):
+            reading = with_cancelled(reading, facts)
+            trained = trained_operands(reading, facts)
+        plans, reason = _plan_parts(reading, trained, options, site if over_tokens else None)
+        if plans is not None:
+            return reading, plans, reason
+        left = left or reason
+    return site, None, left
+
+
+def _readings(site: Site, options: Options) -> list[Site]:
+    """The readings of a site, best first. In-graph engines want operands that lie in memory as they are read: for them
+    keys are copied together as the model does it."""
+    tokens, in_place = site.readings.over_tokens, site.readings.in_place
+    numbers = numbers_of(site)
+    device = site.root.meta["val"].device
+    found = [site]
+    engine = options.engine or ("triton" if device.type != "cpu" else None)
+    if in_place is not None and engine is not None and engine not in IN_GRAPH:
+        found.insert(0, in_place)
+    if tokens is not None and all(
+        prefers_tokens(over.region, part.region, numbers) for over, part in zip(tokens.parts, site.parts)
     ):
-        site = site.banded
-    trained = trained_operands(site, facts)
-    if any(trained):
-        site = with_cancelled(site, facts)
-        trained = trained_operands(site, facts)
+        found.insert(0, tokens)
+    return found
+
+
+def _plan_parts(
+    reading: Site, trained: list[frozenset[str]], options: Options, written: Site | None
+) -> tuple[list[Plan] | None, str]:
     plans = []
     reasons = []
-    for part, before, names in zip(site.parts, written.parts, trained):
+    for k, (part, names) in enumerate(zip(reading.parts, trained)):
         outcome = plan_part(
             part.region,
-            numbers_of(site),
-            site.root.meta["val"].device,
+            numbers_of(reading),
+            reading.root.meta["val"].device,
             options.engine,
-            site.normaliser is site.root,
+            reading.normaliser is reading.root,
             names if any(trained) else None,
-            before.region if site.over_tokens else None,
+            written.parts[k].region if written else None,
         )
         if isinstance(outcome, Leave):
-            return site, None, outcome.reason
+            return None, outcome.reason
         plans.append(outcome.plan)
         reasons.append(outcome.reason)
-    return site, plans, reasons[0] if reasons else ""
+    return plans, reasons[0] if reasons else ""
 
 
 def _require(report: Report) -> None:

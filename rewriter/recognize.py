@@ -57,11 +57,22 @@ class Site:
     axes: tuple[tuple[Axis, ...], ...]  # per part: the site's axes in the order of the part's result
     interior: frozenset[fx.Node] = frozenset()
     family: str = "softmax"
-    banded: Site | None = None  # the same over tokens, where the key axis counts offsets
-    over_tokens: bool = False  # this is such a reading
+    readings: Readings = field(default_factory=lambda: Readings())
 
     def __str__(self) -> str:
         return f"{self.root}:\n" + "\n".join(notation(part.region) for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Readings:
+    """The same attention read in other ways, where the model copies keys together before it uses them.
+
+    `in_place`: keys and values are read where they were copied from (rolled, gathered, in overlapping windows).
+    `over_tokens`: and the key axis, which counts offsets, is one over tokens under a mask (see `refocus.bands`).
+    """
+
+    in_place: Site | None = None
+    over_tokens: Site | None = None
 
 
 @dataclass(frozen=True)
@@ -139,32 +150,39 @@ def recognize_one(candidate: Candidate, facts: Facts) -> Site | Left:
         if isinstance(outcome, Declined):
             return left(outcome)
         site = _close(candidate, facts, axes, outcome)
-        return replace(site, banded=_over_tokens(candidate, facts, axes, outcome))
+        return replace(site, readings=_other_readings(candidate, facts, axes, outcome))
     except Unliftable as problem:
         return left(Declined(f"cannot be put in index notation: {problem}"))
     except Stop as stop:
         return left(stop.declined)
 
 
-def _over_tokens(candidate: Candidate, facts: Facts, axes: _Axes, near: _Lifted) -> Site | None:
-    """The site over the tokens that its key axis reaches, where that is an axis of offsets (see `refocus.bands`)."""
+def _other_readings(candidate: Candidate, facts: Facts, axes: _Axes, near: _Lifted) -> Readings:
     if not any(near.key in x.axes and _gathered(facts.nodes[x.tensor]) for x in _all_loads(near) if x.is_float):
-        return None
+        return Readings()
     try:
         far = _attempt(candidate, facts, axes, far=True)
-        if isinstance(far, Declined) or not (isinstance(far.rest, Const) and far.rest.value == 0):
-            return None
-        softs = tuple(soft for _, _, soft in far.terms)
-        queries = frozenset(far.lifter.query_axes)
-        reading = Reading(far.key, far.values, softs, tuple(axes.flat()))
-        found = to_tokens(reading, queries, lambda name: shape_of(facts.nodes[name]))
-        if isinstance(found, Declined):
-            return None
-        over = found.reading
-        terms = [(mixed, factor, soft) for (mixed, factor, _), soft in zip(far.terms, over.softs)]
-        banded = replace(far, key=over.key, values=over.values, terms=terms)
-        return replace(_close(candidate, facts, axes, banded, over.free, found.places), over_tokens=True)
+        if isinstance(far, Declined):
+            return Readings()
+        return Readings(_close(candidate, facts, axes, far), _over_tokens(candidate, facts, axes, far))
     except (Unliftable, Stop):
+        return Readings()
+
+
+def _over_tokens(candidate: Candidate, facts: Facts, axes: _Axes, far: _Lifted) -> Site | None:
+    if not (isinstance(far.rest, Const) and far.rest.value == 0):
+        return None
+    softs = tuple(soft for _, _, soft in far.terms)
+    reading = Reading(far.key, far.values, softs, tuple(axes.flat()))
+    found = to_tokens(reading, frozenset(far.lifter.query_axes), lambda name: shape_of(facts.nodes[name]))
+    if isinstance(found, Declined):
+        return None
+    over = found.reading
+    terms = [(mixed, factor, soft) for (mixed, factor, _), soft in zip(far.terms, over.softs)]
+    banded = replace(far, key=over.key, values=over.values, terms=terms)
+    try:
+        return _close(candidate, facts, axes, banded, over.free, found.places)
+    except Stop:
         return None
 
 
@@ -181,8 +199,11 @@ def _gathered(node: fx.Node) -> bool:
 
 
 _GATHERS = frozenset(
-    ("unfold", "index", "index_select", "gather", "take_along_dim", "roll", "as_strided", "im2col", "stack", "cat")
-)
+    (
+        "unfold", "index", "index_select", "gather", "take_along_dim", "roll", "as_strided", "im2col", "stack", "cat",
+        "slice_scatter", "flip",
+    )
+)  # fmt: skip
 
 
 @dataclass
