@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import pytest
@@ -17,86 +16,24 @@ from refocus.options import Options
 from refocus.pipeline import Rewritten, rewrite
 from refocus.testing import check, rewritten
 from refocus.tolerances import difference
-
-HEADS, TOKENS, WIDTH, REACH = 2, 48, 8, 3
-WINDOW = 2 * REACH + 1
-
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-def softmax_of(scores: Tensor, bias: Tensor) -> Tensor:
-    return (scores / math.sqrt(WIDTH) + bias[:, None]).softmax(-1)
-
-
-def unfolded(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Zeros past the border, which take part in the softmax."""
-    k, v = (F.pad(t, (0, 0, REACH, REACH)).unfold(2, WINDOW, 1) for t in (k, v))
-    return torch.einsum("bhnw,bhndw->bhnd", softmax_of(torch.einsum("bhnd,bhndw->bhnw", q, k), bias), v)
-
-
-def unfolded_and_masked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    k, v = (F.pad(t, (0, 0, REACH, REACH)).unfold(2, WINDOW, 1) for t in (k, v))
-    place = torch.arange(q.shape[2])[:, None] + torch.arange(-REACH, REACH + 1)
-    scores = torch.einsum("bhnd,bhndw->bhnw", q, k).masked_fill((place < 0) | (place >= q.shape[2]), -math.inf)
-    return torch.einsum("bhnw,bhndw->bhnd", softmax_of(scores, bias), v)
-
-
-def slices_stacked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """The window as a list of shifted copies."""
-    k, v = (F.pad(t, (0, 0, REACH, REACH)) for t in (k, v))
-    k, v = (torch.stack([t[:, :, w : w + q.shape[2]] for w in range(WINDOW)], 3) for t in (k, v))
-    return (softmax_of((q.unsqueeze(3) * k).sum(-1), bias).unsqueeze(-1) * v).sum(3)
-
-
-def inward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """The window slides inward at the borders (NATTEN)."""
-    place = torch.arange(q.shape[2]).clamp(REACH, q.shape[2] - 1 - REACH)[:, None] + torch.arange(-REACH, REACH + 1)
-    k, v = k[:, :, place], v[:, :, place]
-    weights = softmax_of((q.unsqueeze(3) @ k.mT).squeeze(3), bias)
-    return (weights.unsqueeze(3) @ v).squeeze(3)
-
-
-def around(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """The last tokens see the first."""
-    place = (torch.arange(q.shape[2])[:, None] + torch.arange(WINDOW)) % q.shape[2]
-    k, v = (t.index_select(2, place.flatten()).unflatten(2, place.shape) for t in (k, v))
-    return (softmax_of((q.unsqueeze(3) * k).sum(-1), bias).unsqueeze(-2) @ v).squeeze(-2)
-
-
-def dilated(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    k, v = (F.pad(t, (0, 0, 3 * REACH, 3 * REACH)).unfold(2, 3 * WINDOW - 2, 1)[..., ::3] for t in (k, v))
-    return torch.einsum("bhnw,bhndw->bhnd", softmax_of(torch.einsum("bhnd,bhndw->bhnw", q, k), bias), v)
-
-
-def in_rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """3 x 3 neighbours of an image of 8 x 6, in two axes of keys."""
-    q, k, v = (t.unflatten(2, (8, 6)) for t in (q, k, v))
-    k, v = (F.pad(t, (0, 0, 1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1) for t in (k, v))
-    scores = torch.einsum("bhyxd,bhyxduv->bhyxuv", q, k).flatten(-2) / math.sqrt(WIDTH) + 0 * bias.sum()
-    weights = scores.softmax(-1).unflatten(-1, (3, 3))
-    return torch.einsum("bhyxuv,bhyxduv->bhyxd", weights, v).flatten(2, 3)
-
-
-def clamped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Near miss: the border token is reached several times, and counts as often."""
-    place = (torch.arange(q.shape[2])[:, None] + torch.arange(-REACH, REACH + 1)).clamp(0, q.shape[2] - 1)
-    k, v = k[:, :, place], v[:, :, place]
-    return (softmax_of((q.unsqueeze(3) * k).sum(-1), bias).unsqueeze(-1) * v).sum(3)
-
-
-def other_values(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Near miss: the values of a window are read backwards."""
-    k, v = (F.pad(t, (0, 0, REACH, REACH)).unfold(2, WINDOW, 1) for t in (k, v))
-    v = v.flip(-1)
-    return torch.einsum("bhnw,bhndw->bhnd", softmax_of(torch.einsum("bhnd,bhndw->bhnw", q, k), bias), v)
-
-
-def scaled_keys(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Near miss: a key's length depends on where it stands in the window."""
-    k, v = (F.pad(t, (0, 0, REACH, REACH)).unfold(2, WINDOW, 1) for t in (k, v))
-    k = k * bias[:, None, None]
-    return torch.einsum("bhnw,bhndw->bhnd", softmax_of(torch.einsum("bhnd,bhndw->bhnw", q, k), bias), v)
-
+from tests.copied_keys import (
+    HEADS,
+    TOKENS,
+    WIDTH,
+    WINDOW,
+    Attend,
+    around,
+    clamped,
+    dilated,
+    in_rows,
+    inward,
+    other_values,
+    scaled_keys,
+    slices_stacked,
+    tensors,
+    unfolded,
+    unfolded_and_masked,
+)  # fmt: skip
 
 BANDS: dict[Attend, str] = {
     unfolded: "i <= j and j - i < 7",
@@ -119,10 +56,6 @@ class Attention(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, WIDTH)).permute(2, 0, 3, 1, 4).unbind()
         return self.attend(q, k, v, self.bias)
-
-
-def tensors() -> tuple[Tensor, ...]:
-    return *torch.randn(3, 2, HEADS, TOKENS, WIDTH).unbind(), torch.randn(HEADS, WINDOW)
 
 
 @pytest.mark.parametrize("attend", BANDS, ids=lambda f: f.__name__)
