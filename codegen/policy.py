@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from refocus.codegen import cpp, sdpa
 from refocus.codegen.heads import Fitted, fit
 from refocus.codegen.plan import Chosen, Leave, Plan
-from refocus.codegen.readings import live_share
+from refocus.codegen.readings import live_share, pairs_of
 from refocus.evaluate import size_of
 from refocus.ir import TRUE, Call, Expr, Load, Region, Sym
 
@@ -83,16 +83,20 @@ def choose_cpu(
     work = _work(fitted, numbers)
     costs: dict[str, float] = {}
     leave = _eager_cost(work) if written is None else _gathered_cost(written, numbers)
+    # Read as it is written, the copies are made for our kernels, too.
+    copied = written is region
+    copying = 2 * work.reading if copied else 0.0
     # Where keys and values differ in width, PyTorch computes the scores densely.
     if sdpa.supports(region) is None and work.width == work.value_width:
-        cost = _sdpa_cost(region, work, numbers)
+        cost = _sdpa_cost(region, work, numbers) + copying
         if was_sdpa:
             leave = cost
         elif not _writes_mask(region) or _mask_bytes(region, work, numbers) <= _LARGEST_MASK:
             costs["sdpa"] = cost
     blocks = (64, 64)
     if cpp.supports(region) is None:
-        costs["cpp"], blocks = _cpp_cost(fitted, work, numbers)
+        cost, blocks = _cpp_cost(fitted, work, numbers, None if copied else written)
+        costs["cpp"] = cost + copying
     if not costs:
         return Leave(f"no engine is faster: {cpp.supports(region)}")
     engine = "sdpa" if costs.get("sdpa", math.inf) * _GAIN <= costs.get("cpp", math.inf) else "cpp"
@@ -116,7 +120,7 @@ def choose_training(
     leave = batch * queries * keys * (7.0 if was_sdpa else 17.0)
     if written is not None:
         leave = _gathered_cost(written, numbers, training=True)
-    cost = batch * queries * keys * 32.0 * live_share(region, plan.block_q, plan.block_k, numbers) + _LAUNCH
+    cost = batch * queries * keys * 32.0 * live_share(region, plan.block_q, plan.block_k, numbers, written) + _LAUNCH
     sizes = f"{batch} heads x {queries} queries x {keys} keys"
     if cost > _GAIN * leave or leave - cost < _LEAST_GAIN:
         return Leave(f"needs gradients, and no engine with a backward is faster at {sizes}; engine='tiled' trains it")
@@ -155,7 +159,7 @@ def _gathered_cost(region: Region, numbers: Mapping[Sym, int], training: bool = 
     Inductor fuses products of one row with the gather: forward it takes 3.5 to 7.5 ns a pair (d=64), but its backward
     scatters every gathered element, which with the rest takes 265 to 330 ns a pair. Blocks are copied and multiplied:
     8 ns a pair, 11 to 18 with the backward (4096 tokens, window 64, one core, `benchmarks/windows.py`)."""
-    pairs = math.prod(size_of(a.size, numbers) for a in (*region.batch, region.query, region.key))
+    pairs = pairs_of(region, numbers)
     sides = [region.values, *(dot.key for dot in region.dots)]
     copied = sum(math.prod(size_of(a.size, numbers) for a in side.axes) for side in sides)
     width = copied / max(1, pairs) * size_of(region.query.size, numbers)
@@ -183,7 +187,9 @@ def _mask_bytes(region: Region, work: Work, numbers: Mapping[Sym, int]) -> int:
     return math.prod(size_of(a.size, numbers) for a in axes) * work.queries * work.keys * 4
 
 
-def _cpp_cost(fitted: Fitted, work: Work, numbers: Mapping[Sym, int]) -> tuple[float, tuple[int, int]]:
+def _cpp_cost(
+    fitted: Fitted, work: Work, numbers: Mapping[Sym, int], written: Region | None
+) -> tuple[float, tuple[int, int]]:
     region = fitted.region
     each = 1.7 + work.width / 30 + _function_cost(fitted.score)
     # Keys and values that are no plain reads are gathered first, outside of what Inductor fuses.
@@ -192,7 +198,7 @@ def _cpp_cost(fitted: Fitted, work: Work, numbers: Mapping[Sym, int]) -> tuple[f
     best = math.inf, (64, 64)
     tiles = _TILES if work.queries > _FEW_QUERIES else (((16, 128), 1.0),)
     for (block_q, block_k), factor in tiles:
-        live = live_share(region, block_q, block_k, numbers)
+        live = live_share(region, block_q, block_k, numbers, written)
         rows = work.heads * -(-work.queries // block_q)
         cost = fixed + work.pairs * live * each * factor + work.reading * live + rows * _TILE
         best = min(best, (cost, (block_q, block_k)))

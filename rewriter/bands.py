@@ -7,7 +7,8 @@ However the copies were made (unfold, a gather at a table of neighbours, overlap
 tensor), all that the lift leaves of them is the place where keys are read. Where that place is the query's own plus a
 multiple of the offset, in each of one to three dimensions, distinct offsets are distinct tokens, and the sum over
 offsets is one over tokens under a mask. Places that wrap around (i + w) mod n do as well; places that are clamped one
-by one do not, for there one token is reached twice.
+by one do not, for there one token is reached twice. Blocks of keys that were chosen before (the results of topk, which
+are all different) are read where the token's block is one of them.
 
 Keys read past the border are zeros in most models, and mostly take part in the softmax: then the tokens include the
 border, as the padded tensor does.
@@ -15,7 +16,7 @@ border, as the padded tensor does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -26,7 +27,7 @@ from refocus.patterns.softmax import Softmax
 from refocus.polynomial import from_poly, isolate, to_poly
 
 Index = tuple[Expr, ...]
-_Places = tuple[tuple[Expr, Expr], ...]
+_Index = tuple[tuple[Expr, Expr], ...]
 
 
 @dataclass(frozen=True)
@@ -48,48 +49,111 @@ class Banded:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """One dimension in which keys are read: at base + step * digit, modulo `wrap` if there is one."""
+class Tensors:
+    """What is known of loaded tensors: their shapes; and whether a load never gives one number twice along an axis
+    (what topk or argsort returns)."""
+
+    shape_of: Callable[[str], Index]
+    distinct: Callable[[Load, Axis], bool]
+
+
+@dataclass(frozen=True)
+class _Offset:
+    """Keys are read at base + step * digit, modulo `wrap` if there is one. `part`: where only x // d % m of the place x
+    is decided here, (d, m)."""
 
     digit: Axis
     step: int
     base: Expr
-    wrap: Expr | None
+    wrap: Expr | None = None
+    part: tuple[int, int] | None = None
 
-    def offset(self, token: Expr) -> Expr:
-        gap = s.sub(token, self.base)
-        return gap if self.wrap is None else s.mod(gap, self.wrap)
+    @property
+    def axes(self) -> frozenset[Axis]:
+        return self.base.axes
+
+    @property
+    def by_token(self) -> bool:
+        """Whether neighbouring queries read neighbouring keys, not blocks of queries blocks of keys."""
+        return all(abs(c) == 1 for mono, c in to_poly(self.base).items() if mono)
+
+    def over(self, queries: Mapping[Expr, Expr]) -> _Offset:
+        return replace(self, base=s.substitute(self.base, queries))
 
     def reached(self, token: Expr) -> Expr:
         """Whether some digit reads this token."""
-        gap = self.offset(token)
+        gap = self._gap(token)
         last = s.mul(self.step, s.sub(self.digit.size, 1))
         fits = s.and_(s.le(0, gap), s.le(gap, last))
         return s.and_(fits, s.eq(s.mod(gap, self.step), 0)) if self.step > 1 else fits
 
     def digit_at(self, token: Expr) -> Expr:
-        return s.floordiv(self.offset(token), self.step)
+        return s.floordiv(self._gap(token), self.step)
+
+    def _gap(self, token: Expr) -> Expr:
+        gap = s.sub(_part(token, self.part), self.base)
+        return gap if self.wrap is None else s.mod(gap, self.wrap)
 
 
-def to_tokens(reading: Reading, query_axes: frozenset[Axis], shape_of: Callable[[str], Index]) -> Banded | Declined:
+@dataclass(frozen=True)
+class _Choice:
+    """Keys are read at numbers that were chosen before, `chosen`, different ones for different digits."""
+
+    digit: Axis
+    chosen: Expr
+    count: int
+    part: tuple[int, int] | None = None
+    by_token = False
+
+    @property
+    def axes(self) -> frozenset[Axis]:
+        return self.chosen.axes - {self.digit}
+
+    def over(self, queries: Mapping[Expr, Expr]) -> _Choice:
+        return replace(self, chosen=s.substitute(self.chosen, queries))
+
+    def reached(self, token: Expr) -> Expr:
+        return s.or_(*self._hits(token))
+
+    def digit_at(self, token: Expr) -> Expr:
+        digit: Expr = Const(0)
+        for number, hit in enumerate(self._hits(token)):
+            digit = s.where(hit, Const(number), digit)
+        return digit
+
+    def _hits(self, token: Expr) -> list[Expr]:
+        here = _part(token, self.part)
+        return [s.eq(s.substitute(self.chosen, {self.digit: Const(k)}), here) for k in range(self.count)]
+
+
+def _part(token: Expr, part: tuple[int, int] | None) -> Expr:
+    return token if part is None else s.mod(s.floordiv(token, part[0]), part[1])
+
+
+_Place = _Offset | _Choice
+_MOST_CHOICES = 16
+
+
+def to_tokens(reading: Reading, query_axes: frozenset[Axis], tensors: Tensors) -> Banded | Declined:
     """The reading over tokens, or why it has none. `query_axes`: what was taken for queries so far (the positions in
-    a block); `shape_of`: the shape of a loaded tensor."""
+    a block)."""
     key, free = reading.key, reading.free
     loads = _key_loads(reading)
-    indices = {_places_of(x, key, shape_of) for x in loads}
+    indices = {_places_of(x, key, tensors.shape_of) for x in loads}
     if len(indices) != 1:
         return Declined("keys and values are read at different places")
     (index,) = indices
     digits, whole = _digits(key, tuple(entry for entry, _ in index))
-    places = []
+    places: list[tuple[_Place, ...]] = []
     for entry, extent in index:
-        place = _place(s.substitute(entry, {key: whole}), digits, extent)
-        if place is None:
+        found = _places(s.substitute(entry, {key: whole}), digits, extent, tensors)
+        if found is None:
             return Declined("keys are not read at a query's own place plus an offset")
-        places.append(place)
-    if sorted(p.digit.name for p in places) != sorted(d.name for d in digits):
+        places.append(found)
+    if sorted(p.digit.name for ps in places for p in ps) != sorted(d.name for d in digits):
         return Declined("an offset does not decide which key is read")
-    moving = [a for a in free if any(a in p.base.axes for p in places)]
+    beside = frozenset().union(*(e.axes for x in loads for e in x.index if key not in e.axes))
+    moving = [a for a in free if a not in beside and any(a in p.axes for ps in places for p in ps)]
     if not moving:
         return Declined("every query reads the same keys")
     # Padding that was written out is a condition on the place: then tokens run past both ends.
@@ -102,15 +166,18 @@ def to_tokens(reading: Reading, query_axes: frozenset[Axis], shape_of: Callable[
             return Declined("how far keys are read past the border is not known")
         low.append(Const(min(first, 0)))
         sizes.append(s.sub(s.maximum(last + 1, extent), low[-1]) if conditional else extent)
-    blocks = any(abs(c) != 1 for p in places for m, c in to_poly(p.base).items() if m)
-    queries = [a for a in free if a in moving or (blocks and a in query_axes)]
+    by_token = all(p.by_token for ps in places for p in ps)
+    queries = [a for a in free if a in moving or (not by_token and a in query_axes)]
     query = queries[0] if len(queries) == 1 else Axis("tokens", s.mul(*(a.size for a in queries)))
     token = Axis(f"{key.name}.token", s.mul(*sizes) if len(sizes) > 1 else sizes[0])
-    to_query = {} if len(queries) == 1 else dict(zip(queries, unflatten(query, [a.size for a in queries])))
-    at = [s.add(x, first) for x, first in zip(unflatten(token, sizes), low)]
-    places = [replace(p, base=s.substitute(p.base, to_query)) for p in places]
-    change = _Change(key, whole, index, tuple(at), tuple(places), dict(to_query), shape_of)
-    keep = s.and_(*(p.reached(x) for p, x in zip(places, at)))
+    to_query: dict[Expr, Expr] = {}
+    if len(queries) > 1:
+        to_query.update(zip(queries, unflatten(query, [a.size for a in queries])))
+    at = tuple(s.add(x, first) for x, first in zip(unflatten(token, sizes), low))
+    change = _Change(
+        key, whole, index, at, tuple((p.over(to_query), x) for ps, x in zip(places, at) for p in ps), to_query, tensors
+    )
+    keep = s.and_(*(place.reached(x) for place, x in change.places))
     values = change(reading.values)
     softs = tuple(_masked(soft, change, keep) for soft in reading.softs)
     over = Reading(token, values, softs, (*(a for a in free if a not in queries), query))
@@ -125,11 +192,11 @@ class _Change:
 
     key: Axis
     whole: Expr
-    index: _Places
+    index: _Index
     at: Index
-    places: tuple[_Place, ...]
-    to_query: dict[Expr, Expr]
-    shape_of: Callable[[str], Index]
+    places: tuple[tuple[_Place, Expr], ...]  # with the token's coordinate that each decides
+    to_query: Mapping[Expr, Expr]
+    tensors: Tensors
 
     def __call__(self, value: Expr) -> Expr:
         plain = {**self.to_query, self.key: self._offset(clamped=False)}
@@ -139,7 +206,7 @@ class _Change:
             if isinstance(node, Axis):
                 return plain.get(node, node)
             if isinstance(node, Load) and self.key in node.axes:
-                if _places_of(node, self.key, self.shape_of) == self.index:
+                if _places_of(node, self.key, self.tensors.shape_of) == self.index:
                     there = iter(self.at)
                     index = (next(there) if self.key in e.axes else s.substitute(e, self.to_query) for e in node.index)
                 else:  # where no offset reaches a token nothing is kept, but something is read
@@ -151,7 +218,7 @@ class _Change:
 
     def _offset(self, clamped: bool) -> Expr:
         digits: dict[Expr, Expr] = {}
-        for place, token in zip(self.places, self.at):
+        for place, token in self.places:
             digit = place.digit_at(token)
             digits[place.digit] = s.minimum(s.maximum(digit, 0), s.sub(place.digit.size, 1)) if clamped else digit
         return s.substitute(self.whole, digits)
@@ -178,7 +245,7 @@ def _key_loads(reading: Reading) -> list[Load]:
     return [x for x in found if x.is_float and reading.key in x.axes]
 
 
-def _places_of(load: Load, key: Axis, shape_of: Callable[[str], Index]) -> _Places:
+def _places_of(load: Load, key: Axis, shape_of: Callable[[str], Index]) -> _Index:
     """Where a load depends on the offset: those entries of its index, and how long their dimensions are."""
     return tuple((e, extent) for e, extent in zip(load.index, shape_of(load.tensor)) if key in e.axes)
 
@@ -203,11 +270,39 @@ def _digits(key: Axis, entries: Index) -> tuple[list[Axis], Expr]:
     return digits, s.add(*(s.mul(d, stride) for d, stride in zip(digits, strides)))
 
 
-def _place(entry: Expr, digits: Sequence[Axis], extent: Expr) -> _Place | None:
+def _places(entry: Expr, digits: Sequence[Axis], extent: Expr, tensors: Tensors) -> tuple[_Place, ...] | None:
+    """How the digits decide one dimension of the place: one digit as an offset or a choice, or a choice of blocks and
+    an offset inside of them (64 * chosen[t] + u)."""
+    mine = [d for d in digits if d in entry.axes]
+    picked = [(d, x) for x in entry.loads for d in mine if d in x.axes]
+    if not picked:
+        offset = _offset(entry, mine, extent)
+        return None if offset is None else (offset,)
+    if len({x for _, x in picked}) != 1 or len(mine) > 2:
+        return None
+    digit, load = picked[0]
+    slope, rest = isolate(to_poly(entry), load)
+    if set(slope) != {()} or digit in from_poly(rest).axes or not isinstance(digit.size, Const):
+        return None
+    if digit.size.value > _MOST_CHOICES or not tensors.distinct(load, digit):
+        return None
+    count = int(digit.size.value)
+    if len(mine) == 1:
+        return (_Choice(digit, entry, count),)
+    (inner,) = (d for d in mine if d != digit)
+    block = slope[()]
+    if inner.size != Const(block) or from_poly(rest) != inner or not isinstance(extent, Const) or extent.value % block:
+        return None
+    return (
+        _Choice(digit, load, count, (block, int(extent.value) // block)),
+        _Offset(inner, 1, Const(0), None, (1, block)),
+    )
+
+
+def _offset(entry: Expr, mine: Sequence[Axis], extent: Expr) -> _Offset | None:
     wrap = None
     if isinstance(entry, Call) and entry.op == "mod" and entry.args[1] == extent:
         entry, wrap = entry.args[0], extent
-    mine = [d for d in digits if d in entry.axes]
     if len(mine) != 1:
         return None
     slope, rest = isolate(to_poly(entry), mine[0])
@@ -216,7 +311,7 @@ def _place(entry: Expr, digits: Sequence[Axis], extent: Expr) -> _Place | None:
         return None
     if wrap is not None and (slope[()] != 1 or not s.is_nonneg(s.sub(wrap, mine[0].size))):
         return None
-    return _Place(mine[0], slope[()], base, wrap)
+    return _Offset(mine[0], slope[()], base, wrap)
 
 
 def _flatten(axes: Sequence[Axis]) -> Expr:

@@ -81,7 +81,6 @@ class Known(Protocol):
     opaque: set[fx.Node]  # written in place somewhere: never looked through
     lifted: dict[tuple[fx.Node, Index], Expr]  # pure values, shared by all sites
     cuts: set[fx.Node]  # no gradient flows through these
-    storage: dict[fx.Node, int]  # equal for views of one tensor
 
     def closed_form(self, node: fx.Node) -> Expr | None: ...
 
@@ -215,14 +214,11 @@ class Lifter:
             return below
         if isinstance(below, Load):
             source = self.known.nodes[below.tensor]
-            if self.far and (
-                self.joining
-                or self.known.storage[node] != self.known.storage[source]
-                or _numel(node) > _numel(source)
-            ):
+            if self.far and (self.joining or not _laid_out(node, source)):
                 return below
-            here = complexity(index)
-            there = complexity(below.index)
+            # Read far, what was gathered after it was reordered is a gather of blocks there.
+            measure = _terms if self.far else complexity
+            here, there = measure(index), measure(below.index)
             if here != there:
                 return self.leaf(node, index) if here < there else below
             smaller = (_numel(source), source.meta["val"].dim()) < (_numel(node), node.meta["val"].dim())
@@ -289,6 +285,30 @@ def complexity(index: Index) -> int:
         cost += 1 if simple else 4
     axes = [a for a in index if isinstance(a, Axis)]
     return (cost // 4) + (len(axes) - len(set(axes)))
+
+
+def _laid_out(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a value is its source, each element at most once, in another layout."""
+    while node is not source:
+        if op_name(node) not in _LAYOUTS:
+            return False
+        node = arguments(node)[0]
+    return True
+
+
+_LAYOUTS = frozenset(
+    (
+        "view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as", "transpose", "swapaxes",
+        "swapdims", "t", "numpy_T", "movedim", "moveaxis", "mT", "matrix_H", "adjoint", "contiguous", "clone", "alias",
+        "squeeze", "unsqueeze", "permute", "select", "slice", "narrow", "getitem", "split", "chunk", "unbind",
+        "split_with_sizes", "tensor_split", "unsafe_split", "unsafe_chunk", "to", "_to_copy", "type_as", "float",
+        "half", "bfloat16", "double", "detach", "diagonal",
+    )
+)  # fmt: skip
+
+
+def _terms(index: Index) -> int:
+    return sum(_nodes(entry) for entry in index if not isinstance(entry, Axis | Const))
 
 
 def _numel(node: fx.Node) -> int:

@@ -115,12 +115,12 @@ def _plan(site: Site, facts: Facts, options: Options) -> tuple[Site, list[Plan] 
     written, and the reason to leave it."""
     left = ""
     for reading in _readings(site, options):
-        over_tokens = reading is site.readings.over_tokens
+        copied = site if site.readings.in_place else None
         trained = trained_operands(reading, facts)
         if any(trained):
             reading = with_cancelled(reading, facts)
             trained = trained_operands(reading, facts)
-        plans, reason = _plan_parts(reading, trained, options, site if over_tokens else None)
+        plans, reason = _plan_parts(reading, trained, options, copied)
         if plans is not None:
             return reading, plans, reason
         left = left or reason

@@ -18,12 +18,12 @@ import networkx as nx
 from torch import fx
 
 from refocus import simplify as s
-from refocus.bands import Reading, to_tokens, unflatten
+from refocus.bands import Reading, Tensors, to_tokens, unflatten
 from refocus.facts import Candidate, Facts, candidates, contraction_operands, taint_of
+from refocus.gathers import distinct, gathered
 from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Reduce, Region
-from refocus.lift import Lifter, Unliftable, arguments, complexity, dtype_of, is_tensor, op_name
+from refocus.lift import Lifter, Unliftable, complexity, dtype_of, is_tensor, op_name
 from refocus.lift_reductions import CONTRACTIONS, operands_at
-from refocus.lift_tables import MOVES
 from refocus.normal_form import Binding, Draft, finish
 from refocus.notation import notation
 from refocus.patterns.declined import Declined, Stop
@@ -158,52 +158,41 @@ def recognize_one(candidate: Candidate, facts: Facts) -> Site | Left:
 
 
 def _other_readings(candidate: Candidate, facts: Facts, axes: _Axes, near: _Lifted) -> Readings:
-    if not any(near.key in x.axes and _gathered(facts.nodes[x.tensor]) for x in _all_loads(near) if x.is_float):
+    if not any(near.key in x.axes and gathered(facts.nodes[x.tensor]) for x in _all_loads(near) if x.is_float):
         return Readings()
     try:
         far = _attempt(candidate, facts, axes, far=True)
         if isinstance(far, Declined):
             return Readings()
-        return Readings(_close(candidate, facts, axes, far), _over_tokens(candidate, facts, axes, far))
+        in_place = _close(candidate, facts, axes, far)
+        return Readings(in_place, _over_tokens(candidate, facts, axes, far, in_place))
     except (Unliftable, Stop):
         return Readings()
 
 
-def _over_tokens(candidate: Candidate, facts: Facts, axes: _Axes, far: _Lifted) -> Site | None:
+def _over_tokens(candidate: Candidate, facts: Facts, axes: _Axes, far: _Lifted, in_place: Site) -> Site | None:
     if not (isinstance(far.rest, Const) and far.rest.value == 0):
         return None
     softs = tuple(soft for _, _, soft in far.terms)
     reading = Reading(far.key, far.values, softs, tuple(axes.flat()))
-    found = to_tokens(reading, frozenset(far.lifter.query_axes), lambda name: shape_of(facts.nodes[name]))
+    tensors = Tensors(lambda name: shape_of(facts.nodes[name]), lambda load, axis: distinct(load, axis, facts))
+    found = to_tokens(reading, frozenset(far.lifter.query_axes), tensors)
     if isinstance(found, Declined):
         return None
     over = found.reading
     terms = [(mixed, factor, soft) for (mixed, factor, _), soft in zip(far.terms, over.softs)]
     banded = replace(far, key=over.key, values=over.values, terms=terms)
     try:
-        return _close(candidate, facts, axes, banded, over.free, found.places)
+        site = _close(candidate, facts, axes, banded, over.free, found.places)
     except Stop:
         return None
-
-
-def _gathered(node: fx.Node) -> bool:
-    """Whether a value was read from others at several places at once, without being computed with."""
-    while op_name(node) in MOVES and is_tensor(node):
-        source = arguments(node)[0]
-        if op_name(node) in _GATHERS:
-            return True
-        if not isinstance(source, fx.Node):
-            return False
-        node = source
-    return False
-
-
-_GATHERS = frozenset(
-    (
-        "unfold", "index", "index_select", "gather", "take_along_dim", "roll", "as_strided", "im2col", "stack", "cat",
-        "slice_scatter", "flip",
-    )
-)  # fmt: skip
+    # Distinct offsets are distinct tokens: a row that keeps an offset keeps a token.
+    rules = [part.region.empty_row for part in in_place.parts]
+    parts = [
+        replace(part, region=replace(part.region, empty_row=rule)) if rule == "never" else part
+        for part, rule in zip(site.parts, rules)
+    ]
+    return replace(site, parts=tuple(parts))
 
 
 @dataclass

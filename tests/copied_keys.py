@@ -108,7 +108,7 @@ def shifted_heads(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         return torch.cat([first, second.roll(-GROUP // 2, 2)], 1).unflatten(2, (-1, GROUP))
 
     q, k, v = shift(q), shift(k), shift(v)
-    out = (weights_of(q @ k.mT) + 0 * bias.sum()) @ v
+    out = weights_of(q @ k.mT) @ v
     first, second = out.flatten(2, 3).chunk(2, 1)
     return torch.cat([first, second.roll(GROUP // 2, 2)], 1)
 
@@ -117,22 +117,22 @@ def halo(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """Blocks of queries with their own and the next block of keys."""
     q = q.unflatten(2, (-1, GROUP))
     k, v = (F.pad(t, (0, 0, 0, GROUP)).unfold(2, 2 * GROUP, GROUP).mT for t in (k, v))
-    return ((weights_of(q @ k.mT) + 0 * bias.sum()) @ v).flatten(2, 3)
+    return (weights_of(q @ k.mT) @ v).flatten(2, 3)
 
 
-def routed(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+def routed(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, group: int = GROUP) -> Tensor:
     """BiFormer: a group of queries sees the two groups of keys that its mean is most alike."""
-    q, k, v = (t.unflatten(2, (-1, GROUP)) for t in (q, k, v))
+    q, k, v = (t.unflatten(2, (-1, group)) for t in (q, k, v))
     chosen = (q.mean(3) @ k.mean(3).mT).topk(2, -1).indices
-    at = chosen[..., None, None].expand(*chosen.shape, GROUP, WIDTH)
+    at = chosen[..., None, None].expand(*chosen.shape, group, WIDTH)
     k, v = (t.unsqueeze(2).expand(*t.shape[:3], *t.shape[2:]).gather(3, at).flatten(3, 4) for t in (k, v))
-    return ((weights_of(q @ k.mT) + 0 * bias.sum()) @ v).flatten(2, 3)
+    return (weights_of(q @ k.mT) @ v).flatten(2, 3)
 
 
 def turned(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """Keys in reverse, from the middle on."""
     k, v = (t.flip(2).roll(TOKENS // 2, 2) for t in (k, v))
-    return (weights_of(q @ k.mT) + 0 * bias.sum()) @ v
+    return weights_of(q @ k.mT) @ v
 
 
 def tensors() -> tuple[Tensor, ...]:

@@ -25,7 +25,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "counter", "dropout", "differentiate", "hoist", "intervals", "key_bounds", "grid", "operations", "evaluate",
         "oracle", "tile_cache", "tile_grid", "tile_rows", "refine", "masks", "infer", "infer_*", "assumptions",
     ),
-    "lift": ("bodies", "capture", "functional", "fold", "sizes", "lift", "lift_*", "facts"),
+    "lift": ("bodies", "capture", "functional", "fold", "sizes", "lift", "lift_*", "facts", "gathers"),
     "patterns": ("patterns", "patterns.*"),
     "recognize": ("bands", "normal_form", "recognize"),
     "codegen": ("codegen", "codegen.*"),
