@@ -165,4 +165,3 @@ class _Looping(Pairs):
         if len(shares) > 1:
             text = f"({text})"
         self._store_at(place, n, gradient, guards, text)
-

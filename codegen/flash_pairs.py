@@ -26,9 +26,7 @@ from refocus.key_bounds import key_bounds
 from refocus.simplify import mul
 
 
-def write(
-    region: Region, flows: Cotangents, gradients: Sequence[Gradient], plan: Plan, wide: bool = False
-) -> Source:
+def write(region: Region, flows: Cotangents, gradients: Sequence[Gradient], plan: Plan, wide: bool = False) -> Source:
     """The kernel that sums these gradients of pairs, all shared by the same batch axes."""
     return _Shared(region, flows, gradients, plan, wide).write()
 

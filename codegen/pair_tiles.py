@@ -35,7 +35,6 @@ _OWN = (
 )  # fmt: skip
 
 
-
 class Pairs(Dots):
     """Tiles of pairs: rows along the axis that the program has a tile of (`own`), columns along the `other`."""
 

@@ -141,9 +141,7 @@ def _sum(
     return outputs
 
 
-def _placed(
-    like: Tensor, parts: list[tuple[Gradient, Tensor]], named: dict[str, Tensor], shapes: _Shapes
-) -> Tensor:
+def _placed(like: Tensor, parts: list[tuple[Gradient, Tensor]], named: dict[str, Tensor], shapes: _Shapes) -> Tensor:
     """The gradient of an operand, from those of its loads."""
     if len(parts) == 1 and parts[0][0].direct:
         return parts[0][1].reshape(like.shape)

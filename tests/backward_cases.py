@@ -17,8 +17,13 @@ from tests.region_cases import Case, Setting, add, call, mul, randn
 def dropout(dtype: torch.dtype = torch.float32, n: int = 50, d: int = 16) -> Case:
     """Causal, with a third of the weights dropped."""
     setting = Setting(dtype, n, n, d, d)
-    gate = drops.keep("x", 1 / 3, (setting.b, setting.h, setting.i, setting.j),
-                      tuple(Const(z) for z in (cases.B, cases.H, n, n)), setting.f)
+    gate = drops.keep(
+        "x",
+        1 / 3,
+        (setting.b, setting.h, setting.i, setting.j),
+        tuple(Const(z) for z in (cases.B, cases.H, n, n)),
+        setting.f,
+    )
     setting.tensors[next(iter(gate.loads)).tensor] = torch.tensor(123456789123456789)
     return setting.case(setting.score, s.le(setting.j, setting.i), gate=gate)
 
@@ -86,8 +91,7 @@ def prefix(dtype: torch.dtype = torch.float32, n: int = 90, d: int = 16) -> Case
     """Keys from a prefix on are bounded by a length that is read."""
     setting = Setting(dtype, n, n, d, d)
     setting.tensors["lengths"] = torch.tensor([n, 37])
-    mask = s.and_(s.le(setting.j, s.maximum(setting.i, 19)),
-                  s.lt(setting.j, Load("lengths", (setting.b,), "int64")))
+    mask = s.and_(s.le(setting.j, s.maximum(setting.i, 19)), s.lt(setting.j, Load("lengths", (setting.b,), "int64")))
     return setting.case(setting.score, mask)
 
 

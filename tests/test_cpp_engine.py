@@ -131,9 +131,7 @@ def batched(batch: Sequence[Axis], key_axes: Sequence[Axis], mask: Expr = TRUE, 
     tensors = [torch.randn(*shape, n, d), torch.randn(*key_shape, n, d), torch.randn(*key_shape, n, d)]
     dot = Dot((c,), Load("q", (*batch, i, c), f), Load("k", (*key_axes, j, c), f), f)
     score = simplify.call("mul", dot, Const(0.3, f), dtype=f)
-    operands = tuple(
-        Operand(x, f, tuple(Const(n) for n in t.shape)) for x, t in zip("qkv", tensors)
-    )
+    operands = tuple(Operand(x, f, tuple(Const(n) for n in t.shape)) for x, t in zip("qkv", tensors))
     logits = simplify.where(mask, score, Const(-math.inf, f))
     region = Region(
         tuple(batch), i, j, (e,), score, mask, logits, Load("v", (*key_axes, j, e), f), operands, f, empty_row="never"

@@ -249,7 +249,7 @@ def texts(name: str, *wanted: str, dtype: torch.dtype | None = None, plan: Plan 
     return found
 
 
-CAUSAL = '''\
+CAUSAL = """\
     v_grad = tl.zeros([BLOCK_K, 16], tl.float32)
     k_grad = tl.zeros([BLOCK_K, 16], tl.float32)
     begin = first // BLOCK_Q * BLOCK_Q
@@ -275,7 +275,7 @@ CAUSAL = '''\
         k_grad = tl.dot(back.to(tl.bfloat16), query, k_grad)
     # Tiles of which every pair counts.
     for start in range(full_start, 90, BLOCK_Q):
-'''
+"""
 
 
 def test_golden_source() -> None:
