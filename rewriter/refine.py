@@ -85,5 +85,3 @@ class _Pairs:
         kept = evaluate(self.mask, dict(zip(self.axes, position)), self.tensors, self.sizes)
         kept = kept.expand(len(tiles), len(rows))
         return kept.any(-1), kept.all(-1)
-
-

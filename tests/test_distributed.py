@@ -37,7 +37,7 @@ def in_two_processes(tmp_path: Path, *command: str) -> list[Any]:
     return [json.loads((tmp_path / f"out.{rank}").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp", "tp"])
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "tp", "dtensor"])
 def test_two_processes_train_alike(how: str, tmp_path: Path) -> None:
     for found in in_two_processes(tmp_path, "tests.distributed_worker", how):
         assert found["sites"] == 2
