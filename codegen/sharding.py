@@ -227,8 +227,12 @@ def local_part(cut: Cut, places: tuple[Placements, ...], coordinate: tuple[int, 
         batch=tuple(shorter.get(a, a) for a in region.batch),
         query=shorter.get(region.query, region.query),
         operands=tuple(operands),
+        score=go(region.score),
+        mask=go(region.mask),
+        logits=go(region.logits),
+        values=go(region.values),
+        gate=go(region.gate),
         extra=tuple(go(x) for x in region.extra),
-        **{name: go(getattr(region, name)) for name in ("score", "mask", "logits", "values", "gate")},
     )
     return Local(part, tuple(lengths))
 
@@ -267,7 +271,7 @@ class _Call:
         local = local_part(cut, places, tuple(coordinate))
         return _Call(mesh, cut, numbers, [_laid(t, mesh, p) for t, p in zip(operands, places)], local)
 
-    def whole(self, local: Tensor, before: int = 0) -> Tensor:
+    def whole(self, local: Tensor, before: int = 0) -> DTensor:
         """The DTensor of which a result (.., *batch, query, ..) is this process's part."""
         region, places = self.cut.region, self.cut.result(before)
         order = (*region.batch, region.query)
@@ -286,7 +290,7 @@ def _laid(tensor: Tensor, mesh: DeviceMesh, places: Placements) -> Tensor:
     return tensor.to_local()
 
 
-def _made(local: Tensor, mesh: DeviceMesh, places: Placements, shape: Sequence[int]) -> Tensor:
+def _made(local: Tensor, mesh: DeviceMesh, places: Placements, shape: Sequence[int]) -> DTensor:
     stride = [prod(shape[d + 1 :]) for d in range(len(shape))]
     return DTensor.from_local(local, mesh, places, run_check=False, shape=torch.Size(shape), stride=tuple(stride))
 

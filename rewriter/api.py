@@ -67,7 +67,7 @@ def optimize(
 
 def _twin(model: Model) -> Model:
     """Another module with the same attributes."""
-    if type(model).__new__ is object.__new__:
+    if "__new__" not in {name for cls in type(model).__mro__[:-1] for name in vars(cls)}:
         return copy.copy(model)
     twin: Model = object.__new__(type(model))  # fully_shard's classes would call `__init__`, without arguments
     twin.__dict__.update(model.__dict__)
