@@ -32,10 +32,9 @@ from refocus.codegen.flash_fit import (
     width,
 )
 from refocus.codegen.plan import Plan
+from refocus.codegen.tile_lists import KEYS, PAIRS, QUERIES
 from refocus.differentiate import NotDifferentiable, Share
 from refocus.ir import TRUE, Axis, Const, Load, Region
-
-KEYS, QUERIES, PAIRS = "keys", "queries", "pairs"
 
 
 @dataclass(frozen=True)
@@ -179,6 +178,7 @@ def backward_plan(region: Region, plan: Plan, loop: str) -> Plan:
     widest = max([32, padded(width(region.value) or 1), *(padded(width(d.over) or 1) for d in dots)])
     narrow = all(dot_dtype(d) != "float32" for d in dots) and value_dtype(region) != "float32"
     rich = is_rich(region) or not all(isinstance(a.size, Const) for a in (region.query, region.key))
+    rich = rich or (plan.listed and loop == KEYS)  # two loops, and two sums
     largest_q, largest_k, warps = (_NARROW if narrow else _FLOAT32)[widest][rich][(QUERIES, KEYS, PAIRS).index(loop)]
     block_q, block_k = no_larger(largest_q, region.query), no_larger(largest_k, region.key)
     usual = default_plan(region)
@@ -187,7 +187,7 @@ def backward_plan(region: Region, plan: Plan, loop: str) -> Plan:
     own, largest = (block_k, largest_k) if loop == KEYS else (block_q, largest_q)
     if narrow and own < largest:
         warps = min(warps, max(1, own // 16))  # a warp multiplies 16 rows at a time
-    return Plan("triton", "flash", block_q, block_k, warps, 2)
+    return Plan("triton", "flash", block_q, block_k, warps, 2, plan.listed)
 
 
 def value_dtype(region: Region) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from refocus.codegen import listed
 from refocus.codegen.backward_fit import KEYS, PAIRS, Gradient
 from refocus.codegen.cotangents import Cotangents
 from refocus.codegen.kernel_file import Source
@@ -48,7 +49,10 @@ class _Looping(Pairs):
         main.lines(f"{self.sums[n]} = tl.zeros({self._shape(g)}, tl.float32)" for n, g in summed)
         if queries:
             self._load_rows(self.prologue, False, self.pairing, self.emptied)
-        if self.pairing:
+        if self.pairing and self.plan.listed:
+            for block, mask in listed.loops(main, self.root, self.positions, self.plan):
+                self._pairs_in(self._inside(block, "start", False), mask)
+        elif self.pairing:
             for start, stop, unmasked, mask, comment in self._ranges(main):
                 main.lines((f"# {comment}",) if comment else ())
                 self._pairs_in(self._open(main, "start", start, stop, unmasked), mask)
@@ -64,8 +68,12 @@ class _Looping(Pairs):
 
     def _open(self, parent: Block, at: str, start: str, stop: str, unmasked: bool, emptied: bool = False) -> Block:
         """A loop over tiles of the other axis that begin at the variable `at`, all in range where `unmasked`."""
+        block = parent.nested(f"for {at} in range({start}, {stop}, {self.block[self.other]}):")
+        return self._inside(block, at, unmasked, emptied)
+
+    def _inside(self, block: Block, at: str, unmasked: bool, emptied: bool = False) -> Block:
+        """The body of a loop, whose tiles begin at the variable `at`."""
         tile, variable = self.block[self.other], self.scope.axes[self.other]
-        block = parent.nested(f"for {at} in range({start}, {stop}, {tile}):")
         block.line(f"{variable} = {at} + tl.arange(0, {tile}){self.positions.cast}")
         self.scope.names.next_loop()
         self.unmasked = unmasked

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from refocus.codegen import listed
 from refocus.codegen.backward_fit import Gradient
 from refocus.codegen.cotangents import Cotangents
 from refocus.codegen.kernel_file import Source
@@ -75,6 +76,8 @@ class _Shared(Pairs):
     def _needed(self) -> str:
         """Whether the mask may keep a pair of this tile; nothing where it does not say so."""
         region = self.region
+        if self.plan.listed:
+            return listed.is_used(self.root, self.positions, self.plan, "tl.program_id(1)")
         bounds = key_bounds(region.mask, region.query, region.key, loads=True)
         conditions = []
         if bounds.hi is not None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from refocus.codegen import listed
 from refocus.codegen.backward_fit import PAIRS, Gradient, value_dtype
 from refocus.codegen.cotangents import Cotangents
 from refocus.codegen.flash import COLUMN, ROW, marks_empty, tame
@@ -32,6 +33,7 @@ _OWN = (
     "sums_ptr", "delta_ptr", "program", "tiles", "batch", "first", "last", "start", "begin", "cut_stop", "full_start",
     "full_stop", "scores", "weight", "gated", "back", "gate_back", "row_max", "log_sum", "shift", "delta", "empty",
     "empty_start", "extra", "extra_back", "point", "member", "step", "key_first", "kept", "gate",
+    *listed.NAMES,
 )  # fmt: skip
 
 

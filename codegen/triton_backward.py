@@ -61,7 +61,9 @@ def emit(region: Region, wanted: frozenset[str], task: Task, plan: Plan, wide: b
     else:
         source = flash_backward.write(region, flows, task.gradients, task.loop, plan, wide)
     key = cache.key_of(region, sorted(wanted), task, plan, wide)
-    return Kernel(source.name, source.text, cache.save(source.text, key), key, region, plan, source.arguments)
+    return Kernel(
+        source.name, source.text, cache.save(source.text, key), key, region, plan, source.arguments, task.loop
+    )
 
 
 def run_backward(

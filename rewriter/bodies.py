@@ -93,7 +93,7 @@ class Retrace(fx.Interpreter):
 
 
 # The type that tensor parallelism makes; nothing is one where this torch has no distributed package.
-DTensor: Any = getattr(importlib.import_module("torch.distributed.tensor"), "DTensor") if is_available() else ()
+DTensor: Any = importlib.import_module("torch.distributed.tensor").DTensor if is_available() else ()
 
 
 def _plain(value: Any) -> torch.Tensor:

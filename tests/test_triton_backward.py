@@ -35,6 +35,8 @@ SMALL = Plan("triton", block_q=16, block_k=16)
 UNEVEN = Plan("triton", block_q=32, block_k=16)
 # Those whose loops differ from tile to tile.
 IN_SMALL_TILES = ("long_causal", "emptied_bias", "padded_pairs", "prefix", "temperatures", "cross")
+# Masks of documents, of vectors, that differ by head; biases that are shared; rows without a key.
+LISTED = ("documents", "padding", "padded_pairs", "emptied_bias", "temperatures")
 # Read at a mixture of query and key; values that are computed; no operand that could need a gradient.
 DECLINED = {"relative_table", "t5_buckets", "scaled_keys", "integers"}
 ALL = {n: make for n, make in (*cases.CASES.items(), *MORE.items(), *BACKWARD.items()) if n not in DECLINED}
@@ -170,7 +172,8 @@ def child() -> dict[str, Any]:
     for name in ("causal", "sinks", "additive_bias", "dropout"):
         for dtype in (torch.float16, torch.bfloat16):
             out[f"{name}_{dtype}"] = _errors(ALL[name](dtype, n=40), None)
-    out["listed"] = _errors(cases.documents(), replace(SMALL, listed=True))
+    listed = [_errors(ALL[n](), replace(plan, listed=True)) for n in LISTED for plan in (SMALL, UNEVEN)]
+    out["listed"] = [error for errors in listed for error in errors]
     return out | _others() | {"wide": _wide()}
 
 
@@ -300,6 +303,14 @@ def test_golden_source() -> None:
 )
 def test_loops_skip_what_the_mask_empties(name: str, kernel: str, line: str) -> None:
     assert line in texts(name)[f"{kernel}_backward"]
+
+
+def test_lists_say_which_tiles_are_visited() -> None:
+    found = texts("padded_pairs", plan=replace(SMALL, listed=True))
+    for kernel in ("queries_backward", "keys_backward"):
+        assert found[kernel].count("for tile in range(") == 2 and "for start in" not in found[kernel]
+    assert "tl.load(tile_indices_ptr + tile_row * 3 + tile) * BLOCK_Q" in found["keys_backward"]
+    assert "* 4 + tl.program_id(1)) != 0:" in found["pairs_backward"]
 
 
 @pytest.mark.parametrize("name", ALL)

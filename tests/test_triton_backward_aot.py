@@ -43,6 +43,9 @@ def compiled() -> dict[str, tuple[Case, tuple[str, ...]]]:
         "gate 128": (BACKWARD["pair_gate"](HALF, n=1024, d=128), ("sm_90",)),  # type: ignore[call-arg]
         "dropout 64": (BACKWARD["dropout"](HALF, n=1024, d=64), nvidia),  # type: ignore[call-arg]
         "softcap 128": (cases.softcap(HALF, n=1024, d=128), ("sm_90",)),
+        "documents 64": (cases.documents(HALF, n=1024, d=64), nvidia),
+        "documents 128": (cases.documents(HALF, n=1024, d=128), nvidia),
+        "float32 documents 64": (cases.documents(SINGLE, n=1024, d=64), ("sm_80",)),
         "float32 64": (cases.causal(SINGLE, n=1024, d=64), nvidia),
         "float32 128": (cases.causal(SINGLE, n=1024, d=128), ("sm_80",)),
         "float32 fills 64": (cases.empty_added(SINGLE, n=1024, d=64), ("sm_80",)),
