@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from refocus.evaluate import arange_env, evaluate, size_of
+from refocus.evaluate import arange_env, evaluate
 from refocus.ir import FALSE, TRUE, Axis, Call, Const, Expr, Sym
 from refocus.key_bounds import KeyBounds, first_query, key_bounds, last_query
-from refocus.refine import refine
 from refocus.simplify import add, floordiv, is_nonneg, mul, or_, sub, substitute
 from refocus.tile_grid import is_exact, tile_states
 from refocus.tile_rows import Counts, count_tiles, tile_rows
@@ -103,11 +102,7 @@ def classify(
         numbers = tuple(sorted(((s, n) for s, n in sizes.items()), key=lambda item: item[0].name))
         state = _closed_states(mask, used, query, key, block_q, block_k, numbers)
         return TileMap(state.to(device) if device is not None else state, used, block_q, block_k)
-    state = _states(mask, used, query, key, block_q, block_k, tensors, sizes, device)
-    if is_exact(mask):
-        lengths = size_of(query.size, sizes), size_of(key.size, sizes)
-        blocks = (block_q, block_k)
-        state = refine(state, mask, used, query, key, blocks, lengths, tensors, sizes, _RUN_TIME_PAIRS)
+    state = _states(mask, used, query, key, block_q, block_k, tensors, sizes, device, _RUN_TIME_PAIRS)
     return TileMap(state, used, block_q, block_k)
 
 
@@ -121,8 +116,10 @@ def _states(
     tensors: Mapping[str, Tensor],
     sizes: Mapping[Sym, int],
     device: torch.device | str | None,
+    budget: int,
 ) -> Tensor:
-    parts = [state for _, state in tile_rows(mask, batch, query, key, block_q, block_k, tensors, sizes, device)]
+    rows = tile_rows(mask, batch, query, key, block_q, block_k, tensors, sizes, device, budget=budget)
+    parts = [state for _, state in rows]
     return torch.cat(parts, -2) if len(parts) > 1 else parts[0]
 
 
@@ -139,11 +136,7 @@ def _closed_states(
     """The states of a mask that no tensor decides: found once for each size, for a region runs many times."""
     sizes = dict(numbers)
     with _disable_current_modes(), torch.inference_mode(False):  # what is kept is an ordinary tensor
-        state = _states(mask, batch, query, key, block_q, block_k, {}, sizes, None)
-        if not is_exact(mask):
-            return state
-        lengths = size_of(query.size, sizes), size_of(key.size, sizes)
-        return refine(state, mask, batch, query, key, (block_q, block_k), lengths, {}, sizes, _ENUMERABLE)
+        return _states(mask, batch, query, key, block_q, block_k, {}, sizes, None, _ENUMERABLE)
 
 
 def block_lists(state: Tensor) -> BlockLists:

@@ -14,10 +14,28 @@ import torch
 from torch import Tensor
 
 from refocus.evaluate import evaluate
-from refocus.ir import Axis, Expr, Sym
+from refocus.ir import Axis, Call, Expr, Sym
+from refocus.polynomial import poly_sub, to_poly
+from refocus.simplify import conjuncts
 
 _SAMPLES = (8, 48)  # pairs of a tile that are tried first, and next
 _CHUNK = 1 << 20  # pairs evaluated at once
+
+
+def leaves_open(mask: Expr, query: Axis, key: Axis) -> bool:
+    """Whether interval arithmetic may leave a tile open that pairs decide. Not so where one linear form of query and
+    key is bounded: it takes every value between its ends on a tile."""
+    pairs = [p for p in conjuncts(mask) if {query, key} <= p.axes]
+    if len(pairs) != len(conjuncts(mask)):
+        return bool(pairs)
+    for part in pairs:
+        if not (isinstance(part, Call) and part.op == "le" and all(a.is_int for a in part.args)):
+            return True
+        form = poly_sub(to_poly(part.args[1]), to_poly(part.args[0]))
+        moving = {m for m in form if any({query, key} & atom.axes for atom in m)}
+        if moving != {(query,), (key,)} or form[query,] * form[key,] != -1:
+            return True
+    return False
 
 
 def refine(

@@ -17,11 +17,14 @@ from torch import Tensor
 
 from refocus.evaluate import size_of
 from refocus.ir import Axis, Const, Expr, Sym
+from refocus.refine import refine
 from refocus.simplify import add, substitute
-from refocus.tile_grid import tile_states
+from refocus.tile_grid import is_exact, tile_states
 
 # Tiles at once: interval arithmetic keeps some ten numbers of eight bytes for each.
 _AT_ONCE = 1 << 18
+# Pairs that may be looked at to count tiles.
+_COUNTED_PAIRS = 1 << 22
 
 
 class Counts(NamedTuple):
@@ -41,24 +44,37 @@ def tile_rows(
     sizes: Mapping[Sym, int],
     device: torch.device | str | None = None,
     at_once: int = _AT_ONCE,
+    budget: int = 0,
 ) -> Iterator[tuple[int, Tensor]]:
-    """What `tile_states` gives, for as many query tiles at a time as make no more than `at_once` tiles."""
+    """What `tile_states` gives, for as many query tiles at a time as make no more than `at_once` tiles; with a budget
+    of pairs, tiles that are open are decided by looking at so many (`refocus.refine`)."""
     used = tuple(b for b in batch if b in mask.axes)
     queries, keys = size_of(query.size, sizes), size_of(key.size, sizes)
+    budget = budget if is_exact(mask) else 0
+
+    def refined(state: Tensor, here: Expr, part: Axis, length: int, share: int) -> Tensor:
+        if not share:
+            return state
+        return refine(state, here, used, part, key, (block_q, block_k), (length, keys), tensors, sizes, share)
+
     across = max(1, -(-keys // block_k) * prod(size_of(b.size, sizes) for b in used))
     count, rows = max(1, at_once // across), -(-queries // block_q)
     if rows <= count:
-        yield 0, tile_states(mask, used, query, key, block_q, block_k, tensors, sizes, device)
+        state = tile_states(mask, used, query, key, block_q, block_k, tensors, sizes, device)
+        yield 0, refined(state, mask, query, queries, budget)
         return
+    share = budget // -(-rows // count)
     for first in range(0, rows, count):
         start = first * block_q
-        part = Axis(query.name, Const(min(count * block_q, queries - start)))
+        length = min(count * block_q, queries - start)
+        part = Axis(query.name, Const(length))
         here = substitute(mask, {query: add(part, start)})
         # What the range decides may take batch axes out of the mask; the shape stays.
         state = tile_states(here, used, part, key, block_q, block_k, tensors, sizes, device)
         shape = [size_of(b.size, sizes) if b in here.axes else 1 for b in used]
         full = [size_of(b.size, sizes) for b in used]
-        yield first, state.reshape(*shape, *state.shape[-2:]).expand(*full, *state.shape[-2:])
+        state = state.reshape(*shape, *state.shape[-2:]).expand(*full, *state.shape[-2:])
+        yield first, refined(state, here, part, length, share)
 
 
 def count_tiles(
@@ -74,7 +90,8 @@ def count_tiles(
 ) -> Counts:
     """How many tiles are in each state, over all distinct maps."""
     total = [0, 0, 0]
-    for _, state in tile_rows(mask, tuple(batch), query, key, block_q, block_k, tensors, sizes, device):
+    rows = tile_rows(mask, tuple(batch), query, key, block_q, block_k, tensors, sizes, device, budget=_COUNTED_PAIRS)
+    for _, state in rows:
         partial, full = int((state == 1).sum()), int((state == 2).sum())
         total = [total[0] + state.numel() - partial - full, total[1] + partial, total[2] + full]
     return Counts(*total)

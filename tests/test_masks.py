@@ -29,7 +29,7 @@ from refocus.masks import (
     tile_states,
 )
 from refocus.notation import notation
-from refocus.refine import refine
+from refocus.refine import leaves_open, refine
 from refocus.tile_grid import TileGrid, is_exact
 from tests.attended import tile_states as tile_states_of
 from tests.mask_cases import (
@@ -393,7 +393,19 @@ def test_ranges_of_rows_make_up_the_map(kind: str) -> None:
     rough = tile_states(*arguments)
     assert not ((rough != PARTIAL) & (joined != rough)).any()
     assert not ((joined != PARTIAL) & (joined != whole.state)).any()
-    assert count_tiles(*arguments) == TileMap(rough, whole.axes, 8, 8).counts()
+    assert count_tiles(*arguments) == whole.counts()
+    # Each range may look at pairs of its own.
+    looked = torch.cat([state for _, state in tile_rows(*arguments, at_once=11, budget=1 << 22)], -2)
+    assert torch.equal(spread(space, TileMap(looked, whole.axes, 8, 8)), best)
+
+
+def test_one_linear_form_leaves_no_tile_open() -> None:
+    space = Space(75, 40, symbolic=False, seed=1)
+    causal, near = s.le(space.j, space.i), s.le(s.sub(space.i, space.j), 9)
+    assert not leaves_open(causal, space.i, space.j) and not leaves_open(s.and_(causal, near), space.i, space.j)
+    assert not leaves_open(s.le(space.j, 7), space.i, space.j)
+    for other in (s.le(space.j, 30), s.le(s.add(space.i, space.j), 20), s.eq(s.mod(s.sub(space.i, space.j), 3), 0)):
+        assert leaves_open(s.and_(causal, other), space.i, space.j)
 
 
 def test_a_million_tokens_in_little_memory() -> None:
