@@ -17,12 +17,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from refocus.codegen import listed
-from refocus.codegen.backward_fit import KEYS, PAIRS, Gradient
+from refocus.codegen.backward_fit import Gradient
 from refocus.codegen.cotangents import Cotangents
 from refocus.codegen.kernel_file import Source
 from refocus.codegen.pair_tiles import Pairs
 from refocus.codegen.plan import Plan
 from refocus.codegen.printer import MUL, Place
+from refocus.codegen.tile_lists import KEYS, PAIRS
 from refocus.codegen.writer import Block
 from refocus.differentiate import Share
 from refocus.ir import TRUE, Const, Expr, Region

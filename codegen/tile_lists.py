@@ -106,7 +106,7 @@ def _lists(
     state = classify(
         region.mask, region.batch, region.query, region.key, block_q, block_k, tensors, sizes, device
     ).state
-    if own == PAIRS:
+    if own not in (QUERIES, KEYS):
         return (state.to(torch.int32).contiguous(),)
     state = state.mT if own == KEYS else state
     order = torch.argsort(state, dim=-1, descending=True, stable=True).to(torch.int32)

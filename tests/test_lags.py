@@ -40,11 +40,15 @@ def test_blocks_hold_what_the_form_is(name: str, rows: int) -> None:
 @pytest.mark.parametrize(
     "form",
     [
-        s.le(s.add(ROW, COLUMN), 9), s.le(s.sub(s.mul(2, ROW), COLUMN), 9), s.eq(s.mod(ROW, 3), s.mod(COLUMN, 3)), s.lt(COLUMN, 4),
-        s.le(s.sub(s.floordiv(ROW, 2), s.floordiv(COLUMN, 2)), 1), s.le(s.sub(s.mul(ROW, ROW), s.mul(COLUMN, COLUMN)), 9),
+        s.le(s.add(ROW, COLUMN), 9),
+        s.le(s.sub(s.mul(2, ROW), COLUMN), 9),
+        s.eq(s.mod(ROW, 3), s.mod(COLUMN, 3)),
+        s.lt(COLUMN, 4),
+        s.le(s.sub(s.floordiv(ROW, 2), s.floordiv(COLUMN, 2)), 1),
+        s.le(s.sub(s.mul(ROW, ROW), s.mul(COLUMN, COLUMN)), 9),
         s.le(D, Load("t", (COLUMN,), "int64")),
     ],
-)  # fmt: skip
+)
 def test_other_parts_are_left(form: Expr) -> None:
     assert lags(form, ROW, COLUMN) is None
 
