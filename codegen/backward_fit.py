@@ -193,7 +193,7 @@ def backward_plan(region: Region, plan: Plan, loop: str) -> Plan:
     rich = is_rich(region) or not all(isinstance(a.size, Const) for a in (region.query, region.key))
     rich = rich or (plan.listed and loop == KEYS)  # two loops, and two sums
     largest_q, largest_k, warps = (_NARROW if narrow else _FLOAT32)[widest][rich][{QUERIES: 0, KEYS: 1}.get(loop, 2)]
-    warps = 8 if loop == QUERIES and is_heavy(region) else warps
+    warps = 8 if loop == QUERIES and (is_heavy(region) or (rich and plan.listed)) else warps
     block_q, block_k = no_larger(largest_q, region.query), no_larger(largest_k, region.key)
     usual = default_plan(region)
     block_q = min(block_q, plan.block_q) if plan.block_q < usual.block_q else block_q
