@@ -345,3 +345,5 @@ def _dtype(region: Region, found: Sequence[Product], values: Expr) -> torch.dtyp
     if name in _REDUCED and all(isinstance(e, Load) and e.dtype == name for e in sides) and names == {name}:
         return torch.bfloat16 if name == "bfloat16" else torch.float16
     return torch.float32
+
+

@@ -357,7 +357,7 @@ class Place:
         if expr.dtype == BOOL:
             return f"{self.text(arg, OR, exact)} != 0", COMPARE
         if expr.is_float:
-            return self._text(arg, exact) if arg.is_float else (self.number(arg), ATOM)
+            return (self._text(arg, exact) if arg.is_float else (self.number(arg), ATOM))
         if arg.is_float:
             # A cast float is a position; positions fit.
             return f"tl.cast({self.text(arg, exact=True)}, tl.int32)", ATOM

@@ -87,7 +87,9 @@ class _Backward:
 
     # ------------------------------------------------------------------------------------------------ rows
 
-    def _row(self, rows: Scope, states: Sequence[int], grad: Tensor, out: Tensor, top: Tensor, total: Tensor) -> None:
+    def _row(
+        self, rows: Scope, states: Sequence[int], grad: Tensor, out: Tensor, top: Tensor, total: Tensor
+    ) -> None:
         """One tile of queries. Tensors are (*batch, query, *value); here they get a key dimension of 1."""
         tiles, flows = self.tiles, self.flows
         ones = [1] * (1 + len(tiles.value))

@@ -132,8 +132,8 @@ _STROKES = 32
 class _Written:
     """A write through a chain of views of `base`, and the other views of it that are read later.
 
-    mask[2:, :p].fill_(1); use(mask)     ->    row = slice(mask, 0, 2); part = fill(slice(row, 1, 0, p), 1)
-                                               new = slice_scatter(mask, slice_scatter(row, part, ..), ..); use(new)
+        mask[2:, :p].fill_(1); use(mask)     ->    row = slice(mask, 0, 2); part = fill(slice(row, 1, 0, p), 1)
+                                                   new = slice_scatter(mask, slice_scatter(row, part, ..), ..); use(new)
     """
 
     base: fx.Node

@@ -27,56 +27,12 @@ INT, BOOL = "int64", "bool"
 # is the identity, through which no gradient flows. `random` (seed, row, column) is uniform in [0, 1): see
 # `refocus.counter`.
 OPS: dict[str, int | None] = {
-    "add": None,
-    "mul": None,
-    "sub": 2,
-    "div": 2,
-    "neg": 1,
-    "floordiv": 2,
-    "mod": 2,
-    "min": 2,
-    "max": 2,
-    "abs": 1,
-    "where": 3,
-    "eq": 2,
-    "ne": 2,
-    "le": 2,
-    "lt": 2,
-    "and": 2,
-    "or": 2,
-    "not": 1,
-    "xor": 2,
-    "cast": 1,
-    "exp": 1,
-    "exp2": 1,
-    "log": 1,
-    "log2": 1,
-    "log1p": 1,
-    "expm1": 1,
-    "sqrt": 1,
-    "rsqrt": 1,
-    "pow": 2,
-    "reciprocal": 1,
-    "tanh": 1,
-    "sigmoid": 1,
-    "relu": 1,
-    "erf": 1,
-    "sin": 1,
-    "cos": 1,
-    "floor": 1,
-    "ceil": 1,
-    "round": 1,
-    "trunc": 1,
-    "sign": 1,
-    "softplus": 1,
-    "isnan": 1,
-    "isinf": 1,
-    "square": 1,
-    "logaddexp": 2,
-    "atan": 1,
-    "fmod": 2,
-    "detach": 1,
-    "random": 3,
+    "add": None, "mul": None, "sub": 2, "div": 2, "neg": 1, "floordiv": 2, "mod": 2, "min": 2, "max": 2, "abs": 1,
+    "where": 3, "eq": 2, "ne": 2, "le": 2, "lt": 2, "and": 2, "or": 2, "not": 1, "xor": 2, "cast": 1,
+    "exp": 1, "exp2": 1, "log": 1, "log2": 1, "log1p": 1, "expm1": 1, "sqrt": 1, "rsqrt": 1, "pow": 2, "reciprocal": 1,
+    "tanh": 1, "sigmoid": 1, "relu": 1, "erf": 1, "sin": 1, "cos": 1, "floor": 1, "ceil": 1, "round": 1, "trunc": 1,
+    "sign": 1, "softplus": 1, "isnan": 1, "isinf": 1, "square": 1, "logaddexp": 2, "atan": 1, "fmod": 2,
+    "detach": 1, "random": 3,
 }
 
 
@@ -350,11 +306,9 @@ def rewrite(expr: Expr, visit: Callable[[Expr], Expr | None], build: Callable[[E
     return go(expr)
 
 
-_NAMES: dict[str, Any] = {c.__name__: c for c in (Const, Sym, Axis, Load, Call, Dot, Reduce, Operand, Region)} | {
-    "inf": inf,
-    "nan": nan,
-    "__builtins__": {},
-}
+_NAMES: dict[str, Any] = {
+    c.__name__: c for c in (Const, Sym, Axis, Load, Call, Dot, Reduce, Operand, Region)
+} | {"inf": inf, "nan": nan, "__builtins__": {}}
 
 
 @lru_cache(maxsize=512)

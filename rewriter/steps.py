@@ -1,8 +1,8 @@
 """Masks kept as numbers: what an expression of finitely many values, or a line with a steep slope, says as a predicate.
 
-where(p, 1.0, 0.0) + where(q, 1.0, 0.0) > 0.0            p or q
-(1.0 - where(p, 1.0, 0.0)) * -3.4e38                     0.0 where p, -3.4e38 elsewhere
-(1.0 - padding[b, j]) * -3.4e38 <= -1e4                  padding[b, j] <= 0
+    where(p, 1.0, 0.0) + where(q, 1.0, 0.0) > 0.0            p or q
+    (1.0 - where(p, 1.0, 0.0)) * -3.4e38                     0.0 where p, -3.4e38 elsewhere
+    (1.0 - padding[b, j]) * -3.4e38 <= -1e4                  padding[b, j] <= 0
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ def _check_gradients(
 
 
 def _place(name: str) -> str:
-    """ " of x" out of "the output[' of x']"."""
+    """" of x" out of "the output[' of x']"."""
     return name.removeprefix("the output").strip("[]'\"")
 
 

@@ -30,7 +30,9 @@ def trained_operands(site: Site, facts: Facts) -> list[frozenset[str]]:
     def reached(binding: Binding) -> bool:
         return any(n in facts.needs_grad for n in sources(binding, facts))
 
-    return [frozenset(o.name for o, b in zip(part.region.operands, part.bindings) if reached(b)) for part in site.parts]
+    return [
+        frozenset(o.name for o, b in zip(part.region.operands, part.bindings) if reached(b)) for part in site.parts
+    ]
 
 
 def with_cancelled(site: Site, facts: Facts) -> Site:
