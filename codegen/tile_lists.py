@@ -17,6 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from refocus import debug
 from refocus.codegen.plan import Plan
 from refocus.evaluate import size_of
 from refocus.ir import FALSE, TRUE, Const, Expr, Region, Sym
@@ -36,7 +37,7 @@ _TYPICAL = 2048  # positions, where a size is not known
 
 def pays(region: Region, block_q: int, block_k: int) -> bool:
     """Whether loop bounds would visit many more tiles of `region.mask` than lists do."""
-    if region.mask in (TRUE, FALSE):
+    if region.mask in (TRUE, FALSE) or debug.disabled("tile-lists"):
         return False
     sizes = {s: _TYPICAL if s in _lengths(region) else 2 for s in region.syms}
     if -(-size_of(region.key.size, sizes) // block_k) < _FEW_TILES:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from refocus import debug
 from refocus.evaluate import arange_env, evaluate
 from refocus.ir import FALSE, TRUE, Axis, Call, Const, Expr, Sym
 from refocus.key_bounds import KeyBounds, first_query, key_bounds, last_query
@@ -100,7 +101,8 @@ def classify(
     used = tuple(b for b in batch if b in mask.axes)
     if not mask.loads and all(type(n) is int for n in sizes.values()):
         numbers = tuple(sorted(((s, n) for s, n in sizes.items()), key=lambda item: item[0].name))
-        state = _closed_states(mask, used, query, key, block_q, block_k, numbers)
+        budget = 0 if debug.disabled("refined-tiles") else _ENUMERABLE
+        state = _closed_states(mask, used, query, key, block_q, block_k, numbers, budget)
         return TileMap(state.to(device) if device is not None else state, used, block_q, block_k)
     state = _states(mask, used, query, key, block_q, block_k, tensors, sizes, device, _RUN_TIME_PAIRS)
     return TileMap(state, used, block_q, block_k)
@@ -132,11 +134,12 @@ def _closed_states(
     block_q: int,
     block_k: int,
     numbers: tuple[tuple[Sym, int], ...],
+    budget: int,
 ) -> Tensor:
     """The states of a mask that no tensor decides: found once for each size, for a region runs many times."""
     sizes = dict(numbers)
     with _disable_current_modes(), torch.inference_mode(False):  # what is kept is an ordinary tensor
-        return _states(mask, batch, query, key, block_q, block_k, {}, sizes, None, _ENUMERABLE)
+        return _states(mask, batch, query, key, block_q, block_k, {}, sizes, None, budget)
 
 
 def block_lists(state: Tensor) -> BlockLists:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from refocus import debug
 from refocus.evaluate import size_of
 from refocus.ir import Axis, Const, Expr, Sym
 from refocus.refine import refine
@@ -50,7 +51,7 @@ def tile_rows(
     of pairs, tiles that are open are decided by looking at so many (`refocus.refine`)."""
     used = tuple(b for b in batch if b in mask.axes)
     queries, keys = size_of(query.size, sizes), size_of(key.size, sizes)
-    budget = budget if is_exact(mask) else 0
+    budget = budget if is_exact(mask) and not debug.disabled("refined-tiles") else 0
 
     def refined(state: Tensor, here: Expr, part: Axis, length: int, share: int) -> Tensor:
         if not share:
