@@ -23,7 +23,7 @@ from refocus.codegen.heads import SCORE, Fitted, unflatten
 from refocus.codegen.plan import Plan
 from refocus.evaluate import evaluate, size_of
 from refocus.ir import TRUE, Axis, Expr, Sym
-from refocus.masks import BlockLists, block_lists, classify, tile_states
+from refocus.masks import BlockLists, Tiling, block_lists, classify, tile_states
 from refocus.refine import leaves_open
 
 # Fewer tiles are visited as quickly as they are found.
@@ -129,8 +129,8 @@ def lists_of(
     """The tiles of each [B or 1, H or 1, query tile]. `traced`: by plain operations at tile granularity, which leave a
     few more tiles open than a look at pairs does."""
     fitted, region = pairs.fitted, pairs.fitted.region
-    space = (pairs.mask, region.batch, region.query, pairs.key, plan.block_q, plan.block_k, tensors, sizes, device)
-    state = tile_states(*space) if traced else classify(*space).state
+    tiling = Tiling(region.batch, region.query, pairs.key, plan.block_q, plan.block_k, tensors, sizes, device)
+    state = tile_states(pairs.mask, tiling) if traced else classify(pairs.mask, tiling).state
     used = pairs.mask.axes
     for dim, axis in enumerate(region.batch):  # 1 along axes that the mask does not depend on
         if axis not in used:

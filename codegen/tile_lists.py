@@ -22,7 +22,7 @@ from refocus.codegen.plan import Plan
 from refocus.evaluate import size_of
 from refocus.ir import FALSE, TRUE, Const, Expr, Region, Sym
 from refocus.key_bounds import first_query, key_bounds, last_query
-from refocus.masks import EMPTY, FULL, classify, count_tiles
+from refocus.masks import EMPTY, FULL, Tiling, classify, count_tiles
 from refocus.simplify import substitute
 
 # What a program has a tile of.
@@ -60,7 +60,7 @@ def _visited(region: Region, block_q: int, block_k: int, sizes: Mapping[Sym, int
     fixed: dict[Expr, Expr] = {s: Const(v) for s, v in sizes.items()} | {a: Const(0) for a in batch}
     queries, keys = size_of(region.query.size, sizes), size_of(region.key.size, sizes)
     one = substitute(region.mask, {a: Const(0) for a in batch})
-    tiles = count_tiles(one, (), region.query, region.key, block_q, block_k, {}, sizes)
+    tiles = count_tiles(one, Tiling((), region.query, region.key, block_q, block_k, {}, sizes))
     visited = 0
     for start in range(0, queries, block_q):
         last = min(start + block_q, queries) - 1
@@ -104,9 +104,7 @@ def _lists(
     device: torch.device,
     own: str,
 ) -> Lists:
-    state = classify(
-        region.mask, region.batch, region.query, region.key, block_q, block_k, tensors, sizes, device
-    ).state
+    state = classify(region.mask, Tiling.of(region, block_q, block_k, tensors, sizes, device)).state
     if own not in (QUERIES, KEYS):
         return (state.to(torch.int32).contiguous(),)
     state = state.mT if own == KEYS else state

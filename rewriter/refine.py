@@ -8,15 +8,14 @@ it does not reach stay partial.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from refocus.evaluate import evaluate
-from refocus.ir import Axis, Call, Expr, Sym
+from refocus.ir import Axis, Call, Expr
 from refocus.polynomial import poly_sub, to_poly
 from refocus.simplify import conjuncts
+from refocus.tiling import Tiling
 
 _SAMPLES = (8, 48)  # pairs of a tile that are tried first, and next
 _CHUNK = 1 << 20  # pairs evaluated at once
@@ -38,23 +37,13 @@ def leaves_open(mask: Expr, query: Axis, key: Axis) -> bool:
     return False
 
 
-def refine(
-    state: Tensor,
-    mask: Expr,
-    batch: tuple[Axis, ...],
-    query: Axis,
-    key: Axis,
-    blocks: tuple[int, int],
-    lengths: tuple[int, int],
-    tensors: Mapping[str, Tensor],
-    sizes: Mapping[Sym, int],
-    budget: int,
-) -> Tensor:
+def refine(state: Tensor, mask: Expr, tiling: Tiling, budget: int) -> Tensor:
     """`state` (int8 [*batch, query tiles, key tiles]: 0 empty, 1 partial or open, 2 full) with open tiles decided.
 
-    `lengths`: numbers of queries and keys. `budget`: how many pairs may be looked at, all in all.
+    `budget`: how many pairs may be looked at, all in all.
     """
-    pairs = _Pairs(mask, (*batch, query, key), tensors, sizes, blocks, lengths)
+    blocks = tiling.blocks
+    pairs = _Pairs(mask, tiling)
     open_ = (state == 1).nonzero()
     generator = torch.Generator().manual_seed(0)
     for count in _SAMPLES:
@@ -82,17 +71,10 @@ def refine(
 class _Pairs:
     """A predicate at chosen pairs of chosen tiles."""
 
-    def __init__(
-        self,
-        mask: Expr,
-        axes: tuple[Axis, ...],
-        tensors: Mapping[str, Tensor],
-        sizes: Mapping[Sym, int],
-        blocks: tuple[int, int],
-        lengths: tuple[int, int],
-    ) -> None:
-        self.mask, self.axes, self.tensors, self.sizes = mask, axes, tensors, sizes
-        self.blocks, self.lengths = blocks, lengths
+    def __init__(self, mask: Expr, tiling: Tiling) -> None:
+        self.mask, self.tiling = mask, tiling
+        self.axes = (*tiling.batch, tiling.query, tiling.key)
+        self.blocks, self.lengths = tiling.blocks, (tiling.queries, tiling.keys)
 
     def look(self, tiles: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """(whether any, whether all) of the pairs at (rows, columns) of each tile are kept. `tiles` holds the position
@@ -100,6 +82,6 @@ class _Pairs:
         position = list(tiles.unsqueeze(-1).unbind(1))
         for k, inside in ((-2, rows), (-1, columns)):
             position[k] = (position[k] * self.blocks[k] + inside).clamp(max=self.lengths[k] - 1)
-        kept = evaluate(self.mask, dict(zip(self.axes, position)), self.tensors, self.sizes)
+        kept = evaluate(self.mask, dict(zip(self.axes, position)), self.tiling.tensors, self.tiling.sizes)
         kept = kept.expand(len(tiles), len(rows))
         return kept.any(-1), kept.all(-1)

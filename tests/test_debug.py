@@ -12,7 +12,7 @@ import refocus
 from refocus import debug, simplify
 from refocus.codegen import choose, tile_lists
 from refocus.errors import UnknownOption
-from refocus.masks import classify
+from refocus.masks import Tiling, classify
 from refocus.testing import rewritten
 from tests import region_cases as cases
 
@@ -79,7 +79,7 @@ def test_tiles_stay_open(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = simplify.and_(*(simplify.eq(simplify.mod(x, 13), 0) for x in crossing))
 
     def visited() -> int:
-        return int((classify(mask, (), s.i, s.j, 8, 8, {}, {}).state != 0).sum())
+        return int((classify(mask, Tiling((), s.i, s.j, 8, 8, {}, {})).state != 0).sum())
 
     found = visited()
     disable(monkeypatch, "refined-tiles")
