@@ -336,6 +336,9 @@ class Pairs(Dots):
         if gradient.dtype != "float32":
             value = f"({value}).to(tl.{gradient.dtype})" if " " in value else f"{value}.to(tl.{gradient.dtype})"
         at = self._address(place, gradient.axes)
+        for axis, suffix in place.layout.items():
+            if axis not in gradient.axes and axis.size == Const(1):  # stored by its only position, which is zero
+                at, guards = f"{at} + {self.scope.axes[axis]}{suffix}", [*guards, *place.guards((axis,))]
         if gradient.over == ():
             at, guards = self._one_lane(at, guards)
         masked = f", mask={conjunction(guards)}" if guards else ""

@@ -127,6 +127,15 @@ def one_head(dtype: torch.dtype = torch.float32, n: int = 40, d: int = 16) -> Ca
     return replace(region, batch=(Axis("o", Const(1)),)), tensors, sizes
 
 
+def one_query(dtype: torch.dtype = torch.float32, n: int = 40, d: int = 16) -> Case:
+    """A single learned query, which has no axis of its own in its operand; a bias of its keys that the batch shares."""
+    setting = Setting(dtype, 1, n, d, d)
+    setting.tensors["bias"] = randn(5, dtype, cases.H, 1, n)
+    query = Load("q", (setting.b, setting.h, Const(0), setting.d), setting.f)
+    score = replace(setting.score.args[0], query=query)  # type: ignore[attr-defined]
+    return setting.case(add(score, Load("bias", (setting.h, Const(0), setting.j), setting.f)))
+
+
 def grid_table(dtype: torch.dtype = torch.float32, n: int = 48, d: int = 16, width: int = 8) -> Case:
     """Swin's: a table by the distance in two dimensions; and one of each query, by its distance to the key."""
     setting = Setting(dtype, n, n, d, d, kv_heads=2)
@@ -182,6 +191,6 @@ BACKWARD: dict[str, Callable[..., Case]] = {
     f.__name__: f
     for f in (
         dropout, pair_gate, emptied_bias, scaled_minima, temperatures, lone_query, long_causal, prefix, padded_pairs,
-        whole_rows, no_batch, one_head, grid_table, read_buckets, emptied_table, cached_table,
+        whole_rows, no_batch, one_head, one_query, grid_table, read_buckets, emptied_table, cached_table,
     )
 }  # fmt: skip
