@@ -31,7 +31,7 @@ from benchmarks.measure import machine, peak_memory, time_peers
 from refocus import simplify as s
 from refocus.infer import closed_form
 from refocus.ir import INT, Axis, Const, Dot, Expr, Load, Operand, Region
-from refocus.masks import count_tiles
+from refocus.masks import Tiling, count_tiles
 from refocus.notation import notation
 
 TILE, HEADS, WIDTH = 128, 8, 64
@@ -132,7 +132,7 @@ def map_row(name: str, n: int, dense: int) -> MapRow:
     device = torch.device("cpu")
 
     def ours() -> Any:
-        return count_tiles(mask.expr, (b, h), i, j, TILE, TILE, mask.tensors, {})
+        return count_tiles(mask.expr, Tiling((b, h), i, j, TILE, TILE, mask.tensors, {}))
 
     counts = ours()
     seconds, memory = timed(ours), peak_memory(ours, device=device)
@@ -217,7 +217,7 @@ def attention_row(name: str, n: int, repeats: int) -> AttentionRow:
         torch.testing.assert_close(peers["ours"](), peers["flex"](), atol=1e-4, rtol=1e-4)
         times = time_peers(peers, device=torch.device("cpu"), repeats=repeats)
     b, h, i, j = axes(n)
-    counts = count_tiles(mask.expr, (b, h), i, j, TILE, TILE, mask.tensors, {})
+    counts = count_tiles(mask.expr, Tiling((b, h), i, j, TILE, TILE, mask.tensors, {}))
     shared = 1 if h in mask.expr.axes else HEADS
     return AttentionRow(
         name, n, shared * (counts.partial + counts.full), times["ours"].fastest, times["flex"].fastest

@@ -16,7 +16,7 @@ that share it) is linear in the sequence, and done by `refocus.codegen.triton_ba
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from refocus.codegen.cotangents import Cotangents, cotangents
@@ -25,6 +25,7 @@ from refocus.codegen.flash_fit import (
     all_dots,
     default_plan,
     dot_dtype,
+    is_heavy,
     is_rich,
     no_larger,
     padded,
@@ -32,24 +33,27 @@ from refocus.codegen.flash_fit import (
     width,
 )
 from refocus.codegen.plan import Plan
+from refocus.codegen.tile_lists import KEYS, PAIRS, QUERIES
 from refocus.differentiate import NotDifferentiable, Share
 from refocus.ir import TRUE, Axis, Const, Load, Region
+from refocus.simplify import add, sub, substitute
 
-KEYS, QUERIES, PAIRS = "keys", "queries", "pairs"
+DIAGONALS, MIXED = "diagonals", "mixed"
 
 
 @dataclass(frozen=True)
 class Gradient:
     """What flows back into one load, summed to the positions `axes` at which the region reads it.
 
-    `over`: the axes along which it is a tile (those of a product, or the values'); None: one number a position.
-    `loop`: KEYS, QUERIES or PAIRS; `members`: the batch axes that a program of pairs goes through, which share the
-    load. `ordinary`, `emptied`: its shares in pairs that the mask keeps, and in rows that it leaves no key; `extra`:
-    those of the extra logits, with their number. `dtype`: that of the operand where this is all of its gradient, in
-    the operand's order of axes (`direct`), else float32.
+    `place`: the load as a function of these positions. `over`: the axes along which it is a tile (those of a product,
+    or the values'); None: one number a position. `loop`: KEYS, QUERIES, PAIRS, DIAGONALS or MIXED; `members`: the batch
+    axes that a program of pairs goes through, which share the load. `ordinary`, `emptied`: its shares in pairs that the
+    mask keeps, and in rows that it leaves no key; `extra`: those of the extra logits, with their number. `dtype`: that
+    of the operand where this is all of its gradient, in the operand's order of axes (`direct`), else float32.
     """
 
     load: Load
+    place: Load
     over: tuple[Axis, ...] | None
     loop: str
     members: tuple[Axis, ...]
@@ -71,14 +75,16 @@ def gradients(region: Region, wanted: frozenset[str]) -> tuple[Gradient, ...]:
         found.setdefault(key, [[], [], []])[kind].append((number, share))
     out = []
     for (load, over, loop), (ordinary, emptied, extra) in found.items():
-        members = _members(region, load) if loop == PAIRS else ()
+        members = _members(region, load) if loop in (PAIRS, DIAGONALS, MIXED) else ()
         batch = tuple(a for a in region.batch if a not in members)
-        own = {KEYS: (region.key,), QUERIES: (region.query,), PAIRS: (region.query, region.key)}[loop]
+        place, own = load, {KEYS: (region.key,), QUERIES: (region.query,)}.get(loop, (region.query, region.key))
+        if loop == DIAGONALS:
+            place, own = by_difference(region, load) or load, (differences(region),)
         alone = sum(other[0].tensor == load.tensor for other in found) == 1
-        order = _order(region, load, (*batch, *own, *(over or ()))) if alone else None
+        order = _order(region, load, (*batch, *own, *(over or ()))) if alone and place == load else None
         shares = tuple(s for _, s in ordinary), tuple(s for _, s in emptied), tuple(extra)
         axes, dtype = order or (*batch, *own, *(over or ())), region.operand(load.tensor).dtype if order else "float32"
-        out.append(Gradient(load, over, loop, members, axes, *shares, dtype, order is not None))
+        out.append(Gradient(load, place, over, loop, members, axes, *shares, dtype, order is not None))
     return tuple(out)
 
 
@@ -102,8 +108,9 @@ def _lanes(region: Region, share: Share) -> tuple[Axis, ...] | None:
 def _loop(region: Region, share: Share) -> str:
     load = share.load
     if {region.query, region.key} <= load.axes:
-        _check_pairs(region, load)
-        return PAIRS
+        if all(a in load.index and sum(a in x.axes for x in load.index) == 1 for a in (region.query, region.key)):
+            return PAIRS
+        return MIXED if by_difference(region, load) is None else DIAGONALS
     if region.key in load.axes:
         return KEYS
     # What depends on neither is summed over the axis that the other side of its product depends on.
@@ -111,12 +118,17 @@ def _loop(region: Region, share: Share) -> str:
     return KEYS if other else QUERIES
 
 
-def _check_pairs(region: Region, load: Load) -> None:
-    for axis in (region.query, region.key):
-        if sum(axis in index.axes for index in load.index) != 1 or axis not in load.index:
-            raise NotDifferentiable(
-                f"{load.tensor!r} needs a gradient, and is read at a mixture of the query's and the key's position"
-            )
+def differences(region: Region) -> Axis:
+    """The values of query - key, in order: those of the first query and the last key come at zero."""
+    return Axis("@difference", sub(add(region.query.size, region.key.size), 1))
+
+
+@lru_cache(maxsize=256)
+def by_difference(region: Region, load: Load) -> Load | None:
+    """The load as a function of `differences`, where it is one: every query then reads it alike."""
+    key = sub(add(region.query, region.key.size, -1), differences(region))
+    found = substitute(load, {region.key: key})
+    return found if isinstance(found, Load) and region.query not in found.axes else None
 
 
 def _members(region: Region, load: Load) -> tuple[Axis, ...]:
@@ -146,7 +158,7 @@ def supports_backward(region: Region, wanted: Collection[str]) -> str | None:
     for one in found:
         if region.operand(one.load.tensor).dtype not in OUT_DTYPES:
             return f"the gradient of {one.load.tensor!r} is {region.operand(one.load.tensor).dtype}"
-        if not one.load.axes <= set(one.axes):
+        if not one.place.axes <= set(one.axes):
             return f"{one.load.tensor!r} is read at an axis over which its gradient would be summed"
     return None
 
@@ -179,7 +191,9 @@ def backward_plan(region: Region, plan: Plan, loop: str) -> Plan:
     widest = max([32, padded(width(region.value) or 1), *(padded(width(d.over) or 1) for d in dots)])
     narrow = all(dot_dtype(d) != "float32" for d in dots) and value_dtype(region) != "float32"
     rich = is_rich(region) or not all(isinstance(a.size, Const) for a in (region.query, region.key))
-    largest_q, largest_k, warps = (_NARROW if narrow else _FLOAT32)[widest][rich][(QUERIES, KEYS, PAIRS).index(loop)]
+    rich = rich or (plan.listed and loop == KEYS)  # two loops, and two sums
+    largest_q, largest_k, warps = (_NARROW if narrow else _FLOAT32)[widest][rich][{QUERIES: 0, KEYS: 1}.get(loop, 2)]
+    warps = 8 if loop == QUERIES and (is_heavy(region) or (rich and plan.listed)) else warps
     block_q, block_k = no_larger(largest_q, region.query), no_larger(largest_k, region.key)
     usual = default_plan(region)
     block_q = min(block_q, plan.block_q) if plan.block_q < usual.block_q else block_q
@@ -187,7 +201,14 @@ def backward_plan(region: Region, plan: Plan, loop: str) -> Plan:
     own, largest = (block_k, largest_k) if loop == KEYS else (block_q, largest_q)
     if narrow and own < largest:
         warps = min(warps, max(1, own // 16))  # a warp multiplies 16 rows at a time
-    return Plan("triton", "flash", block_q, block_k, warps, 2)
+    found = Plan("triton", "flash", block_q, block_k, warps, 2, plan.listed)
+    return square(found) if loop == DIAGONALS else found
+
+
+def square(plan: Plan) -> Plan:
+    """The largest square tiles that are no larger than the plan's: those of a diagonal."""
+    side = min(plan.block_q, plan.block_k)
+    return replace(plan, block_q=side, block_k=side)
 
 
 def value_dtype(region: Region) -> str:

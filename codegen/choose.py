@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+from refocus import debug
 from refocus.codegen.cotangents import why_not_trainable
 from refocus.codegen.operator import TRAINERS
 from refocus.codegen.plan import Chosen, Leave, Plan
@@ -22,6 +23,8 @@ _SUPPORTS = {
 
 def unsupported(engine: str, region: Region) -> str | None:
     """Why an engine cannot run a region; None where it can. `tiled` runs every region."""
+    if debug.disabled(engine):
+        return debug.off(engine)
     if engine == "tiled":
         return None
     reason: str | None = importlib.import_module(_SUPPORTS[engine]).supports(region)
@@ -69,9 +72,13 @@ def _plan_training(
     from refocus.codegen.backward_fit import supports_backward
     from refocus.codegen.policy import choose_training, training_plan
 
+    if debug.disabled("training"):
+        return Leave(f"needs gradients, and {debug.off('training')}")
     reason = why_not_trainable(region, trained)
     if reason is not None:
         return Leave(f"its gradient cannot be generated: {reason}")
+    if engine is None and device.type == "cpu" and debug.disabled("tiled"):
+        return Leave(f"needs gradients, and {debug.off('tiled')}")
     if engine is None and device.type == "cpu":
         return choose_training(region, numbers, was_sdpa, written)
     if engine is not None and engine not in TRAINERS:

@@ -184,42 +184,41 @@ class _Program:
         query, key, value = (part(named, numbers) for part in parts)
         return query.contiguous(), key, value  # the result has the query's strides
 
-    def compute(self, given: Sequence[Tensor], sizes: Sequence[int], lists: BlockLists | None) -> Tensor:
-        """The kernel's graph, of `inputs` and `reads`: nothing in it but the operator and what it makes for itself."""
-        query, key, value, *reads = given
+    def lists(self, operands: Sequence[Tensor], sizes: Sequence[int], traced: bool = False) -> tuple[Tensor, ...]:
+        """The lists of tiles of one call."""
+        tensors = self.named(operands) if self.region.mask.loads else {}
+        numbers = dict(zip(self.syms, sizes))
+        return tuple(flex.lists_of(self.pairs, self.plan, tensors, numbers, operands[0].device, traced))
+
+    def compute(self, given: Sequence[Tensor], sizes: Sequence[int], listed: bool) -> Tensor:
+        """The kernel's graph, of `inputs`, `reads` and, if `listed`, `lists`: nothing in it but the operator and what
+        it makes for itself."""
+        lists = BlockLists(*given[-4:]) if listed else None
+        query, key, value, *reads = given[:-4] if listed else given
         named, numbers = dict(zip(self.names, reads, strict=True)), dict(zip(self.syms, sizes, strict=True))
         return flex.call(self.pairs, self.plan, query, key, value, named, numbers, lists)
 
 
 class _Fixed:
-    """Code for operands of these very layouts. The lists of tiles are constants if nothing is loaded to make them; from
-    dense masks they are made outside of the code, where they are remembered for as long as the mask stays as it is.
+    """Code for operands of these very layouts. The lists of tiles are constants if nothing is loaded to make them. They
+    are made outside of the code from dense masks, for which they are remembered as long as the mask stays as it is, and
+    where a look at pairs may empty more tiles.
     """
 
     def __init__(self, program: _Program, operands: Sequence[Tensor], sizes: Sequence[int]) -> None:
-        self.program = program
+        self.program, self.sizes = program, tuple(sizes)
         given = [*program.inputs(operands, sizes), *program.reads(operands)]
-        count = len(given)
-        self.lists: tuple[Tensor, ...] = ()
-        self.numbers = dict(zip(program.syms, sizes))
         region = program.region
-        self.dense = any({region.query, region.key} <= load.axes for load in region.mask.loads)
-        if self.dense or not region.mask.loads:
-            self.lists = self.listed(operands)
-
-        def compute(*args: Tensor) -> Tensor:
-            return program.compute(args[:count], sizes, BlockLists(*args[count:]) if self.lists else None)
-
-        self.code = compiled(compute, [*given, *self.lists])
+        dense = any({region.query, region.key} <= load.axes for load in region.mask.loads)
+        loaded = bool(region.mask.loads)
+        self.anew = loaded and (dense or flex.may_look(program.pairs, program.plan, dict(zip(program.syms, sizes))))
+        self.lists = program.lists(operands, sizes) if self.anew or not loaded else ()
+        listed = bool(self.lists)
+        self.code = compiled(lambda *t: program.compute(t, sizes, listed), [*given, *self.lists])
         self.views = replayed(lambda *t: program.inputs(t, sizes), operands)
 
-    def listed(self, operands: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        program = self.program
-        tensors = program.named(operands) if program.region.mask.loads else {}
-        return tuple(flex.lists_of(program.pairs, program.plan, tensors, self.numbers, operands[0].device))
-
     def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Any:
-        lists = self.listed(operands) if self.dense else self.lists
+        lists = self.program.lists(operands, self.sizes) if self.anew else self.lists
         return self.code(*self.views(*operands), *self.program.reads(operands), *lists)
 
 
@@ -228,17 +227,20 @@ class _Open:
 
     def __init__(self, program: _Program, operands: Sequence[Tensor], sizes: Sequence[int]) -> None:
         self.program = program
+        self.listed = flex.may_look(program.pairs, program.plan, dict(zip(program.syms, sizes)))
 
         def make(traced: Sequence[int]) -> list[Tensor]:
             numbers = dict(zip(program.syms, traced))
             fakes = [_like(t, o, numbers) for t, o in zip(operands, program.region.operands)]
-            return [*program.inputs(fakes, traced), *program.reads(fakes)]
+            lists = program.lists(fakes, traced, traced=True) if self.listed else ()
+            return [*program.inputs(fakes, traced), *program.reads(fakes), *lists]
 
-        self.code = compiled_open(lambda numbers, args: program.compute(args, numbers, None), sizes, make)
+        self.code = compiled_open(lambda numbers, args: program.compute(args, numbers, self.listed), sizes, make)
 
     def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Any:
         whole = [t if _order(t) is not None else t.contiguous() for t in operands]
-        return self.code(sizes, [*self.program.inputs(whole, sizes), *self.program.reads(whole)])
+        lists = self.program.lists(whole, sizes) if self.listed else ()
+        return self.code(sizes, [*self.program.inputs(whole, sizes), *self.program.reads(whole), *lists])
 
 
 def _like(tensor: Tensor, operand: Operand, sizes: dict[Sym, Any]) -> Tensor:

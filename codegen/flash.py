@@ -18,6 +18,7 @@ been checked to be plain identifiers.
 
 from __future__ import annotations
 
+from refocus.codegen import listed
 from refocus.codegen.flash_fit import dot_dtype, padded, width
 from refocus.codegen.kernel_file import LOG2E, Source, kernel_file, precision
 from refocus.codegen.plan import Plan
@@ -26,7 +27,7 @@ from refocus.codegen.printer import MUL, UNARY, Dots, Place, Scope, conjunction,
 from refocus.codegen.writer import Block
 from refocus.ir import TRUE, Axis, Const, Dot, Expr, Load, Region
 from refocus.key_bounds import KeyBounds, key_bounds
-from refocus.simplify import add, conjuncts, maximum, mul
+from refocus.simplify import conjuncts, maximum, mul
 
 COLUMN, ROW = "[:, None]", "[None, :]"
 NAME = "flash_forward"
@@ -34,9 +35,9 @@ NAME = "flash_forward"
 _OWN = (
     "BLOCK_Q", "BLOCK_K", "SCALE", "LOG2E", NAME, "out_ptr", "program", "tiles", "batch", "first", "last",
     "start", "key_start", "full_stop", "scores", "weight", "alpha", "shift", "row_max",
-    "new_max", "row_sum", "acc", "row_top", "row_log", "row_bits", "sums_ptr", "tile", "tile_row", "tile_whole",
-    "tile_stop", "tile_counts_ptr", "tile_indices_ptr",
+    "new_max", "row_sum", "acc", "row_top", "row_log", "row_bits", "sums_ptr",
     "empty", "logits", "logits_start", "logits_max", "logits_sum", "logits_acc", "extra",
+    *listed.NAMES,
 )  # fmt: skip
 
 
@@ -152,7 +153,8 @@ class _Forward(Dots):
         body.line("row_sum = tl.zeros([BLOCK_Q], tl.float32)")
         body.line(f"acc = tl.zeros([BLOCK_Q, {self.value_lanes}], tl.float32)")
         if self.plan.listed:
-            self._listed(body)
+            for block, mask in listed.loops(body, self.root, self.positions, self.plan):
+                self._tile(self._inside(block, "start"), mask)
             return
         keys = self._keys()
         start = "0"
@@ -171,31 +173,6 @@ class _Forward(Dots):
             start = full_stop
             body.line("# Tiles that are cut.")
         self._tile(self._open(body, "start", start, stop), self.region.mask)
-
-    def _listed(self, body: Block) -> None:
-        """The same loops, over tiles that were found before (`refocus.codegen.tile_lists`)."""
-        region = self.region
-        counts, indices = (self.scope.argument(f"tile_{n}_ptr", "list", k) for k, n in enumerate(("counts", "indices")))
-        row: Expr = Const(0)
-        for axis in region.batch:
-            if axis in region.mask.axes:
-                row = add(mul(row, axis.size), axis)
-        size = region.key.size
-        per_row = f"tl.cdiv({self.root.text(size)}, BLOCK_K)"
-        if isinstance(size, Const):
-            per_row = str(-(-int(size.value) // self.plan.block_k))
-        at = f"{self.root.text(row, MUL)} * {self.positions.tiles}"
-        body.line(f"tile_row = {at} + first // BLOCK_Q" if self.positions.tiled else f"tile_row = {at}")
-        body.line(f"tile_whole = tl.load({counts} + tile_row * 2)")
-        body.line(f"tile_stop = tl.load({counts} + tile_row * 2 + 1)")
-        for note, start, stop, mask in (
-            ("# Tiles of which every pair counts.", "0", "tile_whole", TRUE),
-            ("# Tiles that are cut.", "tile_whole", "tile_stop", region.mask),
-        ):
-            body.line(note)
-            block = body.nested(f"for tile in range({start}, {stop}):")
-            block.line(f"start = tl.load({indices} + tile_row * {per_row} + tile) * BLOCK_K")
-            self._tile(self._inside(block, "start"), mask)
 
     def _keys(self) -> KeyBounds:
         """Which keys this tile of queries needs. `full_hi`: all keys below are kept by all its queries; None where

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from refocus.codegen.backward_fit import KEYS, PAIRS, Gradient
+from refocus.codegen import listed
+from refocus.codegen.backward_fit import Gradient
 from refocus.codegen.cotangents import Cotangents
 from refocus.codegen.kernel_file import Source
 from refocus.codegen.pair_tiles import Pairs
 from refocus.codegen.plan import Plan
 from refocus.codegen.printer import MUL, Place
+from refocus.codegen.tile_lists import KEYS, PAIRS
 from refocus.codegen.writer import Block
 from refocus.differentiate import Share
 from refocus.ir import TRUE, Const, Expr, Region
@@ -48,7 +50,10 @@ class _Looping(Pairs):
         main.lines(f"{self.sums[n]} = tl.zeros({self._shape(g)}, tl.float32)" for n, g in summed)
         if queries:
             self._load_rows(self.prologue, False, self.pairing, self.emptied)
-        if self.pairing:
+        if self.pairing and self.plan.listed:
+            for block, mask in listed.loops(main, self.root, self.positions, self.plan):
+                self._pairs_in(self._inside(block, "start", False), mask)
+        elif self.pairing:
             for start, stop, unmasked, mask, comment in self._ranges(main):
                 main.lines((f"# {comment}",) if comment else ())
                 self._pairs_in(self._open(main, "start", start, stop, unmasked), mask)
@@ -64,8 +69,12 @@ class _Looping(Pairs):
 
     def _open(self, parent: Block, at: str, start: str, stop: str, unmasked: bool, emptied: bool = False) -> Block:
         """A loop over tiles of the other axis that begin at the variable `at`, all in range where `unmasked`."""
+        block = parent.nested(f"for {at} in range({start}, {stop}, {self.block[self.other]}):")
+        return self._inside(block, at, unmasked, emptied)
+
+    def _inside(self, block: Block, at: str, unmasked: bool, emptied: bool = False) -> Block:
+        """The body of a loop, whose tiles begin at the variable `at`."""
         tile, variable = self.block[self.other], self.scope.axes[self.other]
-        block = parent.nested(f"for {at} in range({start}, {stop}, {tile}):")
         block.line(f"{variable} = {at} + tl.arange(0, {tile}){self.positions.cast}")
         self.scope.names.next_loop()
         self.unmasked = unmasked
@@ -165,4 +174,3 @@ class _Looping(Pairs):
         if len(shares) > 1:
             text = f"({text})"
         self._store_at(place, n, gradient, guards, text)
-

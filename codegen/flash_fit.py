@@ -112,6 +112,7 @@ def default_plan(region: Region) -> Plan:
     widest = max([32, padded(width(region.value) or 1), *(padded(width(d.over) or 1) for d in dots)])
     narrow = all(dot_dtype(d) != "float32" for d in dots) and region.values.dtype in ("float16", "bfloat16")
     largest, block_k, warps = (_NARROW if narrow else _FLOAT32)[widest][is_rich(region)]
+    warps = 8 if is_heavy(region) else warps
     block_q, block_k = no_larger(largest, region.query), no_larger(block_k, region.key)
     if block_q < largest:
         warps = min(warps, max(1, block_q // 16))  # a warp multiplies 16 rows at a time
@@ -124,6 +125,19 @@ def is_rich(region: Region) -> bool:
     pairs = [n for n in region.score.walk() if {region.query, region.key} <= n.axes]
     plain = [n for n in pairs if isinstance(n, Call) and n.is_float and n.op in ("add", "mul", "div")]
     return fills or not isinstance(region.gate, Const) or len(pairs) - len(plain) > 1
+
+
+# What a kernel computes for each pair, beyond products, before a tile is spread over more warps.
+_HEAVY = 6
+
+
+def is_heavy(region: Region) -> bool:
+    """Whether so much is computed for each pair (a bucket, a mask of many parts) that it needs registers of its own."""
+    pairs = {
+        n for e in (region.score, region.mask, region.gate) for n in e.walk() if {region.query, region.key} <= n.axes
+    }
+    work = [n for n in pairs if isinstance(n, Call) and not (n.is_float and n.op in ("add", "sub", "mul", "div"))]
+    return len(work) >= _HEAVY
 
 
 def no_larger(block: int, axis: Axis) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from refocus.codegen import listed
 from refocus.codegen.backward_fit import Gradient
 from refocus.codegen.cotangents import Cotangents
 from refocus.codegen.kernel_file import Source
@@ -26,14 +27,17 @@ from refocus.key_bounds import key_bounds
 from refocus.simplify import mul
 
 
-def write(
-    region: Region, flows: Cotangents, gradients: Sequence[Gradient], plan: Plan, wide: bool = False
-) -> Source:
+def write(region: Region, flows: Cotangents, gradients: Sequence[Gradient], plan: Plan, wide: bool = False) -> Source:
     """The kernel that sums these gradients of pairs, all shared by the same batch axes."""
-    return _Shared(region, flows, gradients, plan, wide).write()
+    return Shared(region, flows, gradients, plan, wide).write()
 
 
-class _Shared(Pairs):
+class Shared(Pairs):
+    """A program with a tile of pairs, and a loop over the batch positions that share them."""
+
+    name, what = "pairs_backward", "flash attention, backward, what flows to pairs"
+    column = "tl.program_id(1)"  # the number of its tile of keys
+
     def __init__(
         self, region: Region, flows: Cotangents, gradients: Sequence[Gradient], plan: Plan, wide: bool
     ) -> None:
@@ -42,19 +46,10 @@ class _Shared(Pairs):
         super().__init__(region, flows, gradients, plan, wide, region.query, batch)
 
     def write(self) -> Source:
-        head = self.prologue.nested()
-        head.line("# ... and BLOCK_K keys, of every batch position that shares these pairs.")
-        head.line(f"key_first = tl.program_id(1){self.positions.cast} * BLOCK_K")
-        head.line(f"{self.positions.key} = key_first + tl.arange(0, BLOCK_K)")
         body = self.body.nested()
         body.line()
         body.lines(f"{name} = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)" for name in self.sums)
-        count = self.top.text(mul(1, *(a.size for a in self.members)))
-        wide = bool(self.positions.cast)
-        loop = body.nested(f"for {'step' if wide else 'member'} in range(0, {count}):")
-        self.scope.names.next_loop()
-        if wide:
-            loop.line("member = tl.full([], step, tl.int64)")
+        loop = self.open(body, self.top.text(mul(1, *(a.size for a in self.members))))
         decode, setup = loop.nested(), loop.nested()
         self.root = Place(self.scope, setup, in_loop=True)
         self.own_in_loop = True
@@ -66,17 +61,35 @@ class _Shared(Pairs):
             self._in(loop.nested("if tl.max(tl.cast(empty, tl.int32), 0) == 1:"), TRUE, True)
         tail = self.body.nested()
         tail.line()
+        self.root = self.top
+        self.store(tail)
+        self.positions.decode(decode, "member", self.members)
+        return self.file(self.name, self.what)
+
+    def open(self, body: Block, count: str) -> Block:
+        """The loop in which the number of a batch position is `member`; there are so many."""
+        head = self.prologue.nested()
+        head.line("# ... and BLOCK_K keys, of every batch position that shares these pairs.")
+        head.line(f"key_first = tl.program_id(1){self.positions.cast} * BLOCK_K")
+        head.line(f"{self.positions.key} = key_first + tl.arange(0, BLOCK_K)")
+        wide = bool(self.positions.cast)
+        loop = body.nested(f"for {'step' if wide else 'member'} in range(0, {count}):")
+        self.scope.names.next_loop()
+        if wide:
+            loop.line("member = tl.full([], step, tl.int64)")
+        return loop
+
+    def store(self, tail: Block) -> None:
         region = self.region
         place = Place(self.scope, tail, self.suffix, (self.top,))
-        self.root = self.top
         for n, gradient in enumerate(self.gradients):
             self._store_at(place, n, gradient, place.guards((region.query, region.key)))
-        self.positions.decode(decode, "member", self.members)
-        return self.file("pairs_backward", "flash attention, backward, what flows to pairs")
 
     def _needed(self) -> str:
         """Whether the mask may keep a pair of this tile; nothing where it does not say so."""
         region = self.region
+        if self.plan.listed:
+            return listed.is_used(self.root, self.positions, self.plan, self.column)
         bounds = key_bounds(region.mask, region.query, region.key, loads=True)
         conditions = []
         if bounds.hi is not None:

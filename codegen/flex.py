@@ -23,7 +23,11 @@ from refocus.codegen.heads import SCORE, Fitted, unflatten
 from refocus.codegen.plan import Plan
 from refocus.evaluate import evaluate, size_of
 from refocus.ir import TRUE, Axis, Expr, Sym
-from refocus.masks import BlockLists, block_lists, tile_states
+from refocus.masks import BlockLists, Tiling, block_lists, classify, tile_states
+from refocus.refine import leaves_open
+
+# Fewer tiles are visited as quickly as they are found.
+_MANY_TILES = 16
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def call(
     extra = len(pairs.fitted.region.extra)
     if extra:
         key, value = (torch.nn.functional.pad(t, (0, 0, 0, extra)) for t in (key, value))
-    found = lists or lists_of(pairs, plan, tensors, sizes, query.device)
+    found = lists or lists_of(pairs, plan, tensors, sizes, query.device, traced=True)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, *buffers: Any) -> Tensor:
         if pairs.scored is None:
@@ -120,12 +124,13 @@ def lists_of(
     tensors: Mapping[str, Tensor],
     sizes: Mapping[Sym, int],
     device: torch.device,
+    traced: bool = False,
 ) -> BlockLists:
-    """The tiles of each [B or 1, H or 1, query tile]: plain tensor operations at tile granularity."""
+    """The tiles of each [B or 1, H or 1, query tile]. `traced`: by plain operations at tile granularity, which leave a
+    few more tiles open than a look at pairs does."""
     fitted, region = pairs.fitted, pairs.fitted.region
-    state = tile_states(
-        pairs.mask, region.batch, region.query, pairs.key, plan.block_q, plan.block_k, tensors, sizes, device
-    )
+    tiling = Tiling(region.batch, region.query, pairs.key, plan.block_q, plan.block_k, tensors, sizes, device)
+    state = tile_states(pairs.mask, tiling) if traced else classify(pairs.mask, tiling).state
     used = pairs.mask.axes
     for dim, axis in enumerate(region.batch):  # 1 along axes that the mask does not depend on
         if axis not in used:
@@ -138,6 +143,13 @@ def lists_of(
         flat.append(math.prod(full[len(full) - len(group) :]) if group else 1)
     tiles = state.shape[-2:]
     return block_lists(state.expand(*full, *tiles).reshape(*flat, *tiles))
+
+
+def may_look(pairs: Pairs, plan: Plan, sizes: Mapping[Sym, int]) -> bool:
+    """Whether a look at pairs may empty more tiles, of enough to be worth it on each call."""
+    region = pairs.fitted.region
+    tiles = -(-size_of(region.query.size, sizes) // plan.block_q) * -(-size_of(pairs.key.size, sizes) // plan.block_k)
+    return tiles >= _MANY_TILES and leaves_open(pairs.mask, region.query, pairs.key)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from refocus.codegen.cache import load_module, save
 from refocus.codegen.interpreter import interpreted, mend
 from refocus.codegen.plan import Plan
 from refocus.codegen.printer import Argument
-from refocus.codegen.tile_lists import lists_of
+from refocus.codegen.tile_lists import QUERIES, lists_of
 from refocus.evaluate import size_of
 from refocus.ir import Call, Const, Expr, Region
 from refocus.simplify import bounds, substitute
@@ -27,7 +27,8 @@ INT32_MAX = 2**31 - 1
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel in a file: the function `name` of the module at `path`, and how to call it."""
+    """A kernel in a file: the function `name` of the module at `path`, and how to call it. `own`: what its programs
+    have a tile of (see `refocus.codegen.tile_lists`)."""
 
     name: str
     source: str
@@ -36,6 +37,7 @@ class Kernel:
     region: Region
     plan: Plan
     arguments: tuple[Argument, ...]
+    own: str = QUERIES
 
 
 def launch(kernel: Kernel, operands: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -67,7 +69,7 @@ def start(
     device, plan = device_of(operands), kernel.plan
     # A tensor without dimensions may stay on the CPU, as in eager code; a kernel cannot read it there.
     operands = [x if x.device == device else x.to(device) for x in operands]
-    lists = lists_of(kernel.region, plan, operands, sizes, device) if plan.listed else ()
+    lists = lists_of(kernel.region, plan, operands, sizes, device, kernel.own) if plan.listed else ()
     given = {"tensor": operands, "list": lists, "size": sizes, "output": outputs, "saved": saved}
     values = [
         operands[a.index].stride(a.dim) if a.kind == "stride" else given[a.kind][a.index] for a in kernel.arguments

@@ -236,3 +236,9 @@ def _check(region: Region, syms: tuple[Sym, ...], operands: Sequence[Tensor], si
                 got=f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}",
                 todo="pass operands in the order of region.operands, sizes in that of region.syms",
             )
+
+
+if torch.distributed.is_available():
+    from refocus.codegen import sharding
+
+    sharding.register(attend, attend_saving, attend_backward, parse_region)

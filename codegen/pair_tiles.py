@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from refocus.codegen.backward_fit import PAIRS, Gradient, value_dtype
+from refocus.codegen import listed
+from refocus.codegen.backward_fit import Gradient, value_dtype
 from refocus.codegen.cotangents import Cotangents
 from refocus.codegen.flash import COLUMN, ROW, marks_empty, tame
 from refocus.codegen.flash_fit import OUT_DTYPES, dot_dtype, padded, width
@@ -21,6 +22,7 @@ from refocus.codegen.kernel_file import Source, kernel_file, precision
 from refocus.codegen.plan import Plan
 from refocus.codegen.positions import Positions
 from refocus.codegen.printer import ADD, ATOM, MUL, Dots, Place, Scope, conjunction, split_scale
+from refocus.codegen.tile_lists import KEYS, QUERIES
 from refocus.codegen.writer import Block
 from refocus.differentiate import Share
 from refocus.ir import TRUE, Axis, Const, Dot, Expr, Load, Region
@@ -32,12 +34,14 @@ _OWN = (
     "sums_ptr", "delta_ptr", "program", "tiles", "batch", "first", "last", "start", "begin", "cut_stop", "full_start",
     "full_stop", "scores", "weight", "gated", "back", "gate_back", "row_max", "log_sum", "shift", "delta", "empty",
     "empty_start", "extra", "extra_back", "point", "member", "step", "key_first", "kept", "gate",
+    "diagonals_backward", "diagonals", "diagonal", "begin_row", "steps", "row", "along", "place", *listed.NAMES,
 )  # fmt: skip
-
 
 
 class Pairs(Dots):
     """Tiles of pairs: rows along the axis that the program has a tile of (`own`), columns along the `other`."""
+
+    positions_of = Positions
 
     def __init__(
         self, region: Region, flows: Cotangents, gradients: Sequence[Gradient], plan: Plan, wide: bool, own: Axis,
@@ -54,7 +58,9 @@ class Pairs(Dots):
         self.top = Place(self.scope, self.prologue)
         self.root, self.own_block, self.own_in_loop = self.top, self.prologue, False
         flat = "batch" if batch is None else "point"
-        self.positions = Positions(self.scope, head, self.top, plan.block_q, plan.block_k, wide, own, batch, flat)
+        self.positions = self.positions_of(
+            self.scope, head, self.top, plan.block_q, plan.block_k, wide, own, batch, flat
+        )
         self.scale, self.score = split_scale(region.score)
         self.tame = tame(self.score)
         self.value_dtype = value_dtype(region)
@@ -289,7 +295,7 @@ class Pairs(Dots):
         place, block = self.pair, self.pair.block
         if gradient.over is None:
             text = self._cotangent(place, gradient, share, MUL)
-            if gradient.loop == PAIRS:
+            if gradient.loop not in (KEYS, QUERIES):
                 self._receive_pairs(n, gradient, share, text, emptied)
             else:
                 block.line(f"{self.sums[n]} += tl.sum({text}, 1)")
@@ -330,6 +336,9 @@ class Pairs(Dots):
         if gradient.dtype != "float32":
             value = f"({value}).to(tl.{gradient.dtype})" if " " in value else f"{value}.to(tl.{gradient.dtype})"
         at = self._address(place, gradient.axes)
+        for axis, suffix in place.layout.items():
+            if axis not in gradient.axes and axis.size == Const(1):  # stored by its only position, which is zero
+                at, guards = f"{at} + {self.scope.axes[axis]}{suffix}", [*guards, *place.guards((axis,))]
         if gradient.over == ():
             at, guards = self._one_lane(at, guards)
         masked = f", mask={conjunction(guards)}" if guards else ""

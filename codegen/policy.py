@@ -29,6 +29,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from refocus import debug
 from refocus.codegen import cpp, sdpa
 from refocus.codegen.heads import Fitted, fit
 from refocus.codegen.plan import Chosen, Leave, Plan
@@ -87,18 +88,19 @@ def choose_cpu(
     copied = written is region
     copying = 2 * work.reading if copied else 0.0
     # Where keys and values differ in width, PyTorch computes the scores densely.
-    if sdpa.supports(region) is None and work.width == work.value_width:
+    if sdpa.supports(region) is None and work.width == work.value_width and not debug.disabled("sdpa"):
         cost = _sdpa_cost(region, work, numbers) + copying
         if was_sdpa:
             leave = cost
         elif not _writes_mask(region) or _mask_bytes(region, work, numbers) <= _LARGEST_MASK:
             costs["sdpa"] = cost
     blocks = (64, 64)
-    if cpp.supports(region) is None:
+    why_not = debug.off("cpp") if debug.disabled("cpp") else cpp.supports(region)
+    if why_not is None:
         cost, blocks = _cpp_cost(fitted, work, numbers, None if copied else written)
         costs["cpp"] = cost + copying
     if not costs:
-        return Leave(f"no engine is faster: {cpp.supports(region)}")
+        return Leave(f"no engine is faster: {why_not}")
     engine = "sdpa" if costs.get("sdpa", math.inf) * _GAIN <= costs.get("cpp", math.inf) else "cpp"
     if costs[engine] > _GAIN * leave or leave - costs[engine] < _LEAST_GAIN:
         return Leave(f"no engine is faster at {_sizes(work)}")

@@ -61,7 +61,7 @@ class Positions:
         at.line(f"program = {program}")
         at.line(f"{self.flat} = program // {tiles}")
         at.line(f"first = program % {tiles} * {self._tile}")
-        self._last = at.nested()
+        self.last = at.nested()
         self._batch = at.nested()
         at.line(f"{variable} = first + tl.arange(0, {self._tile})")
 
@@ -91,8 +91,8 @@ class Positions:
         if not self.tiled:
             return substitute(bound, {first: Const(0), last: sub(self.own.size, 1)})
         self.scope.axes[first], self.scope.axes[last] = "first", "last"
-        if last in bound.axes and self._last.empty:
-            self._last.line(f"last = tl.minimum(first + {self._tile}, {self.root.text(self.own.size)}) - 1")
+        if last in bound.axes and self.last.empty:
+            self.last.line(f"last = tl.minimum(first + {self._tile}, {self.root.text(self.own.size)}) - 1")
         return bound
 
     def finish(self) -> None:

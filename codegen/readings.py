@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from refocus import simplify
 from refocus.evaluate import size_of
 from refocus.ir import TRUE, Call, Const, Expr, Region, Sym
-from refocus.masks import count_tiles
+from refocus.masks import Tiling, count_tiles
 from refocus.simplify import conjuncts
 
 
@@ -69,5 +69,5 @@ def live_share(
     batch = [a for a in region.batch if a in closed.axes and size_of(a.size, numbers) <= 64]
     if any(a in closed.axes and a not in batch for a in region.batch):
         return loaded
-    tiles = count_tiles(closed, batch, region.query, region.key, block_q, block_k, {}, numbers)
+    tiles = count_tiles(closed, Tiling(tuple(batch), region.query, region.key, block_q, block_k, {}, numbers))
     return loaded * (1 - tiles.empty / max(1, sum(tiles)))

@@ -20,7 +20,7 @@ from refocus.codegen.plan import Plan
 from refocus.evaluate import Scope, arange_env, device_of, size_of
 from refocus.grid import Term, contract
 from refocus.ir import TRUE, Axis, Call, Const, Expr, Region, Sym
-from refocus.masks import EMPTY, FULL, PARTIAL, TileMap, classify
+from refocus.masks import EMPTY, FULL, PARTIAL, TileMap, Tiling, classify
 
 # Scores alive at once, at most (4 MiB of float32): beyond this a batch axis is cut into chunks, which is also what
 # keeps a tile in cache.
@@ -76,9 +76,7 @@ class Tiles:
         self.tiles = -(-self.keys // self.block_k)
         self.map: TileMap | None = None
         if region.mask != TRUE and (self.tiles > 1 or self.block_q < self.queries):
-            self.map = classify(
-                region.mask, region.batch, region.query, region.key, self.block_q, self.block_k, tensors, sizes, device
-            )
+            self.map = classify(region.mask, Tiling.of(region, self.block_q, self.block_k, tensors, sizes, device))
         self.apart = self._apart()
         self.gated = region.gate != Const(1.0, region.gate.dtype)
 

@@ -51,7 +51,7 @@ def optimize(
         return compile_graph(gm, example_inputs, options, inductor)
 
     if isinstance(model, torch.nn.Module):
-        twin = copy.copy(model)
+        twin = _twin(model)
         compiled = torch.compile(_entry(twin._call_impl), backend=backend, dynamic=dynamic)
         twin._compiled_call_impl = _plain_errors(compiled)  # type: ignore[assignment]
         return twin
@@ -63,6 +63,15 @@ def optimize(
             todo="pass the model",
         )
     return functools.wraps(model)(_plain_errors(torch.compile(model, backend=backend, dynamic=dynamic)))  # type: ignore[return-value]
+
+
+def _twin(model: Model) -> Model:
+    """Another module with the same attributes."""
+    if "__new__" not in {name for cls in type(model).__mro__[:-1] for name in vars(cls)}:
+        return copy.copy(model)
+    twin: Model = object.__new__(type(model))  # fully_shard's classes would call `__init__`, without arguments
+    twin.__dict__.update(model.__dict__)
+    return twin
 
 
 def _plain_errors(compiled: Callable[..., Any]) -> Callable[..., Any]:

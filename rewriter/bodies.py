@@ -2,17 +2,20 @@
 
 Re-tracing through one would take it apart, and lose what it stands for: a checkpoint's recomputation, the gradient of a
 `torch.autograd.Function`. So it is recorded as the call it is; and the body of a checkpoint is rewritten in place, as a
-graph of its own. What is done to tensor subclasses (the DTensors of tensor parallelism) is recorded whole, too: below
-their own dispatch it would be another computation.
+graph of its own. What is done to tensor subclasses is recorded whole, too: below their own dispatch it would be another
+computation. Only a DTensor is what it says it is, a tensor of its global shape: operations that every tensor has are
+traced on a plain one in its place, and do the same when the graph runs on DTensors; what moves its parts is kept whole.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
+from torch.distributed import is_available
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, track_tensor_tree
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -58,11 +61,18 @@ def with_bodies(gm: fx.GraphModule, change: Callable[[fx.GraphModule], fx.GraphM
 
 
 class Retrace(fx.Interpreter):
-    """Runs a Dynamo graph for `make_fx`; what is kept whole becomes one call with the results that Dynamo saw."""
+    """Runs a Dynamo graph for `make_fx`; what is kept whole becomes one call with the results that Dynamo saw.
+
+    To be made under the fake mode of the graph."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        values = {n: n.meta.get("example_value", n.meta.get("val")) for n in gm.graph.nodes}
+        self.values = {n: pytree.tree_map_only(DTensor, _plain, value) for n, value in values.items()}
 
     def run_node(self, n: fx.Node) -> Any:
         mode = get_proxy_mode()
-        if mode is None or "example_value" not in n.meta or not (is_higher_order(n) or _on_subclass(n)):
+        if mode is None or "example_value" not in n.meta or not (is_higher_order(n) or self._is_whole(n)):
             return super().run_node(n)
         tracer: Any = mode.tracer
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -70,15 +80,37 @@ class Retrace(fx.Interpreter):
         inputs, options = pytree.tree_map(tracer.unwrap_proxy, held)
         with self._set_current_node(n):
             call = tracer.create_proxy(n.op, n.target, inputs, options)
-        return track_tensor_tree(n.meta["example_value"], call, constant=None, tracer=tracer)
+        return track_tensor_tree(self.values[n], call, constant=None, tracer=tracer)
+
+    def _is_whole(self, node: fx.Node) -> bool:
+        """Whether an operation reads or makes a tensor subclass, or moves the parts of a DTensor."""
+        if not node.op.startswith("call_"):
+            return False
+        nodes = (node, *node.all_input_nodes)
+        if any(_subclasses(self.values[n]) for n in nodes):
+            return True
+        return any(_subclasses(n.meta.get("example_value")) for n in nodes) and not _every_tensor_has(node)
 
 
-def _on_subclass(node: fx.Node) -> bool:
-    """Whether an operation reads or makes a tensor subclass."""
-    if not node.op.startswith("call_"):
-        return False
-    values = [n.meta.get("example_value") for n in (node, *node.all_input_nodes)]
-    return any(is_traceable_wrapper_subclass(x) for x in pytree.tree_leaves(values) if isinstance(x, torch.Tensor))
+# The type that tensor parallelism makes; nothing is one where this torch has no distributed package.
+DTensor: Any = importlib.import_module("torch.distributed.tensor").DTensor if is_available() else ()
+
+
+def _plain(value: Any) -> torch.Tensor:
+    """A tensor of the shape that a DTensor says it has."""
+    made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    return made.requires_grad_(value.requires_grad)
+
+
+def _every_tensor_has(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return hasattr(torch.Tensor, str(node.target))
+    return not str(getattr(node.target, "__module__", None)).startswith("torch.distributed")
+
+
+def _subclasses(value: Any) -> list[Any]:
+    """The tensor subclasses in a value."""
+    return [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor) and is_traceable_wrapper_subclass(x)]
 
 
 def _registered(tracer: Any, value: Any) -> Any:

@@ -43,7 +43,8 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
     own = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
     try:
         with mode, own, torch.fx.traceback.preserve_node_meta():
-            traced = make_fx(Retrace(gm).run, pre_dispatch=not casts)(*values)
+            graph = Retrace(gm)
+            traced = make_fx(graph.run, pre_dispatch=not casts)(*(graph.values[n] for n in placeholders))
     except Exception as problem:  # anything may go wrong while tracing foreign code; the caller falls back
         raise CaptureFailed(f"{type(problem).__name__}: {problem}") from problem
     for node in traced.graph.find_nodes(op="get_attr"):

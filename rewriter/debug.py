@@ -5,6 +5,7 @@
 | REFOCUS_DEBUG=1..4 | log to stderr: 1 what was declined or fell back, 2 each site, 3 regions and plans, 4 graphs |
 | REFOCUS_DUMP=dir | write what every stage of every graph produced as text files |
 | REFOCUS_CACHE=dir | where generated sources are kept (default: the user's cache directory) |
+| REFOCUS_DISABLE=rule,.. | leave out parts of the compiler, of those in `RULES`: to find the one at fault |
 """
 
 from __future__ import annotations
@@ -15,7 +16,45 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from refocus.errors import UnknownOption
+
 _count = itertools.count()
+
+# What REFOCUS_DISABLE may name, and what it leaves out.
+RULES = {
+    "softmax": "the family: its sites are seen, and left as they are",
+    "triton": "the engine: nothing is planned for it",
+    "cpp": "the engine",
+    "tiled": "the engine",
+    "sdpa": "the engine",
+    "training": "regions that a gradient will flow through are left",
+    "closed-forms": "constant masks and buffers are loaded, whatever rule their values follow",
+    "refined-tiles": "tiles that intervals leave open are visited, without a look at their pairs",
+    "tile-lists": "kernels loop between bounds, never over lists of tiles",
+    "readings": "keys that are copied together are read as the model copies them",
+}
+
+
+def disabled(rule: str) -> bool:
+    """Whether REFOCUS_DISABLE names a rule. Raises UnknownOption for names that are none."""
+    text = os.environ.get("REFOCUS_DISABLE")
+    if not text:
+        return False
+    names = {name.strip() for name in text.split(",") if name.strip()}
+    unknown = sorted(names - set(RULES))
+    if unknown:
+        raise UnknownOption(
+            "REFOCUS_DISABLE names a rule that does not exist",
+            expected=", ".join(RULES),
+            got=", ".join(unknown),
+            todo="name some of these rules, separated by commas",
+        )
+    return rule in names
+
+
+def off(rule: str) -> str:
+    """The reason that something is left, where a rule is disabled."""
+    return f"REFOCUS_DISABLE names {rule!r}"
 
 
 def level() -> int:

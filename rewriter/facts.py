@@ -13,6 +13,7 @@ import networkx as nx
 import torch
 from torch import fx
 
+from refocus import debug
 from refocus.infer import closed_form, constant_form
 from refocus.ir import BOOL, Call, Expr
 from refocus.lift import arguments, is_tensor, op_name
@@ -75,6 +76,8 @@ class Facts:
         return self._forms[node]
 
     def _closed_form(self, node: fx.Node) -> Expr | None:
+        if debug.disabled("closed-forms"):
+            return None
         held = self.buffers.get(node)
         if held is None:
             value = self.constant(node)

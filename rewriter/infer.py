@@ -22,15 +22,16 @@ from torch import Tensor
 from refocus import simplify as s
 from refocus.bits import Rows, full, pack
 from refocus.evaluate import evaluate
-from refocus.grid import Term, grid
+from refocus.grid import Grid, Term, grid
 from refocus.infer_family import family
 from refocus.infer_matrix import Matrix, search
 from refocus.infer_sets import set_form
 from refocus.ir import BOOL, INT, Axis, Const, Expr
+from refocus.lags import lags
 
 # Elements of a tensor that is looked at, and of one block of it; planes that may differ; nodes of a form.
 _HARD = 1.0e4  # a fill at least so large removes keys
-_LARGEST, _BLOCK, _MOST_PLANES, _MOST_NODES = 1 << 27, 1 << 20, 256, 100
+_LARGEST, _BLOCK, _MOST_PLANES, _MOST_NODES = 1 << 27, 1 << 18, 256, 100
 
 
 def axes_of(tensor: Tensor) -> tuple[Axis, ...]:
@@ -43,7 +44,7 @@ def constant_form(tensor: Tensor) -> Expr | None:
     if tensor.numel() == 0 or tensor.is_complex():
         return None
     first = tensor[(0,) * tensor.dim()]
-    if tensor.numel() == 1 or bool((tensor == first).all()):
+    if tensor.numel() == 1 or (bool((_some(tensor) == first).all()) and bool((tensor == first).all())):
         number = first.item()
         if tensor.dtype == torch.bool:
             return Const(bool(number), BOOL)
@@ -91,8 +92,12 @@ def closed_form(tensor: Tensor) -> Expr | None:
 
 def _may_switch(tensor: Tensor) -> bool:
     """Whether a few elements hold two numbers: caches and weights, which hold one or many, need not be read whole."""
-    some = tensor.detach()[tuple(slice(None, None, max(1, size // 24)) for size in tensor.shape)]
-    return len(some.reshape(-1).cpu().double().unique()) == 2
+    return len(_some(tensor.detach()).reshape(-1).cpu().double().unique()) == 2
+
+
+def _some(tensor: Tensor) -> Tensor:
+    """A few elements from all over a tensor."""
+    return tensor[tuple(slice(None, None, max(1, size // 24)) for size in tensor.shape)]
 
 
 def _is_mask(read: _Read) -> bool:
@@ -109,9 +114,15 @@ def agrees(form: Expr, axes: Sequence[Axis], tensor: Tensor) -> bool:
             tensor = tensor.narrow(dim, 0, 1)
     wide = tensor.dtype in (torch.float64, torch.float32)
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    known = lags(form, *axes[-2:]) if tensor.dim() >= 2 and not form.loads else None
     with torch.no_grad():
         for at, block in _blocks(tensor):
-            value = evaluate(form, dict(zip(axes, at)), {}, {}, dtype)
+            positions, tensors = dict(zip(axes, at)), {}
+            if known is not None and isinstance(rows := at[-2], Grid) and isinstance(at[-1], Grid):
+                [term] = rows.terms
+                positions[known.local] = grid(0, (term,))
+                tensors = known.block(int(rows.start), term.length)
+            value = evaluate(known.form if known is not None and tensors else form, positions, tensors, {}, dtype)
             if tensor.is_floating_point() and not wide:
                 value = value.to(tensor.dtype)
             if not bool(torch.eq(value, block).all()):

@@ -75,7 +75,7 @@ def tiles_of(region: Region, plan: Plan | None, numbers: dict[Sym, int]) -> Tile
     if loaded and closed == TRUE:
         return None
     axes = [a for a in region.batch if a in closed.axes]
-    counts = masks.count_tiles(closed, axes, region.query, region.key, block_q, block_k, {}, numbers, "cpu")
+    counts = masks.count_tiles(closed, masks.Tiling.of(region, block_q, block_k, {}, numbers, "cpu"))
     scale = 1
     while max(size_of(region.query.size, numbers) // block_q, size_of(region.key.size, numbers) // block_k) > (
         _CELLS * scale
@@ -85,9 +85,7 @@ def tiles_of(region: Region, plan: Plan | None, numbers: dict[Sym, int]) -> Tile
     for axis in axes:  # one plane for each head, of as many as one can look at
         if size_of(axis.size, numbers) > _MOST_HEADS:
             shown = Const(True, "bool")
-    state = masks.classify(
-        shown, axes, region.query, region.key, block_q * scale, block_k * scale, {}, numbers, "cpu"
-    ).state
+    state = masks.classify(shown, masks.Tiling.of(region, block_q * scale, block_k * scale, {}, numbers, "cpu")).state
     partial, full = (counts.partial + counts.full, 0) if loaded else (counts.partial, counts.full)
     maps = maps_of(state.clamp(max=1) if loaded else state, [a.name for a in axes], scale) if shown != TRUE else ()
     return Tiles((block_q, block_k), counts.empty, partial, full, maps=maps)

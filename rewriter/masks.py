@@ -1,5 +1,6 @@
 """Masks: where a predicate over (batch, query, key) leaves tiles empty, full or partial, and which keys a query needs.
 
+    Tiling(...)        the space of a mask, cut into tiles, and what it reads
     classify(...)      a `TileMap`: the state of every tile, by interval arithmetic (`refocus.tile_grid`)
     tile_states(...)   the same as one plain tensor, traceable
     count_tiles(...)   how many tiles are in which state, where the map would be too large (`refocus.tile_rows`)
@@ -12,7 +13,7 @@ element.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -21,16 +22,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from refocus.evaluate import arange_env, evaluate, size_of
+from refocus import debug
+from refocus.evaluate import arange_env, evaluate
 from refocus.ir import FALSE, TRUE, Axis, Call, Const, Expr, Sym
 from refocus.key_bounds import KeyBounds, first_query, key_bounds, last_query
-from refocus.refine import refine
 from refocus.simplify import add, floordiv, is_nonneg, mul, or_, sub, substitute
 from refocus.tile_grid import is_exact, tile_states
 from refocus.tile_rows import Counts, count_tiles, tile_rows
+from refocus.tiling import Tiling
 
 __all__ = [
-    "EMPTY", "FULL", "PARTIAL", "BlockLists", "Counts", "KeyBounds", "TileMap", "block_lists", "classify",
+    "EMPTY", "FULL", "PARTIAL", "BlockLists", "Counts", "KeyBounds", "TileMap", "Tiling", "block_lists", "classify",
     "count_tiles", "first_query", "key_bounds", "last_query", "never_empty", "tile_rows", "tile_states",
 ]  # fmt: skip
 
@@ -83,46 +85,21 @@ class TileMap:
         return (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
 
 
-def classify(
-    mask: Expr,
-    batch: Iterable[Axis],
-    query: Axis,
-    key: Axis,
-    block_q: int,
-    block_k: int,
-    tensors: Mapping[str, Tensor],
-    sizes: Mapping[Sym, int],
-    device: torch.device | str | None = None,
-) -> TileMap:
-    """The tile map of a mask: interval arithmetic, then `refocus.refine` on what that leaves open.
-
-    `tensors`: what its loads read, by name; `device` defaults to theirs (or the CPU).
-    """
-    used = tuple(b for b in batch if b in mask.axes)
-    if not mask.loads and all(type(n) is int for n in sizes.values()):
-        numbers = tuple(sorted(((s, n) for s, n in sizes.items()), key=lambda item: item[0].name))
-        state = _closed_states(mask, used, query, key, block_q, block_k, numbers)
-        return TileMap(state.to(device) if device is not None else state, used, block_q, block_k)
-    state = _states(mask, used, query, key, block_q, block_k, tensors, sizes, device)
-    if is_exact(mask):
-        lengths = size_of(query.size, sizes), size_of(key.size, sizes)
-        blocks = (block_q, block_k)
-        state = refine(state, mask, used, query, key, blocks, lengths, tensors, sizes, _RUN_TIME_PAIRS)
-    return TileMap(state, used, block_q, block_k)
+def classify(mask: Expr, tiling: Tiling) -> TileMap:
+    """The tile map of a mask: interval arithmetic, then `refocus.refine` on what that leaves open."""
+    tiling = tiling.seen_by(mask)
+    if not mask.loads and all(type(n) is int for n in tiling.sizes.values()):
+        numbers = tuple(sorted(tiling.sizes.items(), key=lambda item: item[0].name))
+        budget = 0 if debug.disabled("refined-tiles") else _ENUMERABLE
+        state = _closed_states(mask, tiling.batch, tiling.query, tiling.key, tiling.blocks, numbers, budget)
+        state = state.to(tiling.device)
+    else:
+        state = _states(mask, tiling, _RUN_TIME_PAIRS)
+    return TileMap(state, tiling.batch, tiling.block_q, tiling.block_k)
 
 
-def _states(
-    mask: Expr,
-    batch: tuple[Axis, ...],
-    query: Axis,
-    key: Axis,
-    block_q: int,
-    block_k: int,
-    tensors: Mapping[str, Tensor],
-    sizes: Mapping[Sym, int],
-    device: torch.device | str | None,
-) -> Tensor:
-    parts = [state for _, state in tile_rows(mask, batch, query, key, block_q, block_k, tensors, sizes, device)]
+def _states(mask: Expr, tiling: Tiling, budget: int) -> Tensor:
+    parts = [state for _, state in tile_rows(mask, tiling, budget=budget)]
     return torch.cat(parts, -2) if len(parts) > 1 else parts[0]
 
 
@@ -132,18 +109,13 @@ def _closed_states(
     batch: tuple[Axis, ...],
     query: Axis,
     key: Axis,
-    block_q: int,
-    block_k: int,
+    blocks: tuple[int, int],
     numbers: tuple[tuple[Sym, int], ...],
+    budget: int,
 ) -> Tensor:
     """The states of a mask that no tensor decides: found once for each size, for a region runs many times."""
-    sizes = dict(numbers)
     with _disable_current_modes(), torch.inference_mode(False):  # what is kept is an ordinary tensor
-        state = _states(mask, batch, query, key, block_q, block_k, {}, sizes, None)
-        if not is_exact(mask):
-            return state
-        lengths = size_of(query.size, sizes), size_of(key.size, sizes)
-        return refine(state, mask, batch, query, key, (block_q, block_k), lengths, {}, sizes, _ENUMERABLE)
+        return _states(mask, Tiling(batch, query, key, *blocks, {}, dict(numbers)), budget)
 
 
 def block_lists(state: Tensor) -> BlockLists:

@@ -114,6 +114,8 @@ def _plan(site: Site, facts: Facts, options: Options) -> tuple[Site, list[Plan] 
     """The first reading of a site that an engine takes, and a plan for each of its parts; or the site as it is
     written, and the reason to leave it."""
     left = ""
+    if debug.disabled(site.family):
+        return site, None, debug.off(site.family)
     for reading in _readings(site, options):
         copied = site if site.readings.in_place else None
         trained = trained_operands(reading, facts)
@@ -134,6 +136,8 @@ def _readings(site: Site, options: Options) -> list[Site]:
     numbers = numbers_of(site)
     device = site.root.meta["val"].device
     found = [site]
+    if debug.disabled("readings"):
+        return found
     engine = options.engine or ("triton" if device.type != "cpu" else None)
     if in_place is not None and engine is not None and engine not in IN_GRAPH:
         found.insert(0, in_place)

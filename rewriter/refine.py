@@ -8,35 +8,42 @@ it does not reach stay partial.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from refocus.evaluate import evaluate
-from refocus.ir import Axis, Expr, Sym
+from refocus.ir import Axis, Call, Expr
+from refocus.polynomial import poly_sub, to_poly
+from refocus.simplify import conjuncts
+from refocus.tiling import Tiling
 
 _SAMPLES = (8, 48)  # pairs of a tile that are tried first, and next
 _CHUNK = 1 << 20  # pairs evaluated at once
 
 
-def refine(
-    state: Tensor,
-    mask: Expr,
-    batch: tuple[Axis, ...],
-    query: Axis,
-    key: Axis,
-    blocks: tuple[int, int],
-    lengths: tuple[int, int],
-    tensors: Mapping[str, Tensor],
-    sizes: Mapping[Sym, int],
-    budget: int,
-) -> Tensor:
+def leaves_open(mask: Expr, query: Axis, key: Axis) -> bool:
+    """Whether interval arithmetic may leave a tile open that pairs decide. Not so where one linear form of query and
+    key is bounded: it takes every value between its ends on a tile."""
+    pairs = [p for p in conjuncts(mask) if {query, key} <= p.axes]
+    if len(pairs) != len(conjuncts(mask)):
+        return bool(pairs)
+    for part in pairs:
+        if not (isinstance(part, Call) and part.op == "le" and all(a.is_int for a in part.args)):
+            return True
+        form = poly_sub(to_poly(part.args[1]), to_poly(part.args[0]))
+        moving = {m for m in form if any({query, key} & atom.axes for atom in m)}
+        if moving != {(query,), (key,)} or form[query,] * form[key,] != -1:
+            return True
+    return False
+
+
+def refine(state: Tensor, mask: Expr, tiling: Tiling, budget: int) -> Tensor:
     """`state` (int8 [*batch, query tiles, key tiles]: 0 empty, 1 partial or open, 2 full) with open tiles decided.
 
-    `lengths`: numbers of queries and keys. `budget`: how many pairs may be looked at, all in all.
+    `budget`: how many pairs may be looked at, all in all.
     """
-    pairs = _Pairs(mask, (*batch, query, key), tensors, sizes, blocks, lengths)
+    blocks = tiling.blocks
+    pairs = _Pairs(mask, tiling)
     open_ = (state == 1).nonzero()
     generator = torch.Generator().manual_seed(0)
     for count in _SAMPLES:
@@ -64,17 +71,10 @@ def refine(
 class _Pairs:
     """A predicate at chosen pairs of chosen tiles."""
 
-    def __init__(
-        self,
-        mask: Expr,
-        axes: tuple[Axis, ...],
-        tensors: Mapping[str, Tensor],
-        sizes: Mapping[Sym, int],
-        blocks: tuple[int, int],
-        lengths: tuple[int, int],
-    ) -> None:
-        self.mask, self.axes, self.tensors, self.sizes = mask, axes, tensors, sizes
-        self.blocks, self.lengths = blocks, lengths
+    def __init__(self, mask: Expr, tiling: Tiling) -> None:
+        self.mask, self.tiling = mask, tiling
+        self.axes = (*tiling.batch, tiling.query, tiling.key)
+        self.blocks, self.lengths = tiling.blocks, (tiling.queries, tiling.keys)
 
     def look(self, tiles: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """(whether any, whether all) of the pairs at (rows, columns) of each tile are kept. `tiles` holds the position
@@ -82,8 +82,6 @@ class _Pairs:
         position = list(tiles.unsqueeze(-1).unbind(1))
         for k, inside in ((-2, rows), (-1, columns)):
             position[k] = (position[k] * self.blocks[k] + inside).clamp(max=self.lengths[k] - 1)
-        kept = evaluate(self.mask, dict(zip(self.axes, position)), self.tensors, self.sizes)
+        kept = evaluate(self.mask, dict(zip(self.axes, position)), self.tiling.tensors, self.tiling.sizes)
         kept = kept.expand(len(tiles), len(rows))
         return kept.any(-1), kept.all(-1)
-
-

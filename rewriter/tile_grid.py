@@ -19,7 +19,7 @@ float may round differently in a kernel, so it proves nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -35,6 +35,7 @@ from refocus.ir import BOOL, Axis, Call, Const, Expr, Load, Reduce, Sym
 from refocus.polynomial import Poly, from_poly, poly_add, poly_scale, to_poly
 from refocus.simplify import bounds, conjuncts
 from refocus.tile_cache import CACHE
+from refocus.tiling import Tiling
 
 QUERY, KEY = 1, 2
 
@@ -47,24 +48,21 @@ _EXACT_ON_FLOATS = frozenset(
 
 @dataclass
 class TileGrid:
-    """The grid of tiles of one (batch, query, key) space and the tensors its predicates read.
+    """The grid of tiles of one tiling.
 
-    `batch` names the leading dimensions of every end. The last tile of a row may be short: positions past the end
-    of an axis are not part of any tile. `sizes` may hold traced (symbolic) integers.
+    Its batch axes name the leading dimensions of every end. The last tile of a row may be short: positions past the end
+    of an axis are not part of any tile.
     """
 
-    batch: tuple[Axis, ...]
-    query: Axis
-    key: Axis
-    block_q: int
-    block_k: int
-    tensors: Mapping[str, Tensor]
-    sizes: Mapping[Sym, int]
-    device: torch.device | str = "cpu"
+    tiling: Tiling
     _memo: dict[Expr, Interval] = field(default_factory=dict)
     _scopes: dict[tuple[Axis, ...], Scope] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        space = self.tiling
+        self.batch, self.query, self.key, self.sizes = space.batch, space.query, space.key, space.sizes
+        self.block_q, self.block_k, self.tensors = space.block_q, space.block_k, space.tensors
+        self.device: torch.device | str = "cpu" if space.device is None else space.device
         self.n_query, self.n_key = self.size(self.query.size), self.size(self.key.size)
         self.q_tiles = (self.n_query + self.block_q - 1) // self.block_q
         self.k_tiles = (self.n_key + self.block_k - 1) // self.block_k
@@ -407,25 +405,12 @@ class _Reads:
     rows: Tensor | None = None  # [tiles, reads]
 
 
-def tile_states(
-    mask: Expr,
-    batch: Iterable[Axis],
-    query: Axis,
-    key: Axis,
-    block_q: int,
-    block_k: int,
-    tensors: Mapping[str, Tensor],
-    sizes: Mapping[Sym, int],
-    device: torch.device | str | None = None,
-) -> Tensor:
+def tile_states(mask: Expr, tiling: Tiling) -> Tensor:
     """int8 [*batch axes the mask depends on, query tiles, key tiles]: 0 empty, 1 partial, 2 full.
 
-    Only plain tensor operations on `tensors`: traceable, with symbolic `sizes` too. Empty and full are proofs.
+    Only plain tensor operations: traceable, with symbolic sizes too. Empty and full are proofs.
     """
-    if device is None:
-        device = next((tensors[load.tensor].device for load in mask.loads), torch.device("cpu"))
-    used = tuple(b for b in batch if b in mask.axes)
-    return TileGrid(used, query, key, block_q, block_k, tensors, sizes, device).states(mask)
+    return TileGrid(tiling.seen_by(mask)).states(mask)
 
 
 @lru_cache(maxsize=4096)

@@ -8,20 +8,25 @@ A range of queries is the mask itself with `start + i` in place of `i`, so nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from refocus import debug
 from refocus.evaluate import size_of
-from refocus.ir import Axis, Const, Expr, Sym
+from refocus.ir import Axis, Const, Expr
+from refocus.refine import refine
 from refocus.simplify import add, substitute
-from refocus.tile_grid import tile_states
+from refocus.tile_grid import is_exact, tile_states
+from refocus.tiling import Tiling
 
 # Tiles at once: interval arithmetic keeps some ten numbers of eight bytes for each.
 _AT_ONCE = 1 << 18
+# Pairs that may be looked at to count tiles.
+_COUNTED_PAIRS = 1 << 22
 
 
 class Counts(NamedTuple):
@@ -30,51 +35,35 @@ class Counts(NamedTuple):
     full: int
 
 
-def tile_rows(
-    mask: Expr,
-    batch: Iterable[Axis],
-    query: Axis,
-    key: Axis,
-    block_q: int,
-    block_k: int,
-    tensors: Mapping[str, Tensor],
-    sizes: Mapping[Sym, int],
-    device: torch.device | str | None = None,
-    at_once: int = _AT_ONCE,
-) -> Iterator[tuple[int, Tensor]]:
-    """What `tile_states` gives, for as many query tiles at a time as make no more than `at_once` tiles."""
-    used = tuple(b for b in batch if b in mask.axes)
-    queries, keys = size_of(query.size, sizes), size_of(key.size, sizes)
-    across = max(1, -(-keys // block_k) * prod(size_of(b.size, sizes) for b in used))
-    count, rows = max(1, at_once // across), -(-queries // block_q)
+def tile_rows(mask: Expr, tiling: Tiling, at_once: int = _AT_ONCE, budget: int = 0) -> Iterator[tuple[int, Tensor]]:
+    """What `tile_states` gives, for as many query tiles at a time as make no more than `at_once` tiles; with a budget
+    of pairs, tiles that are open are decided by looking at so many (`refocus.refine`)."""
+    tiling = tiling.seen_by(mask)
+    query, block = tiling.query, tiling.block_q
+    full = [size_of(b.size, tiling.sizes) for b in tiling.batch]
+    budget = budget if is_exact(mask) and not debug.disabled("refined-tiles") else 0
+    across = max(1, -(-tiling.keys // tiling.block_k) * prod(full))
+    count, rows = max(1, at_once // across), -(-tiling.queries // block)
     if rows <= count:
-        yield 0, tile_states(mask, used, query, key, block_q, block_k, tensors, sizes, device)
+        state = tile_states(mask, tiling)
+        yield 0, refine(state, mask, tiling, budget) if budget else state
         return
+    share = budget // -(-rows // count)
     for first in range(0, rows, count):
-        start = first * block_q
-        part = Axis(query.name, Const(min(count * block_q, queries - start)))
-        here = substitute(mask, {query: add(part, start)})
+        start = first * block
+        part = Axis(query.name, Const(min(count * block, tiling.queries - start)))
+        here, some = substitute(mask, {query: add(part, start)}), replace(tiling, query=part)
         # What the range decides may take batch axes out of the mask; the shape stays.
-        state = tile_states(here, used, part, key, block_q, block_k, tensors, sizes, device)
-        shape = [size_of(b.size, sizes) if b in here.axes else 1 for b in used]
-        full = [size_of(b.size, sizes) for b in used]
-        yield first, state.reshape(*shape, *state.shape[-2:]).expand(*full, *state.shape[-2:])
+        state = tile_states(here, some)
+        shape = [size if b in here.axes else 1 for b, size in zip(tiling.batch, full)]
+        state = state.reshape(*shape, *state.shape[-2:]).expand(*full, *state.shape[-2:])
+        yield first, refine(state, here, some, share) if share else state
 
 
-def count_tiles(
-    mask: Expr,
-    batch: Iterable[Axis],
-    query: Axis,
-    key: Axis,
-    block_q: int,
-    block_k: int,
-    tensors: Mapping[str, Tensor],
-    sizes: Mapping[Sym, int],
-    device: torch.device | str | None = None,
-) -> Counts:
+def count_tiles(mask: Expr, tiling: Tiling) -> Counts:
     """How many tiles are in each state, over all distinct maps."""
     total = [0, 0, 0]
-    for _, state in tile_rows(mask, tuple(batch), query, key, block_q, block_k, tensors, sizes, device):
+    for _, state in tile_rows(mask, tiling, budget=_COUNTED_PAIRS):
         partial, full = int((state == 1).sum()), int((state == 2).sum())
         total = [total[0] + state.numel() - partial - full, total[1] + partial, total[2] + full]
     return Counts(*total)

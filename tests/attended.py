@@ -16,7 +16,7 @@ from refocus.codegen import operator, tiled
 from refocus.codegen.plan import Plan
 from refocus.evaluate import Scope, arange_env, evaluate, size_of
 from refocus.ir import Expr, Region, Sym
-from refocus.masks import TileMap, classify
+from refocus.masks import TileMap, Tiling, classify
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +44,7 @@ class Attended:
 
     def tiles(self, rows: int, columns: int) -> TileMap:
         """The tile map as an engine gets it at run time."""
-        r = self.region
-        return classify(r.mask, r.batch, r.query, r.key, rows, columns, self.tensors, self.numbers, "cpu")
+        return classify(self.region.mask, Tiling.of(self.region, rows, columns, self.tensors, self.numbers, "cpu"))
 
     def visits(self, rows: int, columns: int) -> tuple[int, int]:
         """How many tiles the engine computes scores of, and on how many of them it evaluates the mask."""

@@ -17,8 +17,13 @@ from tests.region_cases import Case, Setting, add, call, mul, randn
 def dropout(dtype: torch.dtype = torch.float32, n: int = 50, d: int = 16) -> Case:
     """Causal, with a third of the weights dropped."""
     setting = Setting(dtype, n, n, d, d)
-    gate = drops.keep("x", 1 / 3, (setting.b, setting.h, setting.i, setting.j),
-                      tuple(Const(z) for z in (cases.B, cases.H, n, n)), setting.f)
+    gate = drops.keep(
+        "x",
+        1 / 3,
+        (setting.b, setting.h, setting.i, setting.j),
+        tuple(Const(z) for z in (cases.B, cases.H, n, n)),
+        setting.f,
+    )
     setting.tensors[next(iter(gate.loads)).tensor] = torch.tensor(123456789123456789)
     return setting.case(setting.score, s.le(setting.j, setting.i), gate=gate)
 
@@ -86,8 +91,7 @@ def prefix(dtype: torch.dtype = torch.float32, n: int = 90, d: int = 16) -> Case
     """Keys from a prefix on are bounded by a length that is read."""
     setting = Setting(dtype, n, n, d, d)
     setting.tensors["lengths"] = torch.tensor([n, 37])
-    mask = s.and_(s.le(setting.j, s.maximum(setting.i, 19)),
-                  s.lt(setting.j, Load("lengths", (setting.b,), "int64")))
+    mask = s.and_(s.le(setting.j, s.maximum(setting.i, 19)), s.lt(setting.j, Load("lengths", (setting.b,), "int64")))
     return setting.case(setting.score, mask)
 
 
@@ -123,10 +127,70 @@ def one_head(dtype: torch.dtype = torch.float32, n: int = 40, d: int = 16) -> Ca
     return replace(region, batch=(Axis("o", Const(1)),)), tensors, sizes
 
 
+def one_query(dtype: torch.dtype = torch.float32, n: int = 40, d: int = 16) -> Case:
+    """A single learned query, which has no axis of its own in its operand; a bias of its keys that the batch shares."""
+    setting = Setting(dtype, 1, n, d, d)
+    setting.tensors["bias"] = randn(5, dtype, cases.H, 1, n)
+    query = Load("q", (setting.b, setting.h, Const(0), setting.d), setting.f)
+    score = replace(setting.score.args[0], query=query)  # type: ignore[attr-defined]
+    return setting.case(add(score, Load("bias", (setting.h, Const(0), setting.j), setting.f)))
+
+
+def grid_table(dtype: torch.dtype = torch.float32, n: int = 48, d: int = 16, width: int = 8) -> Case:
+    """Swin's: a table by the distance in two dimensions; and one of each query, by its distance to the key."""
+    setting = Setting(dtype, n, n, d, d, kv_heads=2)
+    rows = n // width
+    setting.tensors["table"] = randn(4, dtype, (2 * rows - 1) * (2 * width - 1), cases.H)
+    setting.tensors["own"] = randn(5, dtype, cases.B, cases.H, n, 17)
+    i, j = setting.i, setting.j
+    down = s.add(s.sub(s.floordiv(i, width), s.floordiv(j, width)), rows - 1)
+    aside = s.add(s.sub(s.mod(i, width), s.mod(j, width)), width - 1)
+    table = Load("table", (s.add(s.mul(down, 2 * width - 1), aside), setting.h), setting.f)
+    near = s.minimum(s.maximum(s.add(s.sub(i, j), 8), 0), 16)
+    own = Load("own", (setting.b, setting.h, i, near), setting.f)
+    return setting.case(add(add(setting.score, table), own))
+
+
+def read_buckets(dtype: torch.dtype = torch.float32, n: int = 45, d: int = 16) -> Case:
+    """A table of heads, by numbers of pairs that are read; its fills are felt by rows that the padding empties."""
+    setting, mask = cases._left_padded(dtype, n, d)
+    setting.tensors["bucket"] = (torch.arange(n)[:, None] * 7 + torch.arange(n) * 3) % 11
+    setting.tensors["table"] = randn(7, dtype, 11, cases.H)
+    bucket = Load("bucket", (setting.i, setting.j), "int64")
+    score = add(setting.score, Load("table", (bucket, setting.h), setting.f))
+    fill = call("where", mask, setting.const(0.0), setting.const(-100.0), dtype=setting.f)
+    return setting.case(score, mask, add(score, fill), empty_row="logits")
+
+
+def emptied_table(dtype: torch.dtype = torch.float32, n: int = 45, d: int = 16) -> Case:
+    """Two tables by distance, of which one is scaled and a gate has the other, under a padding that empties rows."""
+    setting, mask = cases._left_padded(dtype, n, d)
+    setting.tensors["table"], setting.tensors["gates"] = randn(6, dtype, 2 * n - 1), randn(7, dtype, cases.H, n)
+    apart = s.sub(setting.i, setting.j)
+    table = Load("table", (s.add(apart, n - 1),), setting.f)
+    gate = call("sigmoid", Load("gates", (setting.h, s.maximum(apart, 0)), setting.f))
+    score = add(setting.score, mul(table, setting.const(0.5)))
+    fill = call("where", mask, setting.const(0.0), setting.const(-100.0), dtype=setting.f)
+    return setting.case(score, mask, add(score, fill), gate=gate, empty_row="logits")
+
+
+def cached_table(dtype: torch.dtype = torch.float32, n: int = 37, d: int = 16) -> Case:
+    """With a cache, of lengths that are symbols: a table by distance, causal within a window."""
+    region, tensors, sizes = cases.symbolic(dtype, n, d)
+    i, j, h = region.query, region.key, region.batch[1]
+    apart = s.sub(s.add(i, s.sub(j.size, i.size)), j)
+    table = randn(6, dtype, 33, cases.H)
+    score = add(region.score, Load("table", (s.minimum(s.maximum(apart, 0), 32), h), cases.name_of(dtype)))
+    mask = s.and_(region.mask, s.le(apart, 30))
+    operands = (*region.operands, cases.operand("table", table))
+    changed = replace(region, score=score, mask=mask, logits=score, operands=operands, empty_row="never")
+    return changed, [*tensors, table], sizes
+
+
 BACKWARD: dict[str, Callable[..., Case]] = {
     f.__name__: f
     for f in (
         dropout, pair_gate, emptied_bias, scaled_minima, temperatures, lone_query, long_causal, prefix, padded_pairs,
-        whole_rows, no_batch, one_head,
+        whole_rows, no_batch, one_head, one_query, grid_table, read_buckets, emptied_table, cached_table,
     )
 }  # fmt: skip

@@ -156,5 +156,5 @@ def _case(attend: Attend) -> Callable[..., Case]:
 
 # Regions that read in place, or over tokens, for the suites of the generated kernels; their sizes are fixed.
 CAPTURED: dict[str, Callable[..., Case]] = {
-    f"{f.__name__}_keys": _case(f) for f in (shifted_heads, halo, routed, turned, around, in_rows)
+    f"{f.__name__}_keys": _case(f) for f in (clamped, shifted_heads, halo, routed, turned, around, in_rows)
 }

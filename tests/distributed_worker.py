@@ -1,6 +1,6 @@
 """Run by tests/test_distributed.py in two processes: train a small model in parallel, eager and optimised.
 
-    python -m tests.distributed_worker ddp|fsdp|tp RANK WORLD FILE OUT
+    python -m tests.distributed_worker ddp|fsdp|tp|dtensor RANK WORLD FILE OUT
 
 Each process writes the losses that it saw to OUT.RANK.
 """
@@ -21,8 +21,9 @@ import refocus
 
 
 class Layer(nn.Module):
-    def __init__(self, width: int = 32, heads: int = 4) -> None:
+    def __init__(self, width: int = 32, heads: int = 4, biased: bool = True) -> None:
         super().__init__()
+        self.biased = biased
         self.width = width // heads
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
         self.bias = nn.Parameter(torch.zeros(24, 24))
@@ -30,16 +31,18 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, n, _ = x.shape
         q, k, v = (part(x).view(b, n, -1, self.width).transpose(1, 2) for part in (self.q, self.k, self.v))
-        scores = (q @ k.mT) / 8**0.5 + self.bias[:n, :n]
-        keep = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
-        weights = scores.masked_fill(~keep, float("-inf")).softmax(-1)
+        scores = (q @ k.mT) / 8**0.5
+        if self.biased:
+            keep = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
+            scores = (scores + self.bias[:n, :n]).masked_fill(~keep, float("-inf"))
+        weights = scores.softmax(-1)
         return x + self.out((weights @ v).transpose(1, 2).reshape(b, n, -1))
 
 
 class Model(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, biased: bool) -> None:
         super().__init__()
-        self.first, self.second, self.head = Layer(), Layer(), nn.Linear(32, 5)
+        self.first, self.second, self.head = Layer(biased=biased), Layer(biased=biased), nn.Linear(32, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.second(self.first(x)))
@@ -49,7 +52,7 @@ def train(how: str, rank: int, optimised: bool) -> tuple[list[float], int]:
     """Losses of five steps, and how many sites were fused."""
     torch.manual_seed(0)
     torch._dynamo.reset()
-    model: Any = Model()
+    model: Any = Model(biased=how != "dtensor")  # eager code adds no plain tensor to a DTensor
     found: list[refocus.Report] = []
     if how == "fsdp":
         from torch.distributed.fsdp import fully_shard
@@ -57,12 +60,12 @@ def train(how: str, rank: int, optimised: bool) -> tuple[list[float], int]:
         for layer in (model.first, model.second):
             fully_shard(layer)
         fully_shard(model)
-    elif how == "tp":
+    elif how in ("tp", "dtensor"):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        heads_apart = {name: ColwiseParallel() for name in ("q", "k", "v")}
+        heads_apart = {name: ColwiseParallel(use_local_output=how == "tp") for name in ("q", "k", "v")}
         for layer in (model.first, model.second):
             parallelize_module(layer, mesh, {**heads_apart, "out": RowwiseParallel()})
         rank = 0  # all processes see the same data

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from refocus import simplify as s
 from refocus.ir import BOOL, INT, Axis, Const, Expr, Load, Sym
-from refocus.masks import TileMap, classify
+from refocus.masks import TileMap, Tiling, classify
 
 Positions = tuple[Tensor, Tensor, Tensor, Tensor]  # b, h, i, j, broadcasting against each other
 BATCH, HEADS = 2, 3
@@ -56,7 +56,10 @@ class Space:
         return tuple(torch.meshgrid(*grid, indexing="ij"))  # type: ignore[return-value]
 
     def classify(self, mask: Expr, block_q: int, block_k: int) -> TileMap:
-        return classify(mask, (self.b, self.h), self.i, self.j, block_q, block_k, self.tensors, self.sizes)
+        return classify(mask, self.tiling(block_q, block_k))
+
+    def tiling(self, block_q: int, block_k: int) -> Tiling:
+        return Tiling((self.b, self.h), self.i, self.j, block_q, block_k, self.tensors, self.sizes)
 
 
 Predicate = tuple[Expr, Callable[[Space, Positions], Tensor]]

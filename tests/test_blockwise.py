@@ -11,7 +11,7 @@ from torch import Tensor
 import refocus
 from refocus import simplify as s
 from refocus.ir import BOOL, Axis, Const, Load
-from refocus.masks import EMPTY, FULL, classify
+from refocus.masks import EMPTY, FULL, Tiling, classify
 from refocus.report import Report
 
 T, BLOCKS = 32, 8
@@ -66,7 +66,7 @@ def test_tiles_are_exact(tile: tuple[int, int]) -> None:
     h, i, j = Axis("h", Const(2)), Axis("i", Const(N)), Axis("j", Const(N))
     chosen = torch.rand(2, BLOCKS, BLOCKS, generator=torch.Generator().manual_seed(1)) < 0.4
     mask = Load("chosen", (h, s.floordiv(i, T), s.floordiv(j, T)), BOOL)
-    state = classify(mask, (h,), i, j, *tile, {"chosen": chosen}, {}).state
+    state = classify(mask, Tiling((h,), i, j, *tile, {"chosen": chosen}, {})).state
     dense = chosen.repeat_interleave(T, 1).repeat_interleave(T, 2)
     for a, row in enumerate(dense.split(tile[0], 1)):
         for b, one in enumerate(row.split(tile[1], 2)):

@@ -16,6 +16,7 @@ from refocus.codegen import cpp, heads, repair
 from refocus.codegen.plan import Plan
 from refocus.errors import EngineUnavailable
 from refocus.ir import BOOL, INT, TRUE, Axis, Const, Dot, Expr, Load, Operand, Region
+from refocus.masks import BlockLists
 from refocus.tolerances import FACTOR, magnitude, tolerance
 from tests import region_cases as cases
 
@@ -50,7 +51,7 @@ def check_graph(case: cases.Case) -> None:
     region, tensors, sizes = case
     assert cpp.supports(region) is None
     program = cpp._program(region, PLAN)
-    out = program.compute([*program.inputs(tensors, sizes), *program.reads(tensors)], sizes, None)
+    out = program.compute([*program.inputs(tensors, sizes), *program.reads(tensors)], sizes, False)
     named = program.named(tensors)
     out = program.fitted.result(out, named, dict(zip(region.syms, sizes)))
     if program.repairs:
@@ -131,9 +132,7 @@ def batched(batch: Sequence[Axis], key_axes: Sequence[Axis], mask: Expr = TRUE, 
     tensors = [torch.randn(*shape, n, d), torch.randn(*key_shape, n, d), torch.randn(*key_shape, n, d)]
     dot = Dot((c,), Load("q", (*batch, i, c), f), Load("k", (*key_axes, j, c), f), f)
     score = simplify.call("mul", dot, Const(0.3, f), dtype=f)
-    operands = tuple(
-        Operand(x, f, tuple(Const(n) for n in t.shape)) for x, t in zip("qkv", tensors)
-    )
+    operands = tuple(Operand(x, f, tuple(Const(n) for n in t.shape)) for x, t in zip("qkv", tensors))
     logits = simplify.where(mask, score, Const(-math.inf, f))
     region = Region(
         tuple(batch), i, j, (e,), score, mask, logits, Load("v", (*key_axes, j, e), f), operands, f, empty_row="never"
@@ -201,6 +200,49 @@ def test_several_extra_logits() -> None:
     own = cases.mul(Load("q", (s.b, s.h, s.i, Const(0)), s.f), s.const(2.0))
     extra = (Load("sink", (s.h,), s.f), s.const(0.5), own)
     check_graph(s.case(s.score, simplify.le(s.j, s.i), extra=extra))
+
+
+# ------------------------------------------------------------------------------------------------ tiles
+
+
+def crossed(n: int = 80) -> cases.Case:
+    """Causal, and of another part of the sequence: no tile can be told to be empty by its ends alone."""
+    s = cases.Setting(torch.float32, n, n, 16, 16)
+    s.tensors["of"] = torch.arange(n) // 16 % 2 * 10 + torch.arange(n) % 2
+    apart = simplify.ne(Load("of", (s.i,), INT), Load("of", (s.j,), INT))
+    return s.case(s.score, simplify.and_(simplify.le(s.j, s.i), apart), empty_row="zero")
+
+
+def test_pairs_are_looked_at_where_ends_do_not_tell() -> None:
+    region, tensors, sizes = crossed()
+    plan = Plan("cpp", block_q=16, block_k=16)
+    program = cpp._program(region, plan)
+    kernel = program.kernel(tensors, sizes)
+    assert isinstance(kernel, cpp._Fixed) and kernel.anew
+    rough, lists = (BlockLists(*program.lists(tensors, sizes, traced)) for traced in (True, False))
+    assert int(rough.partial_count.sum() + rough.full_count.sum()) >= int(
+        lists.partial_count.sum() + lists.full_count.sum()
+    )
+    check((region, tensors, sizes), plan)
+    other = [t.clone() for t in tensors]
+    other[-1] = torch.arange(80) % 7
+    check((region, other, sizes), plan)  # not those of the first call
+
+
+def test_pairs_are_looked_at_for_all_sizes() -> None:
+    for n in (80, 96, 130):
+        check(buckets_of_a_cache(n), Plan("cpp", block_q=16, block_k=16))
+    [several] = cpp._program(buckets_of_a_cache(80)[0], Plan("cpp", block_q=16, block_k=16)).open.values()
+    assert len(several) == 1 and several[0].listed
+
+
+def buckets_of_a_cache(n: int) -> cases.Case:
+    """Lengths that are symbols, causal and every third key."""
+    region, tensors, sizes = cases.symbolic(n=n)
+    i, j = region.query, region.key
+    third = simplify.eq(simplify.mod(simplify.sub(j, i), 3), 0)
+    mask = simplify.and_(region.mask, third)
+    return replace(region, mask=mask, logits=region.score, empty_row="zero"), tensors, sizes
 
 
 # ------------------------------------------------------------------------------------------------ sizes

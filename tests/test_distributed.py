@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +19,11 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp", "tp"])
-def test_two_processes_train_alike(how: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.distributed_worker", how]
+def in_two_processes(tmp_path: Path, *command: str) -> list[Any]:
+    """What each process wrote to its file, as JSON."""
     workers = [
         subprocess.Popen(
-            [*command, str(rank), "2", str(tmp_path / "meeting"), str(tmp_path / "out")],
+            [sys.executable, "-m", *command, str(rank), "2", str(tmp_path / "meeting"), str(tmp_path / "out")],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -34,8 +34,22 @@ def test_two_processes_train_alike(how: str, tmp_path: Path) -> None:
     for worker in workers:
         text, _ = worker.communicate(timeout=300)
         assert worker.returncode == 0, text
-    for rank in range(2):
-        found = json.loads((tmp_path / f"out.{rank}").read_text())
+    return [json.loads((tmp_path / f"out.{rank}").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "tp", "dtensor"])
+def test_two_processes_train_alike(how: str, tmp_path: Path) -> None:
+    for found in in_two_processes(tmp_path, "tests.distributed_worker", how):
         assert found["sites"] == 2
         assert found["fused"] == pytest.approx(found["eager"], rel=1e-4)
         assert found["eager"][-1] != found["eager"][0]
+
+
+def test_dtensors_are_attended_where_they_lie(tmp_path: Path) -> None:
+    for found in in_two_processes(tmp_path, "tests.sharded_worker"):
+        elsewhere = {name for name in found if name.endswith("elsewhere")}
+        for name, one in found.items():
+            assert max(one["errors"]) < (2e-2 if "bfloat16" in name else 1e-6), name
+            assert bool(one["collectives"]) == (name in elsewhere), name  # those are cut where no attention can be
+        assert found["gqa b"]["cut"] == "S(0)" and found["gqa h"]["cut"] == "S(1)"
+        assert found["relative_table h"]["cut"] == "S(1)" and found["causal i"]["cut"] == "S(2)"

@@ -23,7 +23,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "algebra": ("polynomial", "proofs", "division", "comparisons", "constants", "simplify", "steps"),
     "meaning": (
         "counter", "dropout", "differentiate", "hoist", "intervals", "key_bounds", "grid", "operations", "evaluate",
-        "oracle", "tile_cache", "tile_grid", "tile_rows", "refine", "masks", "infer", "infer_*", "assumptions",
+        "oracle", "tile_cache", "tiling", "tile_grid", "tile_rows", "refine", "masks", "lags", "infer", "infer_*",
+        "assumptions",
     ),
     "lift": ("bodies", "capture", "functional", "fold", "sizes", "lift", "lift_*", "facts", "gathers"),
     "patterns": ("patterns", "patterns.*"),

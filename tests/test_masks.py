@@ -19,6 +19,7 @@ from refocus.masks import (
     FULL,
     PARTIAL,
     TileMap,
+    Tiling,
     block_lists,
     count_tiles,
     first_query,
@@ -29,7 +30,7 @@ from refocus.masks import (
     tile_states,
 )
 from refocus.notation import notation
-from refocus.refine import refine
+from refocus.refine import leaves_open, refine
 from refocus.tile_grid import TileGrid, is_exact
 from tests.attended import tile_states as tile_states_of
 from tests.mask_cases import (
@@ -76,8 +77,9 @@ def test_a_budget_decides_some_tiles_and_never_one_wrong(budget: int) -> None:
     i, j = Axis("i", Const(192)), Axis("j", Const(192))
     steps = s.sub(s.floordiv(i, 3), s.floordiv(j, 3))
     mask = s.and_(s.eq(s.mod(i, 3), s.mod(j, 3)), s.lt(steps, 7), s.le(0, steps))
-    rough = tile_states(mask, (), i, j, 16, 16, {}, {})
-    found = refine(rough, mask, (), i, j, (16, 16), (192, 192), {}, {}, budget)
+    tiling = Tiling((), i, j, 16, 16, {}, {})
+    rough = tile_states(mask, tiling)
+    found = refine(rough, mask, tiling, budget)
     best = tile_states_of(evaluate(mask, arange_env((i, j), {}), {}, {}), 16, 16)
     assert bool(((found == best) | (found == PARTIAL)).all())
     assert torch.equal(found, rough) == (budget == 0)
@@ -92,7 +94,7 @@ def test_rows_named_by_a_vector_are_bounded_by_what_they_hold() -> None:
     own = torch.randint(0, 48, (64,))
     tensors = {"segment": segment, "order": order, "own": own}
     named = Load("segment", (i,), INT)
-    read = TileGrid((), i, j, 16, 16, tensors, {}).interval(Load("order", (named, j), INT))
+    read = TileGrid(Tiling((), i, j, 16, 16, tensors, {})).interval(Load("order", (named, j), INT))
     tiles = order[segment].unflatten(0, (4, 16)).unflatten(-1, (3, 16))
     assert torch.equal(read.lo, tiles.amin((1, 3))) and torch.equal(read.hi, tiles.amax((1, 3)))
 
@@ -102,7 +104,7 @@ def test_squares_of_differences_are_not_taken_apart() -> None:
     i, j = Axis("i", Const(1024)), Axis("j", Const(1024))
     dy, dx = (s.sub(f(i, 32), f(j, 32)) for f in (s.floordiv, s.mod))
     circle = s.le(s.add(s.mul(dy, dy), s.mul(dx, dx)), 30)
-    rough = tile_states(circle, (), i, j, 32, 32, {}, {})
+    rough = tile_states(circle, Tiling((), i, j, 32, 32, {}, {}))
     rows = torch.arange(32)
     assert torch.equal(rough == EMPTY, (rows[:, None] - rows[None, :]).abs() > 5)
 
@@ -228,7 +230,7 @@ def test_traced_with_symbolic_sizes(kind: str) -> None:
 
     def states(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         sizes = {n: x.shape[0], m: x.shape[0]}
-        state = tile_states(mask, (space.b, space.h), space.i, space.j, 8, 8, dict(zip(names, tensors)), sizes)
+        state = tile_states(mask, Tiling((space.b, space.h), space.i, space.j, 8, 8, dict(zip(names, tensors)), sizes))
         return (state, *block_lists(state))
 
     def arguments(length: int) -> list[Tensor]:
@@ -246,7 +248,7 @@ def test_everything_stays_on_the_device_of_the_tensors(kind: str) -> None:
     space = Space(40, 40, symbolic=False, seed=0)
     mask = leaf(space, kind, 3, 4)[0]
     tensors = {name: t.to("meta") for name, t in space.tensors.items()}
-    state = tile_states(mask, (space.b, space.h), space.i, space.j, 8, 8, tensors, {}, device="meta")
+    state = tile_states(mask, Tiling((space.b, space.h), space.i, space.j, 8, 8, tensors, {}, "meta"))
     assert state.device.type == "meta"
 
 
@@ -257,7 +259,7 @@ def test_what_is_traced_compiles() -> None:
 
     def states(doc: Tensor) -> Tensor:
         sizes = {n: doc.shape[1], m: doc.shape[1]}
-        return tile_states(mask, (space.b, space.h), space.i, space.j, 8, 8, {"doc": doc}, sizes)  # type: ignore[arg-type]
+        return tile_states(mask, Tiling((space.b, space.h), space.i, space.j, 8, 8, {"doc": doc}, sizes))
 
     def documents(length: int) -> Tensor:
         return Space(length, length, symbolic=True, seed=length).tensors["doc"]
@@ -380,8 +382,7 @@ def test_never_empty_of_standard_masks() -> None:
 def test_ranges_of_rows_make_up_the_map(kind: str) -> None:
     space = Space(75, 40, symbolic=kind in CLOSED, seed=1)
     mask, run = leaf(space, kind, 3, 5)
-    batch = (space.b, space.h)
-    arguments = (mask, batch, space.i, space.j, 8, 8, space.tensors, space.sizes)
+    arguments = (mask, space.tiling(8, 8))
     whole = space.classify(mask, 8, 8)
     parts = list(tile_rows(*arguments, at_once=11))
     assert len(parts) > 3 and [first for first, _ in parts] == sorted({first for first, _ in parts})
@@ -393,7 +394,19 @@ def test_ranges_of_rows_make_up_the_map(kind: str) -> None:
     rough = tile_states(*arguments)
     assert not ((rough != PARTIAL) & (joined != rough)).any()
     assert not ((joined != PARTIAL) & (joined != whole.state)).any()
-    assert count_tiles(*arguments) == TileMap(rough, whole.axes, 8, 8).counts()
+    assert count_tiles(*arguments) == whole.counts()
+    # Each range may look at pairs of its own.
+    looked = torch.cat([state for _, state in tile_rows(*arguments, at_once=11, budget=1 << 22)], -2)
+    assert torch.equal(spread(space, TileMap(looked, whole.axes, 8, 8)), best)
+
+
+def test_one_linear_form_leaves_no_tile_open() -> None:
+    space = Space(75, 40, symbolic=False, seed=1)
+    causal, near = s.le(space.j, space.i), s.le(s.sub(space.i, space.j), 9)
+    assert not leaves_open(causal, space.i, space.j) and not leaves_open(s.and_(causal, near), space.i, space.j)
+    assert not leaves_open(s.le(space.j, 7), space.i, space.j)
+    for other in (s.le(space.j, 30), s.le(s.add(space.i, space.j), 20), s.eq(s.mod(s.sub(space.i, space.j), 3), 0)):
+        assert leaves_open(s.and_(causal, other), space.i, space.j)
 
 
 def test_a_million_tokens_in_little_memory() -> None:
@@ -401,7 +414,7 @@ def test_a_million_tokens_in_little_memory() -> None:
     i, j = Axis("i", Const(n)), Axis("j", Const(n))
     mask = s.and_(s.le(j, i), s.lt(s.sub(i, j), 4096))
     seen = 0
-    for _, state in tile_rows(mask, (), i, j, 1024, 1024, {}, {}, at_once=1 << 14):
+    for _, state in tile_rows(mask, Tiling((), i, j, 1024, 1024, {}, {}), at_once=1 << 14):
         assert state.numel() <= 1 << 14
         seen += int((state != EMPTY).sum())
     assert seen == 1024 * 5 - 10

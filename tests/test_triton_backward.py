@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from refocus.codegen import backward_fit, choose, flash_fit, operator, triton_backward
+from refocus.codegen import backward_fit, choose, flash_diagonals, flash_fit, operator, triton_backward
 from refocus.codegen.backward_fit import supports_backward
 from refocus.codegen.plan import Chosen, Leave, Plan
 from refocus.ir import Region
@@ -35,8 +35,12 @@ SMALL = Plan("triton", block_q=16, block_k=16)
 UNEVEN = Plan("triton", block_q=32, block_k=16)
 # Those whose loops differ from tile to tile.
 IN_SMALL_TILES = ("long_causal", "emptied_bias", "padded_pairs", "prefix", "temperatures", "cross")
-# Read at a mixture of query and key; values that are computed; no operand that could need a gradient.
-DECLINED = {"relative_table", "t5_buckets", "scaled_keys", "integers"}
+# Masks of documents, of vectors, that differ by head; biases that are shared; rows without a key.
+LISTED = ("documents", "padding", "padded_pairs", "emptied_bias", "temperatures", "emptied_table", "read_buckets")
+IN_HALF = ("causal", "sinks", "additive_bias", "dropout", "t5_buckets", "grid_table")
+RERUN = ("emptied_bias", "merged_heads", "temperatures", "gqa", "emptied_table", "grid_table")
+# Values that are computed; no operand that could need a gradient.
+DECLINED = {"scaled_keys", "integers"}
 ALL = {n: make for n, make in (*cases.CASES.items(), *MORE.items(), *BACKWARD.items()) if n not in DECLINED}
 # As floor in tests/test_gradients.py; in half precision probabilities and what flows back are rounded for the products.
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
@@ -96,7 +100,7 @@ def _others() -> dict[str, Any]:
     }
     out["none"] = len(_run(case, SMALL, [False] * len(tensors))[1])
     out["reruns"] = {}
-    for name in ("emptied_bias", "merged_heads", "temperatures", "gqa"):
+    for name in RERUN:
         first, second = (_run(ALL[name](), SMALL) for _ in range(2))
         out["reruns"][name] = all(torch.equal(a, b) for a, b in zip((first[0], *first[1]), (second[0], *second[1])))
     region, (q, k, v), _ = cases.symbolic()
@@ -156,7 +160,20 @@ def _wide() -> list[list[float]]:
 
     for module in (backward, engine):
         module.needs_wide = lambda *_: True  # type: ignore[assignment]
-    return [error for name in ("gqa", "emptied_bias", "padded_pairs") for error in _errors(ALL[name](), SMALL)]
+    return [
+        error
+        for name in ("gqa", "emptied_bias", "padded_pairs", "cached_table")
+        for error in _errors(ALL[name](), SMALL)
+    ]
+
+
+def _by_rows() -> list[list[float]]:
+    """Pairs that are stored for a few queries at a time."""
+    some = triton_backward._PAIRS_AT_ONCE
+    triton_backward._PAIRS_AT_ONCE = 1
+    found = [*_errors(BACKWARD["read_buckets"](n=150), UNEVEN), *_errors(BACKWARD["grid_table"](n=144), UNEVEN)]  # type: ignore[call-arg]
+    triton_backward._PAIRS_AT_ONCE = some
+    return found
 
 
 def child() -> dict[str, Any]:
@@ -167,11 +184,12 @@ def child() -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, make in ALL.items():
         out[name] = _errors(make(), UNEVEN) + (_errors(make(), SMALL) if name in IN_SMALL_TILES else [])
-    for name in ("causal", "sinks", "additive_bias", "dropout"):
+    for name in IN_HALF:
         for dtype in (torch.float16, torch.bfloat16):
             out[f"{name}_{dtype}"] = _errors(ALL[name](dtype, n=40), None)
-    out["listed"] = _errors(cases.documents(), replace(SMALL, listed=True))
-    return out | _others() | {"wide": _wide()}
+    listed = [_errors(ALL[n](), replace(plan, listed=True)) for n in LISTED for plan in (SMALL, UNEVEN)]
+    out["listed"] = [error for errors in listed for error in errors]
+    return out | _others() | {"by rows": _by_rows(), "wide": _wide()}
 
 
 @pytest.fixture(scope="module")
@@ -185,8 +203,8 @@ def results() -> dict[str, Any]:
 
 
 NAMES = [
-    *ALL, "listed", "wide",
-    *(f"{n}_{d}" for n in ("causal", "sinks", "additive_bias", "dropout") for d in (torch.float16, torch.bfloat16)),
+    *ALL, "listed", "by rows", "wide",
+    *(f"{n}_{d}" for n in IN_HALF for d in (torch.float16, torch.bfloat16)),
 ]  # fmt: skip
 
 
@@ -215,7 +233,7 @@ def test_what_is_not_finite_spreads_as_in_the_portable_engine(results: dict[str,
 
 @pytest.mark.slow
 def test_two_runs_give_the_same_bits(results: dict[str, Any]) -> None:
-    assert results["reruns"] == dict.fromkeys(("emptied_bias", "merged_heads", "temperatures", "gqa"), True)
+    assert results["reruns"] == dict.fromkeys(RERUN, True)
 
 
 @pytest.mark.slow
@@ -249,7 +267,7 @@ def texts(name: str, *wanted: str, dtype: torch.dtype | None = None, plan: Plan 
     return found
 
 
-CAUSAL = '''\
+CAUSAL = """\
     v_grad = tl.zeros([BLOCK_K, 16], tl.float32)
     k_grad = tl.zeros([BLOCK_K, 16], tl.float32)
     begin = first // BLOCK_Q * BLOCK_Q
@@ -275,7 +293,7 @@ CAUSAL = '''\
         k_grad = tl.dot(back.to(tl.bfloat16), query, k_grad)
     # Tiles of which every pair counts.
     for start in range(full_start, 90, BLOCK_Q):
-'''
+"""
 
 
 def test_golden_source() -> None:
@@ -302,6 +320,14 @@ def test_loops_skip_what_the_mask_empties(name: str, kernel: str, line: str) -> 
     assert line in texts(name)[f"{kernel}_backward"]
 
 
+def test_lists_say_which_tiles_are_visited() -> None:
+    found = texts("padded_pairs", plan=replace(SMALL, listed=True))
+    for kernel in ("queries_backward", "keys_backward"):
+        assert found[kernel].count("for tile in range(") == 2 and "for start in" not in found[kernel]
+    assert "tl.load(tile_indices_ptr + tile_row * 3 + tile) * BLOCK_Q" in found["keys_backward"]
+    assert "* 4 + tl.program_id(1)) != 0:" in found["pairs_backward"]
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_source_is_short_and_fits_a_screen(name: str) -> None:
     for source in texts(name).values():
@@ -325,6 +351,28 @@ def test_a_bias_of_every_head_is_stored_by_the_program_of_its_queries() -> None:
     assert set(texts("additive_bias", "bias")) == {"pairs_backward"}
 
 
+def test_tables_by_distance_are_summed_along_diagonals_and_others_by_pair() -> None:
+    assert set(texts("t5_buckets", "table")) == {"diagonals_backward"}
+    assert set(texts("read_buckets", "table")) == {"pairs_backward"}
+    source = texts("cached_table", "table")["diagonals_backward"]
+    assert "steps = tl.minimum(tl.cdiv(s0, BLOCK_Q), tl.cdiv(s1, BLOCK_K) + diagonal) - begin_row" in source
+    assert "if (key_first < last + " in source  # tiles that the mask empties are skipped
+
+
+@pytest.mark.parametrize(("queries", "keys", "side"), [(14, 11, 4), (8, 8, 4), (5, 30, 8), (30, 5, 8), (3, 2, 4)])
+def test_diagonals_are_added_up(queries: int, keys: int, side: int) -> None:
+    pairs = torch.randn(2, queries, keys, dtype=torch.float64)
+    rows, columns = -(-queries // side), -(-keys // side)
+    blocks = torch.nn.functional.pad(pairs, (0, columns * side - keys, 0, rows * side - queries))
+    blocks = blocks.unflatten(1, (rows, side)).unflatten(3, (columns, side)).transpose(2, 3)
+    tiles = torch.zeros(2, rows + columns - 1, side, side, dtype=torch.float64)
+    for row in range(rows):
+        for column in range(columns):
+            tiles[:, row - column + columns - 1] += blocks[:, row, column]
+    whole = torch.stack([pairs.diagonal(-k, 1, 2).sum(-1) for k in range(1 - keys, queries)], -1)
+    torch.testing.assert_close(flash_diagonals.by_difference(tiles, queries, keys), whole)
+
+
 def test_a_gradient_of_all_its_operand_is_stored_as_such() -> None:
     region = cases.gqa(torch.bfloat16)[0]
     found = {g.load.tensor: g for g in backward_fit.gradients(region, frozenset(("q", "k", "v")))}
@@ -344,8 +392,6 @@ def test_only_functions_that_are_called_are_written() -> None:
 @pytest.mark.parametrize(
     ("region", "wanted", "reason"),
     [
-        (cases.relative_table()[0], "table", "is read at a mixture of the query's and the key's position"),
-        (cases.t5_buckets()[0], "table", "'table' needs a gradient, and is read at a mixture"),
         (MORE["scaled_keys"]()[0], "v", "the values are computed inside the region"),
         (cases.causal(torch.float64)[0], "q", "float64"),
     ],
@@ -359,13 +405,13 @@ def test_a_table_that_is_frozen_is_no_obstacle() -> None:
     assert supports_backward(cases.t5_buckets()[0], ["q", "k", "v"]) is None
 
 
-@pytest.mark.parametrize(("case", "plan"), [(cases.causal, "triton"), (cases.t5_buckets, None)])
+@pytest.mark.parametrize(("case", "plan"), [(cases.t5_buckets, "triton"), (MORE["scaled_keys"], None)])
 def test_is_chosen_for_training_on_a_gpu(case: Any, plan: str | None) -> None:
     region = case()[0]
     device = torch.device("cuda")
     outcome = choose.plan_part(region, {}, device, None, False, wanted_names(region))
     if plan is None:
-        assert isinstance(outcome, Leave) and "is read at a mixture" in outcome.reason
+        assert isinstance(outcome, Leave) and "are computed inside the region" in outcome.reason
     else:
         assert isinstance(outcome, Chosen) and outcome.plan.engine == plan
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from functools import cache
+from math import prod
 
 import pytest
 import torch
 from torch import Tensor
 
 import refocus
+from refocus.codegen import flex
+from refocus.codegen.heads import fit
+from refocus.codegen.plan import Plan
+from refocus.evaluate import arange_env, evaluate, size_of
 from refocus.ir import TRUE
 from refocus.report import Report
 from refocus.testing import check
@@ -122,6 +127,30 @@ def test_tiles_are_those_of_theory(name: str) -> None:
             axes = [dense.shape[k] if a in tiles.axes else 1 for k, a in enumerate(call.region.batch)]
             found = tiles.state.reshape(*axes, *theory.shape[-2:])
             assert torch.equal(found.expand_as(theory), theory), (rows, columns)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_lists_of_the_cpp_engine_are_those_of_theory(name: str) -> None:
+    for call in outcome(name)[1]:
+        fitted = fit(call.region)
+        if isinstance(fitted, str):  # one that it does not take
+            continue
+        pairs = flex.pairs_of(fitted)
+        axes = (*call.region.batch, call.region.query, pairs.key)
+        dense = evaluate(pairs.mask, arange_env(axes, call.numbers), call.tensors, call.numbers)
+        dense = dense.expand([size_of(a.size, call.numbers) for a in axes])
+        for rows, columns in BLOCKS:
+            plan = Plan("cpp", block_q=rows, block_k=columns)
+            lists = flex.lists_of(pairs, plan, call.tensors, call.numbers, torch.device("cpu"))
+            theory = tile_states(dense, rows, columns)
+            outer = prod(theory.shape[: len(fitted.outer)])
+            theory = theory.reshape(outer, -1, *theory.shape[-2:])
+            for state, count, index in ((1, *lists[:2]), (2, *lists[2:])):
+                wanted = theory == state
+                assert torch.equal(count.expand(wanted.shape[:-1]), wanted.sum(-1))
+                found = torch.arange(wanted.shape[-1]) < count[..., None]
+                listed = torch.zeros(found.shape, dtype=torch.bool).scatter(-1, index.long(), found)
+                assert torch.equal(listed.expand_as(wanted), wanted), (rows, columns)
 
 
 @pytest.mark.parametrize("name", [name for name in FUSED if load(name).allowed])

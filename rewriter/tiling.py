@@ -1,0 +1,56 @@
+"""The space that a mask is a predicate over, cut into tiles, and the tensors that the predicate reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from refocus.evaluate import size_of
+from refocus.ir import Axis, Expr, Region, Sym
+
+
+@dataclass(frozen=True, eq=False)
+class Tiling:
+    """Tiles of `block_q` queries by `block_k` keys, at each position of the batch axes.
+
+    `tensors`: what loads read, by name; `sizes` may hold traced (symbolic) integers; `device`: where tiles are found,
+    by default where what the predicate loads is.
+    """
+
+    batch: tuple[Axis, ...]
+    query: Axis
+    key: Axis
+    block_q: int
+    block_k: int
+    tensors: Mapping[str, Tensor]
+    sizes: Mapping[Sym, int]
+    device: torch.device | str | None = None
+
+    @staticmethod
+    def of(
+        region: Region, block_q: int, block_k: int, tensors: Mapping[str, Tensor], sizes: Mapping[Sym, int],
+        device: torch.device | str | None = None,
+    ) -> Tiling:  # fmt: skip
+        return Tiling(region.batch, region.query, region.key, block_q, block_k, tensors, sizes, device)
+
+    @property
+    def queries(self) -> int:
+        return size_of(self.query.size, self.sizes)
+
+    @property
+    def keys(self) -> int:
+        return size_of(self.key.size, self.sizes)
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        return self.block_q, self.block_k
+
+    def seen_by(self, mask: Expr) -> Tiling:
+        """With no more batch axes than the mask depends on, and a device."""
+        device = self.device
+        if device is None:
+            device = next((self.tensors[load.tensor].device for load in mask.loads), torch.device("cpu"))
+        return replace(self, batch=tuple(b for b in self.batch if b in mask.axes), device=device)

@@ -1,0 +1,72 @@
+"""Attention as published, on generated kernels, forward and backward, under Triton's interpreter.
+
+Child processes (this file as a program, with the names of entries) interpret them and print a line for each entry: what
+went wrong, "" where nothing did. Interpreted kernels are slow: few entries are run unless slow tests are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.zoo import ENTRIES, load
+
+# A triangle, documents within a window, tables by distance.
+FEW = ("causal", "document_window", "t5")
+FUSED = [n for n in ENTRIES if load(n).expect.declined is None and not load(n).expect.open]
+
+
+def child(names: list[str]) -> None:
+    """Forward and gradients against eager code in float64; or why the engine leaves a site."""
+    import numpy
+    import torch
+
+    import refocus
+    from refocus.testing import check
+
+    numpy.seterr(all="ignore")
+    torch.set_num_threads(1)
+    for name in names:
+        module, inputs = load(name).build()
+        try:
+            report = refocus.explain(module, *inputs, engine="triton")
+            found = "; ".join(sorted({site.reason for site in report.sites if not site.fused}))
+            if not found:
+                check(module, inputs, engines=("triton",), lower=False, gradients=True)
+        except Exception as problem:  # told by the test
+            found = f"{type(problem).__name__}: {problem}"
+        print(json.dumps([name, found]), flush=True)
+
+
+@cache
+def interpreted(*names: str) -> dict[str, str]:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.test_zoo_triton", *names]
+    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(line) for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_few_are_exact(name: str) -> None:
+    assert interpreted(*FEW)[name] == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in FUSED if name not in FEW])
+def test_is_exact_or_says_why_not(name: str) -> None:
+    assert interpreted(name)[name] == LEFT.get(name, "")
+
+
+# Entries that the engine does not take, and why.
+LEFT: dict[str, str] = {}
+
+
+if __name__ == "__main__":
+    child(sys.argv[1:])
