@@ -42,6 +42,7 @@ ENTRIES = (
     "combiner",
     "compass",
     "concentric",
+    "convit",
     "core_context",
     "craft",
     "criss_cross",

@@ -1,4 +1,4 @@
-"""Attention Swin U-Net: a window attention hands its map on to the decoder's, which adds it to its own and returns it."""
+"""Attention Swin U-Net: a window attention hands its map on to the decoder's, which adds it to its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FcaFormer: tokens of earlier blocks are further keys, with a bias of their own; one softmax over both score blocks."""
+"""FcaFormer: tokens of earlier blocks are further keys, with their own bias; one softmax over both score blocks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class OneProduct(ForwardCrossAttention):
     """One product with all keys; the biases are concatenated."""
 
     def forward(self, x: Tensor, cross: Tensor) -> Tensor:
-        b, n, c = x.shape
+        _, n, _ = x.shape
         tokens = torch.cat((self.norm(x), self.cross_norm(cross * self.factor)), dim=1)
         q, k, v = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).unbind(2)
         index: Tensor = self.index  # type: ignore[assignment]
@@ -54,7 +54,7 @@ class SplitValues(ForwardCrossAttention):
     """Keys and values of both kinds stay apart: the probabilities are cut, and two products added."""
 
     def forward(self, x: Tensor, cross: Tensor) -> Tensor:
-        b, n, c = x.shape
+        _, n, _ = x.shape
         own, other = self.norm(x), self.cross_norm(cross * self.factor)
         q, k, v = self.qkv(own).unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)
         _, far_k, far_v = self.qkv(other).unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)

@@ -81,7 +81,7 @@ VARIANTS = {
 
 def reference(module: OverlappingCrossAttention, x: Tensor) -> Tensor:
     """Window by window, the keys of the padded image; a zero key scores its bias."""
-    b, _, c = x.shape
+    b, _, _ = x.shape
     side, s, o, heads = module.side, module.window, module.overlap, module.heads
     q, k, v = (t.view(b, side, side, heads, -1) for t in module.qkv(x).chunk(3, -1))
     margin = (o - s) // 2

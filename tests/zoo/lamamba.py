@@ -1,4 +1,4 @@
-"""LaMamba-Diff's attention: Swin blocks whose input and result are modulated by the condition, every other one shifted."""
+"""LaMamba-Diff's attention: Swin blocks with input and result modulated by a condition, every other one shifted."""
 
 from __future__ import annotations
 

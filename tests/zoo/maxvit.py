@@ -84,7 +84,7 @@ VARIANTS = {
 
 def reference(module: Block, x: Tensor) -> Tensor:
     """Both over all tokens, by a mask."""
-    b, h, w, c = x.shape
+    _, h, w, _ = x.shape
     p = module.size
     for attn, grid in ((module.block, False), (module.grid, True)):
         step_y, step_x = h // p, w // p

@@ -118,7 +118,7 @@ def allowed(module: NeighborhoodAttention2D, x: Tensor) -> Tensor:
 
 def reference(module: NeighborhoodAttention2D, x: Tensor) -> Tensor:
     """Pair for pair: for each query, the keys of its residue in its window."""
-    b, side, _, c = x.shape
+    b, side, _, _ = x.shape
     step, kernel, heads = getattr(module, "dilation", 1), module.kernel, module.heads
     small = side // step
     scores = torch.full((heads, side, side, side, side), float("-inf"), dtype=x.dtype)

@@ -1,4 +1,4 @@
-"""Recycled attention, a decoding step: keys picked at the last full step, shared by a group of heads, and newer ones."""
+"""Recycled attention, a decoding step: keys picked at the last full step, shared by some heads, and newer ones."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class Normalised(SelfCalibrated):
     """Both sides normalised before the product, one list of scaled keys."""
 
     def forward(self, query: Tensor, support: Tensor) -> Tensor:
-        b, h, w, c = query.shape
+        b, h, w, _ = query.shape
         own, other = self.partition(query), self.partition(support)
         rows = torch.arange(b, device=query.device)[:, None]
         other = other[rows, self.align(own, other)]

@@ -1,4 +1,7 @@
-"""Sparsifier: a mask of the best keys of each query, predicted at low rank; rows without any key give zeros."""
+"""Sparsifier: a mask of the best keys of each query, predicted at low rank; rows without any key give zeros.
+
+The prediction, coefficients times a fixed basis, is an attention of its own.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from torch import Tensor, nn
 
 from tests.zoo.expect import Expect, Variant
 
-EXPECT = Expect()
+EXPECT = Expect(sites=2)
 
 
 class SparseTokens(nn.Module):

@@ -73,7 +73,7 @@ class Joined(AggregatedAttention):
     """One list of keys and one of values for each query; the learned weight has a product of its own."""
 
     def forward(self, x: Tensor) -> Tensor:
-        b, n, c = x.shape
+        b, n, _ = x.shape
         heads, side, w = self.heads, self.side, self.window
         q_norm = nn.functional.normalize(self.q(x).unflatten(-1, (heads, -1)), dim=-1)
         scale: Tensor = self.seq_length_scale  # type: ignore[assignment]

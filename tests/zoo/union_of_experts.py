@@ -54,7 +54,7 @@ class Projected(SelectiveHeads):
     """All tokens projected first, then gathered; letters; results back by scatter_add."""
 
     def forward(self, x: Tensor) -> Tensor:
-        b, n, c = x.shape
+        _, _, c = x.shape
         index, valid = self.select(x)
         spread = index[..., None].expand(-1, -1, -1, self.head)
         q, k, v = (torch.einsum("bnc,hcd->bhnd", x, w).gather(2, spread) for w in (self.q, self.k, self.v))

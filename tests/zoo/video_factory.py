@@ -41,7 +41,7 @@ class Masked(SwappedWindows):
     """All tokens, and a mask of equal windows."""
 
     def attend(self, layers: nn.ModuleList, x: Tensor, context: Tensor) -> Tensor:
-        b, f, h, w, c = x.shape
+        b, f, h, w, _ = x.shape
         token = torch.arange(f * h * w, device=x.device)
         cell = token // w % h // self.window * (w // self.window) + token % w // self.window
         q, k, v = (p(t).view(b, f * h * w, self.heads, -1) for p, t in zip(layers, (x, context, context)))

@@ -1,4 +1,4 @@
-"""VSA: each window and head asks for its own rectangle of keys, sampled bilinearly; the keys past the border are zeros."""
+"""VSA: each window and head asks for its own rectangle of keys, sampled bilinearly; past the border are zeros."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def reference(module: ShiftedHeads, x: Tensor) -> Tensor:
     """Channel by channel: which frame each reads."""
     t, f = module.frames, module.shift
     q, k, v = (y.unflatten(0, (-1, t)) for y in module.qkv(x).chunk(3, -1))
-    b, _, n, c = q.shape
+    _, _, _, c = q.shape
     k2, v2 = torch.empty_like(k), torch.empty_like(v)
     for frame in range(t):
         for channel in range(c):
