@@ -209,11 +209,11 @@ def compare_floats(op: str, a: Expr, b: Expr) -> Expr:
     decided_by_cases = compare(op, a, b)
     if decided_by_cases is not None:
         return decided_by_cases
-    for choice, other, flipped in ((a, b, False), (b, a, True)):
+    for choice, other, turned in ((a, b, False), (b, a, True)):
         branches = _branches(choice) if isinstance(other, Const) else None
         if branches is not None:
             cond, *ends = branches
-            told = [s.call(op, *((other, x) if flipped else (x, other)), dtype=BOOL) for x in ends]
+            told = [s.call(op, *((other, x) if turned else (x, other)), dtype=BOOL) for x in ends]
             return s.or_(s.and_(cond, told[0]), s.and_(s.not_(cond), told[1]))
     left, right = whole_number(a), whole_number(b)
     if left is not None and right is not None:
