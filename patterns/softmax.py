@@ -214,7 +214,7 @@ def _match_at(
         found.append(_total(rest, dtype))
     for e in extras:
         rows = Counter(their_rows)
-        rest = [t for t in _additive(e, 1) if not _take(rows, t)]
+        rest = [t for t in additive(e, 1) if not _take(rows, t)]
         if any(rows.values()):
             return None
         found.append(_total(rest, dtype))
@@ -242,19 +242,19 @@ def _total(terms: list[tuple[int, Expr]], dtype: str) -> Expr:
     return Const(0.0, dtype) if out is None else out
 
 
-def _additive(e: Expr, sign: int) -> list[tuple[int, Expr]]:
+def additive(e: Expr, sign: int) -> list[tuple[int, Expr]]:
     if isinstance(e, Call) and e.is_float:
         if e.op == "add":
-            return [t for a in e.args for t in _additive(a, sign)]
+            return [t for a in e.args for t in additive(a, sign)]
         if e.op == "sub":
-            return _additive(e.args[0], sign) + _additive(e.args[1], -sign)
+            return additive(e.args[0], sign) + additive(e.args[1], -sign)
         if e.op == "neg":
-            return _additive(e.args[0], -sign)
+            return additive(e.args[0], -sign)
         if e.op == "mul" and any(isinstance(n, Reduce) for n in e.walk()):
             # c * (x - max x): the row's maximum is a term of its own
             for inner, factor in ((e.args[0], e.args[1]), (e.args[1], e.args[0])):
                 if isinstance(factor, Const):
-                    parts = _additive(inner, sign)
+                    parts = additive(inner, sign)
                     return [(way, s.call("mul", part, factor, dtype=e.dtype)) for way, part in parts]
     return [(sign, e)]
 
@@ -277,7 +277,7 @@ def _split(e: Expr) -> _Split:
                 e.args[0] if e.op == "exp" else s.call("mul", e.args[0], Const(math.log(2.0), e.dtype), dtype=e.dtype)
             )
             out = _Split([], [], [], [])
-            for sign, term in _additive(scale, 1):
+            for sign, term in additive(scale, 1):
                 if isinstance(term, Call) and term.op == "log":
                     part = _split(term.args[0])
                     out = out.times(part if sign > 0 else part.invert())
@@ -358,6 +358,10 @@ def _separate(logits: Expr, scale: float) -> tuple[Expr, Expr]:
             if isinstance(fill, Const) and fill.value * scale <= MASK_FILL:
                 score, mask = _separate(kept, scale)
                 return score, s.and_(cond, mask)
+        (yes, mask_yes), (no, mask_no) = _separate(args[1], scale), _separate(args[2], scale)
+        if (mask_yes, mask_no) != (TRUE, TRUE):  # keys of two sources, each with a mask of its own
+            mask = s.or_(s.and_(args[0], mask_yes), s.and_(s.not_(args[0]), mask_no))
+            return s.where(args[0], yes, no), mask
     elif logits.op == "add":
         parts = [_separate(a, scale) for a in args]
         score = parts[0][0]

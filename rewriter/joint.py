@@ -92,7 +92,7 @@ class _Probe(Lifter):
         return Const(0.0, "float32")
 
 
-def _moved(lifter: Lifter, node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
+def moved(lifter: Lifter, node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
     """What an operation that only moves elements reads at a position; None for any other operation."""
     name = op_name(node)
     if name == "getitem" and op_name(node.args[0]) not in SPLITS:  # type: ignore[arg-type]
@@ -117,7 +117,7 @@ def _addends(lifter: Lifter, node: fx.Node, index: Index, stop: set[fx.Node]) ->
             for source, at in probe.reads:
                 yield from _addends(lifter, source, at, stop)
             return
-        below = _moved(lifter, node, index)
+        below = moved(lifter, node, index)
         if below is not None:
             yield from _addends(lifter, *below, stop)
             return

@@ -25,13 +25,14 @@ from refocus.facts import Candidate, Facts, candidates, contraction_operands, ta
 from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Reduce
 from refocus.joint import NOTHING, Joint, joints, lift_joint
 from refocus.lift import Lifter, Unliftable, arguments, complexity, dtype_of, is_tensor, op_name
-from refocus.lift_reductions import CONTRACTIONS, operands_at
 from refocus.lift_tables import MOVES
+from refocus.merge import Merge, lift_merge, merges
 from refocus.normal_form import Draft, finish
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.sdpa import lift_sdpa
 from refocus.patterns.softmax import Softmax, holds_scores, match, terms_of
 from refocus.polynomial import to_poly
+from refocus.products import reads_of
 from refocus.sizes import shape_of
 
 
@@ -61,6 +62,11 @@ def recognize(facts: Facts) -> list[Site | Left]:
     sites: list[Site] = []
     lefts: dict[fx.Node, Left] = {}
     done: set[fx.Node] = set()
+    for merge in merges(groups, facts):
+        outcome = recognize_merge(merge, facts)
+        if isinstance(outcome, Site):
+            sites.append(outcome)
+            done.update((merge.root, *(c.root for c in merge.parts)))
     for group in groups:
         level: int | None = None
         for joint in joints(group, facts):
@@ -99,6 +105,12 @@ def recognize_joint(joint: Joint, facts: Facts) -> Site | Left:
     """Try several products with parts of one softmax as one."""
     candidate = replace(joint.products[0], root=joint.root)
     return _recognize(candidate, facts, lambda axes, far: _attempt_joint(joint, candidate, facts, axes, far))
+
+
+def recognize_merge(merge: Merge, facts: Facts) -> Site | Left:
+    """Try two attentions that are merged by their log-sum-exps as one."""
+    candidate = replace(merge.parts[0], root=merge.root)
+    return _recognize(candidate, facts, lambda axes, far: _attempt_merge(merge, facts, axes, far))
 
 
 def _recognize(candidate: Candidate, facts: Facts, attempt: _Attempt) -> Site | Left:
@@ -211,7 +223,7 @@ def _attempt(candidate: Candidate, facts: Facts, axes: _Axes, far: bool = False)
             lifter,
             found.zero_rows,
         )
-    reads = _reads(lifter, root, index)
+    reads = reads_of(lifter, root, index)
     if reads is None:
         return Declined("the product with the values has no index notation", op_name(root))
     summed, operands = reads
@@ -257,6 +269,28 @@ def _attempt_joint(
     return replace(outcome, added=s.call("add", outcome.added, found.rest, dtype="float32"))
 
 
+def _attempt_merge(merge: Merge, facts: Facts, axes: _Axes, far: bool) -> _Lifted | Declined:
+    lifter = Lifter(facts, far=far)
+    weights = [contraction_operands(c.root)[c.weights] for c in merge.parts]
+    lifter.tainted = _tainted_like(weights, facts)
+    found = lift_merge(merge, lifter, axes.index())
+    terms: list[tuple[tuple[Axis, ...], Expr, Softmax]] = [((), Const(1.0, "float32"), found.softmax)]
+    return _Lifted(found.key, found.values, terms, NOTHING, lifter, False)
+
+
+def _tainted_like(weights: list[fx.Node], facts: Facts) -> Callable[[fx.Node], bool]:
+    """Whether a value may hold scores that these weights hold, too."""
+    taint = frozenset().union(*(taint_of(n, facts) for n in weights))
+    reach: dict[fx.Node, bool] = {}
+
+    def tainted(node: fx.Node) -> bool:
+        if node not in reach:
+            reach[node] = bool(taint_of(node, facts) & taint)
+        return reach[node]
+
+    return tainted
+
+
 def _loads(value: Expr) -> tuple[Load, ...]:
     return (value,) if isinstance(value, Load) else value.loads
 
@@ -274,16 +308,8 @@ class _Weighted:
 def _weighted(candidate: Candidate, facts: Facts, axes: _Axes, lifter: Lifter, found: _Weighted) -> _Lifted | Declined:
     """Read the weights as softmaxes over the key."""
     root, key, weights_node, weights_index, values = candidate.root, found.key, found.node, found.index, found.values
-    taint = taint_of(weights_node, facts)
-    reach: dict[fx.Node, bool] = {}
-
-    def tainted(node: fx.Node) -> bool:
-        if node not in reach:
-            reach[node] = bool(taint_of(node, facts) & taint)
-        return reach[node]
-
     lifter.query_axes = _cut_axes([a for a in axes.flat() if a not in values.axes], weights_index, key)
-    lifter.tainted = tainted
+    lifter.tainted = _tainted_like([weights_node], facts)
     weights = lifter.at(weights_node, weights_index)
     if key not in weights.axes:
         return Declined("the weights do not depend on the key", op_name(root))
@@ -317,7 +343,7 @@ def _one_key(keys: list[Axis], *indices: tuple[Expr, ...]) -> tuple[Axis, tuple[
     """Keys in rows and columns of a window are one axis: the softmax runs over all of them."""
     key = keys[0] if len(keys) == 1 else Axis(f"{keys[0].name}.all", s.mul(*(a.size for a in keys)))
     if len(keys) > 1:
-        places = dict(zip(keys, unflatten(key, [a.size for a in keys])))
+        places = dict[Expr, Expr](zip(keys, unflatten(key, [a.size for a in keys])))
         indices = tuple(tuple(s.substitute(e, places) for e in index) for index in indices)
     return key, *indices  # type: ignore[return-value]
 
@@ -339,35 +365,6 @@ def _cut_axes(candidates_: list[Axis], weights_index: tuple[Expr, ...], key: Axi
         return axis in row, size, candidates_.index(axis)
 
     return {max(candidates_, key=rank)} if candidates_ else set()
-
-
-def _reads(
-    lifter: Lifter, root: fx.Node, index: tuple[Expr, ...]
-) -> tuple[tuple[Axis, ...], list[tuple[fx.Node, tuple[Expr, ...]]]] | None:
-    if op_name(root) in CONTRACTIONS:
-        if op_name(root) in ("baddbmm", "addmm") or (
-            op_name(root) == "linear" and len(root.args) > 2 and root.args[2] is not None
-        ):
-            return None
-        return operands_at(lifter, root, index)
-    # sum(p * v): a contraction spelled as multiply and sum
-    product = root.args[0]
-    dims = root.args[1] if len(root.args) > 1 else None
-    keep = bool(root.args[2]) if len(root.args) > 2 else bool(root.kwargs.get("keepdim", False))
-    assert isinstance(product, fx.Node)
-    shape = shape_of(product)
-    gone = {int(d) % len(shape) for d in ([dims] if isinstance(dims, int) else dims or range(len(shape)))}  # type: ignore[union-attr, arg-type, call-overload]
-    axes = {d: lifter.bound(root, d, shape[d]) for d in sorted(gone)}
-    rest = iter(x for k, x in enumerate(index) if not keep or k not in axes)
-    position = tuple(axes[d] if d in axes else next(rest) for d in range(len(shape)))
-
-    def aligned(node: fx.Node) -> tuple[Expr, ...]:
-        own = shape_of(node)
-        tail = position[len(position) - len(own) :]
-        return tuple(Const(0) if d == Const(1) else x for d, x in zip(own, tail))
-
-    operands = contraction_operands(root)
-    return tuple(axes.values()), [(o, aligned(o)) for o in operands]
 
 
 # ---------------------------------------------------------------------------------------------------- splitting axes

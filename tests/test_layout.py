@@ -27,7 +27,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "lift": ("blank", "bodies", "capture", "functional", "fold", "sizes", "lift", "lift_*", "facts"),
     "patterns": ("patterns", "patterns.*"),
-    "recognize": ("attention", "bands", "closure", "joint", "normal_form", "recognize"),
+    "recognize": ("attention", "bands", "closure", "joint", "merge", "products", "normal_form", "recognize"),
     "codegen": ("codegen", "codegen.*"),
     "pipeline": ("mask_report", "sites", "splice", "training", "pipeline", "emit"),
     "backend": ("backend",),

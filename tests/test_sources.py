@@ -128,6 +128,76 @@ def test_parts_that_do_not_make_a_whole_stay(function: Callable[..., object]) ->
     stays(function, "", 10, 7)
 
 
+# ---------------------------------------------------------------------------------------------------- merges
+
+
+def parts(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    logits = scores(q, k)
+    return logits.softmax(-1) @ v, logits.logsumexp(-1, keepdim=True)
+
+
+def merged(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    near, a = parts(q, k, v)
+    far, b = parts(q, k2, v2)
+    share = torch.sigmoid(a - b)
+    return share * near + (1 - share) * far
+
+
+def merged_with_a_weight(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    near, a = parts(q, k, v)
+    far, b = parts(q, k2, v2)
+    share = torch.sigmoid(b + 0.7 - a)
+    return near * torch.sigmoid(a - b - 0.7) + far * share
+
+
+def merged_in_groups(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    near, a = parts(*(t.unflatten(2, (4, -1)) for t in (q, k, v)))
+    near, a = near.flatten(2, 3), a.flatten(2, 3)
+    far, b = parts(q, k2, v2)
+    share = torch.sigmoid(a - b)
+    return share * near + (1 - share) * far
+
+
+@pytest.mark.parametrize("function", [merged, merged_with_a_weight, merged_in_groups])
+def test_attentions_merged_by_their_log_sum_exps(function: Callable[..., Tensor]) -> None:
+    fuses(function, 24, 7)
+
+
+def other_shares(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    near, a = parts(q, k, v)
+    far, b = parts(q, k2, v2)
+    share = torch.sigmoid(2 * a - b)
+    return share * near + (1 - share) * far
+
+
+def other_shares_of_the_second(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    near, a = parts(q, k, v)
+    far, b = parts(q, k2, v2)
+    return torch.sigmoid(a - b) * near + torch.sigmoid(b - a + 1) * far
+
+
+def the_wrong_way_round(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    near, a = parts(q, k, v)
+    far, b = parts(q, k2, v2)
+    return torch.sigmoid(b - a) * near + torch.sigmoid(a - b) * far
+
+
+def rows_that_may_be_empty(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    near, a = parts(q, k, v)
+    hidden = torch.arange(7) > torch.arange(24)[:, None] - 5
+    logits = scores(q, k2).masked_fill(hidden, float("-inf"))
+    far, b = logits.softmax(-1) @ v2, logits.logsumexp(-1, keepdim=True)
+    share = torch.sigmoid(a - b)
+    return share * near + (1 - share) * far
+
+
+@pytest.mark.parametrize(
+    "function", [other_shares, other_shares_of_the_second, the_wrong_way_round, rows_that_may_be_empty]
+)
+def test_other_shares_are_no_merge(function: Callable[..., Tensor]) -> None:
+    stays(function, "a score is read elsewhere", 24, 7)
+
+
 # ---------------------------------------------------------------------------------------------------- shared scores
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tests.zoo.expect import Expect, Variant
 
-EXPECT = Expect(sites=2)
+EXPECT = Expect()
 
 
 class HyperAttention(nn.Module):
