@@ -76,6 +76,8 @@ def recognize(facts: Facts) -> list[Site | Left]:
                 done.update((joint.root, *(c.root for c in joint.products)))
                 level = 0
                 break
+            if "read elsewhere" in outcome.declined.reason:  # all that the products need was understood
+                lefts.setdefault(group[0].root, outcome)
         for candidate in group:
             if candidate.root in done or (level is not None and candidate.mixes != level):
                 continue
