@@ -219,9 +219,7 @@ def attention_row(name: str, n: int, repeats: int) -> AttentionRow:
     b, h, i, j = axes(n)
     counts = count_tiles(mask.expr, Tiling((b, h), i, j, TILE, TILE, mask.tensors, {}))
     shared = 1 if h in mask.expr.axes else HEADS
-    return AttentionRow(
-        name, n, shared * (counts.partial + counts.full), times["ours"].fastest, times["flex"].fastest
-    )
+    return AttentionRow(name, n, shared * (counts.partial + counts.full), times["ours"].fastest, times["flex"].fastest)
 
 
 def fit(rows: list[AttentionRow]) -> tuple[float, float, float]:

@@ -15,18 +15,21 @@ from collections import Counter
 from dataclasses import dataclass
 
 from refocus import simplify as s
-from refocus.ir import TRUE, Axis, Call, Const, Dot, Expr, Reduce
+from refocus.ir import TRUE, Axis, Call, Const, Dot, Expr, Load, Reduce
 from refocus.patterns.declined import Declined
 from refocus.steps import cases, from_cases, line
 
 
 @dataclass(frozen=True)
 class Softmax:
-    """weights = gate * exp(logits) / (sum_key exp(logits) + sum exp(extra))."""
+    """weights = gate * exp(logits) / (sum_key exp(logits) + sum exp(extra)).
+
+    `cleaned`: where that is no number, for all logits are -inf, the model puts zeros."""
 
     logits: Expr
     extra: tuple[Expr, ...]
     gate: Expr
+    cleaned: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,12 @@ class _Split:
     factors: list[Expr]
     divisors: list[Expr]
     conditions: list[Expr]
+    cleaned: bool = False
 
     def invert(self) -> _Split:
-        return _Split([(-sign, e) for sign, e in self.exponents], self.divisors, self.factors, self.conditions)
+        return _Split(
+            [(-sign, e) for sign, e in self.exponents], self.divisors, self.factors, self.conditions, self.cleaned
+        )
 
     def times(self, other: _Split) -> _Split:
         return _Split(
@@ -56,6 +62,7 @@ class _Split:
             self.factors + other.factors,
             self.divisors + other.divisors,
             self.conditions + other.conditions,
+            self.cleaned or other.cleaned,
         )
 
 
@@ -84,6 +91,9 @@ def terms_of(weights: Expr, key: Axis) -> tuple[list[Term], Expr]:
                 return left + right, s.call("add", rest_left, rest_right, dtype=dtype)
             if e.op == "neg":
                 return go(e.args[0], mixed, s.call("mul", factor, Const(-1.0, dtype), dtype=dtype))
+            whole = _row_sum(e.args[1]) if e.op == "div" and key not in e.args[1].axes else None
+            if whole is not None:
+                return go(e.args[0], mixed, s.call("div", factor, whole, dtype=dtype))
             if e.op in ("mul", "div"):
                 for a, b in ((e.args[0], e.args[1]), (e.args[1], e.args[0])):
                     if key not in b.axes and not holds_scores(b) and (e.op == "mul" or b is e.args[1]):
@@ -94,16 +104,36 @@ def terms_of(weights: Expr, key: Axis) -> tuple[list[Term], Expr]:
     return found, rest
 
 
-def match(core: Expr, key: Axis) -> Softmax | Declined:
-    """Read `core` as a softmax over `key`, or say which part is not."""
+def _row_sum(total: Expr) -> Expr | None:
+    """The sum of a row of weights that are made of softmaxes: each adds up to one, so what is left are the factors."""
+    if not (isinstance(total, Reduce) and total.op == "sum"):
+        return None
+    parts, rest = terms_of(total.body, total.axis)
+    if rest != Const(0.0, rest.dtype) or not parts:
+        return None
+    out: Expr | None = None
+    for part in parts:
+        weight = s.call("mul", part.factor, part.core, dtype=total.dtype)
+        read = match(weight, total.axis, of_scores=False)
+        if part.mixed or isinstance(read, Declined) or read.extra or total.axis in read.gate.axes:
+            return None
+        out = read.gate if out is None else s.call("add", out, read.gate, dtype=total.dtype)
+    return out
+
+
+def match(core: Expr, key: Axis, of_scores: bool = True) -> Softmax | Declined:
+    """Read `core` as a softmax over `key`, or say which part is not. `of_scores`: it has to hold products."""
     top = _split(core)
     dtype = core.dtype
-    sums = [d for d in top.divisors if holds_scores(d)]
+    sums = [
+        d for d in top.divisors if holds_scores(d) or (not of_scores and any(isinstance(n, Reduce) for n in d.walk()))
+    ]
     if not sums:
         return Declined("the weights are not normalised over the keys")
     if len(sums) > 1:
         return Declined("the weights are normalised more than once")
     total = sums[0]
+    top.divisors.remove(total)
     extras: list[Expr] = []
     while isinstance(total, Call) and total.op == "add":  # a sink added to the sum by hand
         plain = [a for a in total.args if (isinstance(a, Call) and a.op == "exp") or isinstance(a, Const)]
@@ -125,9 +155,25 @@ def match(core: Expr, key: Axis) -> Softmax | Declined:
         return Declined("the softmax runs over another axis than the keys")
     for offset in dict.fromkeys((0, int(surplus.value))):
         found = _match_at(top, total, key, offset, int(surplus.value), extras, dtype)
+        if found is not None and found.cleaned and not _only_infinite(found.logits):
+            return Declined("probabilities that are no numbers are replaced, where it is not plain which these are")
         if found is not None:
             return found
     return Declined("the exponents of the weights and of the normaliser differ")
+
+
+def _only_infinite(logits: Expr) -> bool:
+    """Whether a row has no number for a softmax only where a condition fills all of it with -inf: what is added from a
+    tensor may hold infinities of its own, and beside a finite fill there is a softmax."""
+    stack = [logits]
+    while stack:
+        e = stack.pop()
+        if isinstance(e, Dot):
+            continue
+        if isinstance(e, Load) or (isinstance(e, Const) and e.is_float and -math.inf < e.value <= MASK_FILL):
+            return False
+        stack.extend(a for a in e.children if a.is_float)
+    return True
 
 
 def _match_at(
@@ -152,8 +198,7 @@ def _match_at(
     for factor in (factors - Counter(main.factors)).elements():
         gate = s.call("mul", gate, factor, dtype=dtype)
     for divisor in top.divisors:
-        if not holds_scores(divisor):
-            gate = s.call("div", gate, divisor, dtype=dtype)
+        gate = s.call("div", gate, divisor, dtype=dtype)
     for condition in (conditions - Counter(main.conditions)).elements():
         gate = s.where(condition, gate, Const(0.0, dtype))
     found: list[Expr] = []
@@ -169,11 +214,11 @@ def _match_at(
         found.append(_total(rest, dtype))
     for e in extras:
         rows = Counter(their_rows)
-        rest = [t for t in _additive(e, 1) if not _take(rows, t)]
+        rest = [t for t in additive(e, 1) if not _take(rows, t)]
         if any(rows.values()):
             return None
         found.append(_total(rest, dtype))
-    return Softmax(logits, tuple(found), gate)
+    return Softmax(logits, tuple(found), gate, top.cleaned)
 
 
 def _take(rows: Counter[tuple[int, Expr]], term: tuple[int, Expr]) -> bool:
@@ -197,19 +242,19 @@ def _total(terms: list[tuple[int, Expr]], dtype: str) -> Expr:
     return Const(0.0, dtype) if out is None else out
 
 
-def _additive(e: Expr, sign: int) -> list[tuple[int, Expr]]:
+def additive(e: Expr, sign: int) -> list[tuple[int, Expr]]:
     if isinstance(e, Call) and e.is_float:
         if e.op == "add":
-            return [t for a in e.args for t in _additive(a, sign)]
+            return [t for a in e.args for t in additive(a, sign)]
         if e.op == "sub":
-            return _additive(e.args[0], sign) + _additive(e.args[1], -sign)
+            return additive(e.args[0], sign) + additive(e.args[1], -sign)
         if e.op == "neg":
-            return _additive(e.args[0], -sign)
+            return additive(e.args[0], -sign)
         if e.op == "mul" and any(isinstance(n, Reduce) for n in e.walk()):
             # c * (x - max x): the row's maximum is a term of its own
             for inner, factor in ((e.args[0], e.args[1]), (e.args[1], e.args[0])):
                 if isinstance(factor, Const):
-                    parts = _additive(inner, sign)
+                    parts = additive(inner, sign)
                     return [(way, s.call("mul", part, factor, dtype=e.dtype)) for way, part in parts]
     return [(sign, e)]
 
@@ -232,7 +277,7 @@ def _split(e: Expr) -> _Split:
                 e.args[0] if e.op == "exp" else s.call("mul", e.args[0], Const(math.log(2.0), e.dtype), dtype=e.dtype)
             )
             out = _Split([], [], [], [])
-            for sign, term in _additive(scale, 1):
+            for sign, term in additive(scale, 1):
                 if isinstance(term, Call) and term.op == "log":
                     part = _split(term.args[0])
                     out = out.times(part if sign > 0 else part.invert())
@@ -241,6 +286,10 @@ def _split(e: Expr) -> _Split:
             return out
         if e.op == "where":
             cond, a, b = e.args
+            number = _but_for_nan(e)
+            if number is not None:
+                out = _split(number)
+                return _Split(out.exponents, out.factors, out.divisors, out.conditions, True)
             if isinstance(b, Const) and b.value == 0:
                 return _Split([], [], [], [cond]).times(_split(a))
             if isinstance(a, Const) and a.value == 0:
@@ -248,6 +297,24 @@ def _split(e: Expr) -> _Split:
         if e.op == "add" and all((isinstance(a, Const) and a.value == 0) or a is e.args[0] for a in e.args):
             return _split(e.args[0])
     return _Split([], [e], [], [])
+
+
+def _but_for_nan(e: Call) -> Expr | None:
+    """x out of where(isnan(x), 0, x), which may also replace what is infinite: probabilities never are."""
+    cond, fill, rest = e.args
+    if isinstance(cond, Call) and cond.op == "not":
+        cond, fill, rest = cond.args[0], rest, fill
+    if not (isinstance(cond, Call) and cond.op == "isnan" and isinstance(fill, Const) and fill.value == 0):
+        return None
+    number = cond.args[0]
+    while isinstance(rest, Call) and rest.op == "where" and rest != number:
+        test = rest.args[0]
+        if not (isinstance(test, Call) and test.op == "eq" and number in test.args):
+            return None
+        if not any(isinstance(a, Const) and a.is_float and math.isinf(a.value) for a in test.args):
+            return None
+        rest = rest.args[2]
+    return number if rest == number else None
 
 
 # ---------------------------------------------------------------------------------------------------- masks
@@ -291,6 +358,10 @@ def _separate(logits: Expr, scale: float) -> tuple[Expr, Expr]:
             if isinstance(fill, Const) and fill.value * scale <= MASK_FILL:
                 score, mask = _separate(kept, scale)
                 return score, s.and_(cond, mask)
+        (yes, mask_yes), (no, mask_no) = _separate(args[1], scale), _separate(args[2], scale)
+        if (mask_yes, mask_no) != (TRUE, TRUE):  # keys of two sources, each with a mask of its own
+            mask = s.or_(s.and_(args[0], mask_yes), s.and_(s.not_(args[0]), mask_no))
+            return s.where(args[0], yes, no), mask
     elif logits.op == "add":
         parts = [_separate(a, scale) for a in args]
         score = parts[0][0]

@@ -230,6 +230,7 @@ def _masked(soft: Softmax, change: _Change, keep: Expr) -> Softmax:
         s.where(keep, logits, Const(float("-inf"), logits.dtype)),
         tuple(change(e) for e in soft.extra),
         change(soft.gate),
+        soft.cleaned,
     )
 
 

@@ -14,6 +14,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from refocus.blank import detach_blanks
 from refocus.bodies import Retrace
 from refocus.functional import make_functional
 
@@ -64,6 +65,7 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
     for node in traced.graph.nodes:
         if node.op == "get_attr" and "val" not in node.meta:
             node.meta["val"] = _attribute(traced, node)
+    detach_blanks(traced)
     make_functional(traced, mode)
     return traced
 

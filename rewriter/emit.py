@@ -11,12 +11,13 @@ import torch
 from torch import fx
 
 from refocus.assumptions import model_buffers
+from refocus.attention import Left
 from refocus.capture import CaptureFailed, capture
 from refocus.codegen.choose import default_plan, unsupported
 from refocus.codegen.triton_engine import emit
 from refocus.errors import CannotExplain
 from refocus.facts import gather_facts
-from refocus.recognize import Left, recognize
+from refocus.recognize import recognize
 from refocus.sites import location_of
 
 

@@ -15,10 +15,12 @@ from torch import fx
 
 from refocus import debug
 from refocus.infer import closed_form, constant_form
-from refocus.ir import BOOL, Call, Expr
+from refocus.ir import BOOL, Call, Const, Expr
 from refocus.lift import arguments, is_tensor, op_name
 from refocus.lift_reductions import CONTRACTIONS
 from refocus.lift_tables import MOVES, OPERATIONS
+from refocus.lift_views import SPLITS
+from refocus.sizes import shape_of
 
 NORMALISERS = ("softmax", "_softmax", "_safe_softmax", "special_softmax", "exp", "exp2", "log_softmax", "_log_softmax")
 ATTENTION_OPS = ("scaled_dot_product_attention",)
@@ -215,17 +217,7 @@ def _settle(facts: Facts) -> None:
 
 
 _STOPS = ("detach", "detach_copy")
-_SPLITS = (
-    "split",
-    "split_with_sizes",
-    "chunk",
-    "tensor_split",
-    "unbind",
-    "unsafe_split",
-    "unsafe_chunk",
-    "meshgrid",
-    "broadcast_tensors",
-)
+_SPLITS = (*SPLITS, "unbind", "meshgrid", "broadcast_tensors")
 
 
 def _is_number(node: fx.Node) -> bool:
@@ -303,11 +295,21 @@ def candidates(facts: Facts) -> list[list[Candidate]]:
         name = op_name(node)
         if name in ATTENTION_OPS:
             groups.append([Candidate(node, -1, node)])
-        elif name in NORMALISERS and taint_of(node, facts):
+        elif name in NORMALISERS and not _of_one(node) and taint_of(node, facts):
             group = list(_reached(node, facts))
             if group:
                 groups.append(group)
     return groups
+
+
+def _of_one(node: fx.Node) -> bool:
+    """Whether a softmax runs over a single element: it is one, and nobody attends to anything."""
+    source = arguments(node)[0]
+    dim = arguments(node)[1] if len(arguments(node)) > 1 else node.kwargs.get("dim")
+    if "softmax" not in op_name(node) or not isinstance(dim, int) or not is_tensor(source):
+        return False
+    shape = source.meta["val"].shape
+    return bool(shape) and shape_of(source)[dim] == Const(1)
 
 
 def _reached(normaliser: fx.Node, facts: Facts) -> Iterator[Candidate]:
@@ -331,14 +333,17 @@ def _reached(normaliser: fx.Node, facts: Facts) -> Iterator[Candidate]:
             # Past another contraction, an exponential is one of other scores.
             if name in NORMALISERS and (mixes or name not in ("exp", "exp2")):
                 continue
-            if name in MOVES or name in OPERATIONS:
+            if name in MOVES or name in OPERATIONS or name in _SPLITS:
                 seen.add(user)
                 queue.append((user, mixes))
 
 
+_PRODUCTS = ("mul", "multiply")
+
+
 def _is_product_sum(node: fx.Node) -> bool:
     source = arguments(node)[0]
-    return isinstance(source, fx.Node) and op_name(source) in ("mul", "multiply")
+    return isinstance(source, fx.Node) and op_name(source) in _PRODUCTS
 
 
 def contraction_operands(node: fx.Node) -> list[fx.Node]:
@@ -355,7 +360,7 @@ def contraction_operands(node: fx.Node) -> list[fx.Node]:
 
 
 def taint_of(node: fx.Node, facts: Facts) -> frozenset[fx.Node]:
-    """The contractions (and unknown operations) whose results reach `node` through operations the lift knows."""
+    """The contractions, and products that are summed, whose results reach `node` through operations the lift knows."""
     found: set[fx.Node] = set()
     seen: set[fx.Node] = set()
     stack = [node]
@@ -367,10 +372,15 @@ def taint_of(node: fx.Node, facts: Facts) -> frozenset[fx.Node]:
         name = op_name(n)
         if name in CONTRACTIONS or (name == "sum" and _is_product_sum(n)):
             found.add(n)
-        elif n.op == "call_function" and (name in MOVES or name in OPERATIONS) and n not in facts.pure:
+            continue
+        if name in _PRODUCTS and any(op_name(u) == "sum" for u in n.users):
+            found.add(n)  # a product of embeddings, say, of which no matrix is the source
+        if n.op == "call_function" and (name in MOVES or name in OPERATIONS) and n not in facts.pure:
             stack.extend(
                 a
                 for a in n.all_input_nodes
-                if is_tensor(a) or op_name(a) in ("split", "chunk", "unbind", "max", "min", "topk", "sort")
+                if is_tensor(a) or op_name(a) in (*SPLITS, "unbind", "max", "min", "topk", "sort")
             )
+        if n.op == "call_function" and n in facts.opaque:  # what was written there came from somewhere, too
+            stack.extend(a for w in facts.writers[facts.storage[n]] for a in w.all_input_nodes if is_tensor(a))
     return frozenset(found)

@@ -18,6 +18,7 @@ def make_functional(gm: fx.GraphModule, mode: Any) -> None:
     A write through a view, as to a part of a mask, becomes the whole tensor with that part replaced (`_Written`). A
     write to an input, or to memory seen in other ways, is left as it is (the lift never reads across it).
     """
+    _drop_unread_writes(gm)
     order = {n: k for k, n in enumerate(gm.graph.nodes)}
     for node in list(gm.graph.nodes):
         functional = _functional_overload(node)
@@ -40,10 +41,13 @@ def make_functional(gm: fx.GraphModule, mode: Any) -> None:
                 continue
         if not isinstance(after, torch.Tensor) or after.dtype != before.dtype or after.shape != before.shape:
             continue
-        with gm.graph.inserting_before(node):
-            new = gm.graph.call_function(functional, node.args, dict(node.kwargs))
-        new.meta.update(node.meta)
-        new.meta["val"] = after
+        copied = _copy_of(gm, mode, node, order) if _name(node) == "copy_" else None
+        if copied is None:
+            with gm.graph.inserting_before(node):
+                copied = gm.graph.call_function(functional, node.args, dict(node.kwargs))
+            copied.meta.update(node.meta)
+            copied.meta["val"] = after
+        new = copied
         position = order[node]
         order[new] = position
         if written is not None:
@@ -52,6 +56,59 @@ def make_functional(gm: fx.GraphModule, mode: Any) -> None:
             _replace_after(target, new, position, order)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
+
+
+def _drop_unread_writes(gm: fx.GraphModule) -> None:
+    """Remove writes to memory of the graph's own that nobody reads: a map of all probabilities, filled part by part,
+    that is returned only on demand. A write has an effect, so no other pass takes it for dead code."""
+    for base in [n for n in reversed(gm.graph.nodes) if n.op == "call_function" and not _aliases(n)]:
+        if not isinstance(base.meta.get("val"), torch.Tensor):
+            continue
+        group, writes, stack = {base}, set[fx.Node](), [base]
+        seen_only_here = True
+        while stack and seen_only_here:
+            node = stack.pop()
+            for user in node.users:
+                view = user.op == "call_function" and _aliases(user) and user.args and user.args[0] is node
+                write = _functional_overload(user) is not None and user.args[0] is node
+                if not (view or write) or node in [a for a in user.all_input_nodes if a is not user.args[0]]:
+                    seen_only_here = False
+                    break
+                if write:
+                    writes.add(user)
+                if user not in group:
+                    group.add(user)
+                    stack.append(user)
+        if seen_only_here and writes:
+            for node in sorted(group, reverse=True):
+                gm.graph.erase_node(node)
+
+
+def _copy_of(gm: fx.GraphModule, mode: Any, write: fx.Node, order: dict[fx.Node, int]) -> fx.Node | None:
+    """What x.copy_(y) leaves in x: a copy of y in the shape and dtype of x. `aten.copy` says the same, but has no
+    derivative. None where the shape is symbolic and not y's own."""
+    target, source = write.args[:2]
+    if not isinstance(target, fx.Node) or not isinstance(source, fx.Node) or "val" not in source.meta:
+        return None
+    wanted, value = target.meta["val"], source.meta["val"]
+    steps: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    if value.dtype != wanted.dtype or value.device != wanted.device:
+        steps.append((torch.ops.aten._to_copy.default, (), {"dtype": wanted.dtype, "device": wanted.device}))
+    if value.shape != wanted.shape:
+        if any(isinstance(size, torch.SymInt) for size in wanted.shape):
+            return None
+        steps.append((torch.ops.aten.expand.default, (list(wanted.shape),), {}))
+    steps.append((torch.ops.aten.clone.default, (), {"memory_format": torch.contiguous_format}))
+    new = source
+    for operation, args, kwargs in steps:
+        with gm.graph.inserting_before(write):
+            step = gm.graph.call_function(operation, (new, *args), kwargs)
+        step.meta.update(write.meta)
+        with mode:
+            step.meta["val"] = operation(new.meta["val"], *args, **kwargs)
+        order[step] = order[write]
+        new = step
+    return new
 
 
 _FRESH_ALIASING = frozenset(
@@ -132,8 +189,8 @@ _STROKES = 32
 class _Written:
     """A write through a chain of views of `base`, and the other views of it that are read later.
 
-        mask[2:, :p].fill_(1); use(mask)     ->    row = slice(mask, 0, 2); part = fill(slice(row, 1, 0, p), 1)
-                                                   new = slice_scatter(mask, slice_scatter(row, part, ..), ..); use(new)
+    mask[2:, :p].fill_(1); use(mask)     ->    row = slice(mask, 0, 2); part = fill(slice(row, 1, 0, p), 1)
+                                               new = slice_scatter(mask, slice_scatter(row, part, ..), ..); use(new)
     """
 
     base: fx.Node

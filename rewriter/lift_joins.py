@@ -21,7 +21,7 @@ from refocus.simplify import Knowledge
 from refocus.sizes import shape_of, size_expr
 
 
-def _clamped(position: Expr, size: Expr) -> Expr:
+def clamped(position: Expr, size: Expr) -> Expr:
     """A position that is only used where a condition holds, kept in range where it does not: a load is carried out
     everywhere. It is the position itself wherever the range is proved, as it is once the condition is decided."""
     return s.minimum(s.maximum(position, 0), s.sub(size, 1))
@@ -57,7 +57,7 @@ def _pieces(lift: Lifter, parts: list[fx.Node], index: Index, dim: int) -> Expr:
         begun = s.ge(index[dim], start)
         if begun != Const(False, BOOL) and reached != Const(False, BOOL):
             facts = {**s.assume(s.and_(begun, reached))}
-            at = Const(0) if size == Const(1) else _clamped(s.under(local, facts), size)
+            at = Const(0) if size == Const(1) else clamped(s.under(local, facts), size)
             pieces.append((reached, _guarded(lift, tensor, (*index[:dim], at, *index[dim + 1 :]), facts)))
             if reached == Const(True, BOOL):
                 break
@@ -156,7 +156,7 @@ def _pad(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     facts = s.assume(ok)
     dtype = kind_of(dtype_of(node))
     fill = s.cast(lift.scalar(value, dtype), dtype)
-    at = [_clamped(s.under(p, facts), d) for p, d in zip(position, shape)]
+    at = [clamped(s.under(p, facts), d) for p, d in zip(position, shape)]
     return s.where(ok, _guarded(lift, source, at, facts), fill)
 
 
@@ -176,7 +176,7 @@ def _block_diag(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
         down, right = s.sub(y, rows[k]), s.sub(x, columns[k])
         inside = s.and_(s.ge(down, 0), s.lt(down, height), s.ge(right, 0), s.lt(right, width))
         facts = s.assume(inside)
-        at = (_clamped(s.under(down, facts), height), _clamped(s.under(right, facts), width))
+        at = (clamped(s.under(down, facts), height), clamped(s.under(right, facts), width))
         value = s.where(inside, _guarded(lift, tensors[k], at, facts), value)
     return value
 
@@ -207,7 +207,7 @@ def _stroke(lift: Lifter, node: fx.Node, index: Index) -> _Stroke:
         last = size if end is None else s.minimum(start_of(end, size), size)
         ahead = s.sub(index[dim], first)
         inside = s.and_(s.ge(ahead, 0), s.lt(index[dim], last), s.eq(s.mod(ahead, by), 0))
-        position = _clamped(s.under(s.floordiv(ahead, by), s.assume(inside)), shape_of(new)[dim])
+        position = clamped(s.under(s.floordiv(ahead, by), s.assume(inside)), shape_of(new)[dim])
         at = (*index[:dim], position, *index[dim + 1 :])
     if op_name(new) in ("slice_scatter", "select_scatter"):
         viewed = arguments(new)[0]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import fx
 
 from refocus import simplify as s
@@ -133,6 +135,24 @@ def _masked_fill(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     return s.where(cond, s.cast(lift.broadcast(value, index, kind), kind), lift.broadcast(source, index))
 
 
+def _nan_to_num(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    kind = _kind(node)
+    x = lift.broadcast(arguments(node)[0], index, kind)
+    if not x.is_float:
+        return x
+    dtype = node.meta["val"].dtype
+    limits = torch.finfo(dtype)
+    out = x
+    for name, position, value, default in (
+        ("neginf", 3, -math.inf, limits.min), ("posinf", 2, math.inf, limits.max),
+    ):  # fmt: skip
+        fill = _argument(node, position, name)
+        number = Const(float(default if fill is None else fill), kind)
+        out = s.where(s.call("eq", x, Const(value, kind), dtype=BOOL), number, out)
+    nan = _argument(node, 1, "nan")
+    return s.where(s.call("isnan", x, dtype=BOOL), Const(float(nan or 0.0), kind), out)
+
+
 def _clamp(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     kind = _kind(node)
     value = lift.broadcast(arguments(node)[0], index, kind)
@@ -256,7 +276,7 @@ POINTWISE: dict[str, Handler] = {
     **dict.fromkeys(("bitwise_or", "logical_or", "__or__"), _logic("or")),
     **dict.fromkeys(("bitwise_xor", "logical_xor", "__xor__"), _logic("xor")),
     **dict.fromkeys(("bitwise_not", "logical_not"), _logic("not")),
-    "where": _where, "masked_fill": _masked_fill, "clamp": _clamp, "clip": _clamp,
+    "where": _where, "masked_fill": _masked_fill, "nan_to_num": _nan_to_num, "clamp": _clamp, "clip": _clamp,
     "clamp_min": _clamp_one("max", "min"), "clamp_max": _clamp_one("min", "max"),
     "minimum": _plain("min"), "maximum": _plain("max"), "max": _max_or_min("max"), "min": _max_or_min("min"),
     "pow": _square, "dropout": _dropout, "tril": _triangle(True), "triu": _triangle(False),

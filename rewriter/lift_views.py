@@ -220,6 +220,9 @@ def _part(lift: Lifter, node: fx.Node, index: Index) -> Expr:
     return lift.at(source, position)
 
 
+SPLITS = ("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
+
+
 def _getitem(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     """One of several results: a part of a split, one of an unbind, the values of max(dim)."""
     producer, which = arguments(node)
@@ -231,7 +234,7 @@ def _getitem(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     if name == "unbind":
         dim = dimension(arguments_of(producer, "self", "dim", dim=0)[1], len(index) + 1)
         return lift.at(source, (*index[:dim], Const(which), *index[dim:]))
-    if name in ("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"):
+    if name in SPLITS:
         dim = dimension(arguments_of(producer, "self", "n", "dim", dim=0)[2], len(index))
         before = s.add(0, *(size_expr(part.shape[dim]) for part in producer.meta["val"][:which]))
         return lift.at(source, [s.add(before, x) if k == dim else x for k, x in enumerate(index)])

@@ -22,6 +22,7 @@ from torch import fx
 
 from refocus import debug
 from refocus.assumptions import Assumption, model_buffers
+from refocus.attention import Left, Site
 from refocus.bodies import with_bodies
 from refocus.capture import CaptureFailed, capture
 from refocus.codegen.choose import plan_part
@@ -30,7 +31,7 @@ from refocus.codegen.readings import prefers_tokens
 from refocus.errors import RegionNotFused
 from refocus.facts import Facts, gather_facts
 from refocus.options import Options
-from refocus.recognize import Left, Site, recognize
+from refocus.recognize import recognize
 from refocus.report import Report, joined
 from refocus.sites import describe_left, describe_site, numbers_of
 from refocus.splice import IN_GRAPH, CannotSplice, Splicer

@@ -11,77 +11,29 @@ close       no value that holds scores may be read elsewhere, and nothing it rea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import networkx as nx
 from torch import fx
 
 from refocus import simplify as s
+from refocus.attention import Left, Part, Readings, Site, closed_under_sharing
 from refocus.bands import Reading, Tensors, to_tokens, unflatten
+from refocus.closure import check_no_writes, interior_of
 from refocus.facts import Candidate, Facts, candidates, contraction_operands, taint_of
 from refocus.gathers import distinct, gathered
-from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Reduce, Region
-from refocus.lift import Lifter, Unliftable, complexity, dtype_of, is_tensor, op_name
-from refocus.lift_reductions import CONTRACTIONS, operands_at
-from refocus.normal_form import Binding, Draft, finish
-from refocus.notation import notation
+from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Reduce
+from refocus.joint import NOTHING, Joint, joints, lift_joint
+from refocus.lift import Lifter, Unliftable, complexity, dtype_of, op_name
+from refocus.merge import Merge, lift_merge, merges
+from refocus.normal_form import Draft, finish
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.sdpa import lift_sdpa
-from refocus.patterns.softmax import Softmax, match, terms_of
+from refocus.patterns.softmax import Softmax, holds_scores, match, terms_of
 from refocus.polynomial import to_poly
+from refocus.products import reads_of
 from refocus.sizes import shape_of
-
-
-@dataclass(frozen=True)
-class Part:
-    """One region of a site with what it reads, in operand order."""
-
-    region: Region
-    bindings: tuple[Binding, ...]
-
-
-@dataclass(frozen=True)
-class Site:
-    """A recognised attention: `root` is replaced by `epilogue`, an expression over the results of the parts.
-
-    A part's result is loaded as Load("part0", (*batch, query, *value)). `plain`: the epilogue is that load itself.
-    `dims` are the axes of each dimension of the root (flattened when several)."""
-
-    root: fx.Node
-    normaliser: fx.Node
-    parts: tuple[Part, ...]
-    epilogue: Expr
-    plain: bool
-    dims: tuple[tuple[Axis, ...], ...]
-    axes: tuple[tuple[Axis, ...], ...]  # per part: the site's axes in the order of the part's result
-    interior: frozenset[fx.Node] = frozenset()
-    family: str = "softmax"
-    readings: Readings = field(default_factory=lambda: Readings())
-
-    def __str__(self) -> str:
-        return f"{self.root}:\n" + "\n".join(notation(part.region) for part in self.parts)
-
-
-@dataclass(frozen=True)
-class Readings:
-    """The same attention read in other ways, where the model copies keys together before it uses them.
-
-    `in_place`: keys and values are read where they were copied from (rolled, gathered, in overlapping windows).
-    `over_tokens`: and the key axis, which counts offsets, is one over tokens under a mask (see `refocus.bands`).
-    """
-
-    in_place: Site | None = None
-    over_tokens: Site | None = None
-
-
-@dataclass(frozen=True)
-class Left:
-    """Attention that was seen and left alone."""
-
-    root: fx.Node
-    normaliser: fx.Node
-    declined: Declined
 
 
 @dataclass
@@ -110,8 +62,22 @@ def recognize(facts: Facts) -> list[Site | Left]:
     sites: list[Site] = []
     lefts: dict[fx.Node, Left] = {}
     done: set[fx.Node] = set()
+    for merge in merges(groups, facts):
+        outcome = recognize_merge(merge, facts)
+        if isinstance(outcome, Site):
+            sites.append(outcome)
+            done.update((merge.root, *(c.root for c in merge.parts)))
     for group in groups:
         level: int | None = None
+        for joint in joints(group, facts):
+            outcome = recognize_joint(joint, facts)
+            if isinstance(outcome, Site):
+                sites.append(outcome)
+                done.update((joint.root, *(c.root for c in joint.products)))
+                level = 0
+                break
+            if "read elsewhere" in outcome.declined.reason:  # all that the products need was understood
+                lefts.setdefault(group[0].root, outcome)
         for candidate in group:
             if candidate.root in done or (level is not None and candidate.mixes != level):
                 continue
@@ -122,6 +88,10 @@ def recognize(facts: Facts) -> list[Site | Left]:
                 level = candidate.mixes
             elif level is None:
                 lefts.setdefault(group[0].root, outcome)
+    sites, read_elsewhere = closed_under_sharing(sites)
+    for site, left in read_elsewhere:
+        done.discard(site.root)
+        lefts[site.root] = left
     inner = {n for site in sites for n in (*site.interior, site.normaliser)}
     gone = done | inner
     kept = [x for root, x in lefts.items() if not {root, x.root} & gone and x.normaliser not in inner]
@@ -130,38 +100,53 @@ def recognize(facts: Facts) -> list[Site | Left]:
 
 def recognize_one(candidate: Candidate, facts: Facts) -> Site | Left:
     """Try one candidate."""
+    return _recognize(candidate, facts, lambda axes, far: _attempt(candidate, facts, axes, far))
 
+
+def recognize_joint(joint: Joint, facts: Facts) -> Site | Left:
+    """Try several products with parts of one softmax as one."""
+    candidate = replace(joint.products[0], root=joint.root)
+    return _recognize(candidate, facts, lambda axes, far: _attempt_joint(joint, candidate, facts, axes, far))
+
+
+def recognize_merge(merge: Merge, facts: Facts) -> Site | Left:
+    """Try two attentions that are merged by their log-sum-exps as one."""
+    candidate = replace(merge.parts[0], root=merge.root)
+    return _recognize(candidate, facts, lambda axes, far: _attempt_merge(merge, facts, axes, far))
+
+
+def _recognize(candidate: Candidate, facts: Facts, attempt: _Attempt) -> Site | Left:
     def left(declined: Declined) -> Left:
         return Left(candidate.root, candidate.normaliser, declined)
 
     try:
         axes = _Axes([[] if d == Const(1) else [Axis(f"o{k}", d)] for k, d in enumerate(shape_of(candidate.root))])
-        outcome = _attempt(candidate, facts, axes)
+        outcome = attempt(axes, False)
         for _ in range(3):
             if isinstance(outcome, Declined):
                 return left(outcome)
             split = _split_axis(outcome, axes)
             if split is None:
                 break
-            again = _attempt(candidate, facts, split)
+            again = attempt(split, False)
             if isinstance(again, Declined) or _untidy(again) > _untidy(outcome):
                 break
             outcome, axes = again, split
         if isinstance(outcome, Declined):
             return left(outcome)
         site = _close(candidate, facts, axes, outcome)
-        return replace(site, readings=_other_readings(candidate, facts, axes, outcome))
+        return replace(site, readings=_other_readings(candidate, facts, axes, outcome, attempt))
     except Unliftable as problem:
         return left(Declined(f"cannot be put in index notation: {problem}"))
     except Stop as stop:
         return left(stop.declined)
 
 
-def _other_readings(candidate: Candidate, facts: Facts, axes: _Axes, near: _Lifted) -> Readings:
+def _other_readings(candidate: Candidate, facts: Facts, axes: _Axes, near: _Lifted, attempt: _Attempt) -> Readings:
     if not any(near.key in x.axes and gathered(facts.nodes[x.tensor]) for x in _all_loads(near) if x.is_float):
         return Readings()
     try:
-        far = _attempt(candidate, facts, axes, far=True)
+        far = attempt(axes, True)
         if isinstance(far, Declined):
             return Readings()
         in_place = _close(candidate, facts, axes, far)
@@ -171,7 +156,7 @@ def _other_readings(candidate: Candidate, facts: Facts, axes: _Axes, near: _Lift
 
 
 def _over_tokens(candidate: Candidate, facts: Facts, axes: _Axes, far: _Lifted, in_place: Site) -> Site | None:
-    if not (isinstance(far.rest, Const) and far.rest.value == 0):
+    if not (isinstance(far.rest, Const) and far.rest.value == 0) or far.added != NOTHING:
         return None
     softs = tuple(soft for _, _, soft in far.terms)
     reading = Reading(far.key, far.values, softs, tuple(axes.flat()))
@@ -205,6 +190,10 @@ class _Lifted:
     rest: Expr
     lifter: Lifter
     zero_rows: bool
+    added: Expr = NOTHING  # to the result, beside what the weights make
+
+
+_Attempt = Callable[[_Axes, bool], "_Lifted | Declined"]
 
 
 def _attempt(candidate: Candidate, facts: Facts, axes: _Axes, far: bool = False) -> _Lifted | Declined:
@@ -223,7 +212,7 @@ def _attempt(candidate: Candidate, facts: Facts, axes: _Axes, far: bool = False)
             lifter,
             found.zero_rows,
         )
-    reads = _reads(lifter, root, index)
+    reads = reads_of(lifter, root, index)
     if reads is None:
         return Declined("the product with the values has no index notation", op_name(root))
     summed, operands = reads
@@ -238,7 +227,49 @@ def _attempt(candidate: Candidate, facts: Facts, axes: _Axes, far: bool = False)
         return Declined("the values are not summed over one key axis", op_name(root))
     key, weights_index, values_index = _one_key(keys, weights_index, values_index)
     lifter.key_axes.add(key)
-    taint = taint_of(weights_node, facts)
+    if _shares_scores(weights_node, values_node, facts):
+        return Declined("the values depend on the weights", values_node.name)
+    values = lifter.at(values_node, values_index)
+    return _weighted(candidate, facts, axes, lifter, _Weighted(key, weights_node, weights_index, values))
+
+
+def _shares_scores(weights: fx.Node, values: fx.Node, facts: Facts) -> bool:
+    """Whether weights and values come out of one product, which no later product of the weights' own reads (as keys and
+    values come out of one projection, whose keys are then multiplied by hand)."""
+    sources = taint_of(weights, facts)
+    shared = sources & taint_of(values, facts)
+    own = sources - shared
+    return any(not any(nx.has_path(facts.flow, x, y) for y in own) for x in shared)
+
+
+def _attempt_joint(
+    joint: Joint, candidate: Candidate, facts: Facts, axes: _Axes, far: bool
+) -> _Lifted | Declined:
+    lifter = Lifter(facts, far=far)
+    after = frozenset(nx.descendants(facts.flow, joint.products[0].normaliser)) | {joint.products[0].normaliser}
+    found = lift_joint(joint, lifter, axes.index(), after)
+    lifter.key_axes.add(found.key)
+    if any(facts.nodes[x.tensor] in after for e in (found.values, found.rest) for x in _loads(e)):
+        return Declined("the values depend on the weights", joint.root.name)
+    weighted = _Weighted(found.key, found.weights, found.index, found.values)
+    outcome = _weighted(candidate, facts, axes, lifter, weighted)
+    if isinstance(outcome, Declined) or found.rest == NOTHING:
+        return outcome
+    return replace(outcome, added=s.call("add", outcome.added, found.rest, dtype="float32"))
+
+
+def _attempt_merge(merge: Merge, facts: Facts, axes: _Axes, far: bool) -> _Lifted | Declined:
+    lifter = Lifter(facts, far=far)
+    weights = [contraction_operands(c.root)[c.weights] for c in merge.parts]
+    lifter.tainted = _tainted_like(weights, facts)
+    found = lift_merge(merge, lifter, axes.index())
+    terms: list[tuple[tuple[Axis, ...], Expr, Softmax]] = [((), Const(1.0, "float32"), found.softmax)]
+    return _Lifted(found.key, found.values, terms, NOTHING, lifter, False)
+
+
+def _tainted_like(weights: list[fx.Node], facts: Facts) -> Callable[[fx.Node], bool]:
+    """Whether a value may hold scores that these weights hold, too."""
+    taint = frozenset().union(*(taint_of(n, facts) for n in weights))
     reach: dict[fx.Node, bool] = {}
 
     def tainted(node: fx.Node) -> bool:
@@ -246,11 +277,28 @@ def _attempt(candidate: Candidate, facts: Facts, axes: _Axes, far: bool = False)
             reach[node] = bool(taint_of(node, facts) & taint)
         return reach[node]
 
-    if taint & taint_of(values_node, facts):
-        return Declined("the values depend on the weights", values_node.name)
-    values = lifter.at(values_node, values_index)
+    return tainted
+
+
+def _loads(value: Expr) -> tuple[Load, ...]:
+    return (value,) if isinstance(value, Load) else value.loads
+
+
+@dataclass(frozen=True)
+class _Weighted:
+    """Weights at a position, and the values that they are multiplied with, along `key`."""
+
+    key: Axis
+    node: fx.Node
+    index: tuple[Expr, ...]
+    values: Expr
+
+
+def _weighted(candidate: Candidate, facts: Facts, axes: _Axes, lifter: Lifter, found: _Weighted) -> _Lifted | Declined:
+    """Read the weights as softmaxes over the key."""
+    root, key, weights_node, weights_index, values = candidate.root, found.key, found.node, found.index, found.values
     lifter.query_axes = _cut_axes([a for a in axes.flat() if a not in values.axes], weights_index, key)
-    lifter.tainted = tainted
+    lifter.tainted = _tainted_like([weights_node], facts)
     weights = lifter.at(weights_node, weights_index)
     if key not in weights.axes:
         return Declined("the weights do not depend on the key", op_name(root))
@@ -261,7 +309,13 @@ def _attempt(candidate: Candidate, facts: Facts, axes: _Axes, far: bool = False)
         return Declined("the weights hold no product of queries and keys", (lifter.blame or candidate.normaliser).name)
     parts, rest = terms_of(weights, key)
     cores: list[tuple[tuple[Axis, ...], Expr, Softmax]] = []
+    added = NOTHING
     for part in parts:
+        if not holds_scores(part.core) and not part.mixed:  # weights that no product decides are applied outside
+            weight = s.call("mul", part.factor, part.core, dtype="float32")
+            apart = Dot((key,), weight, values, "float32")
+            added = apart if added == NOTHING else s.call("add", added, apart, dtype="float32")
+            continue
         read = match(part.core, key)
         if isinstance(read, Declined):
             if lifter.blame is not None:
@@ -271,14 +325,14 @@ def _attempt(candidate: Candidate, facts: Facts, axes: _Axes, far: bool = False)
     if not cores:
         return Declined("the weights are not normalised over the keys")
     safe = any(op_name(n) == "_safe_softmax" for n in lifter.visited)
-    return _Lifted(key, values, cores, rest, lifter, safe)
+    return _Lifted(key, values, cores, rest, lifter, safe, added)
 
 
 def _one_key(keys: list[Axis], *indices: tuple[Expr, ...]) -> tuple[Axis, tuple[Expr, ...], tuple[Expr, ...]]:
     """Keys in rows and columns of a window are one axis: the softmax runs over all of them."""
     key = keys[0] if len(keys) == 1 else Axis(f"{keys[0].name}.all", s.mul(*(a.size for a in keys)))
     if len(keys) > 1:
-        places = dict(zip(keys, unflatten(key, [a.size for a in keys])))
+        places = dict[Expr, Expr](zip(keys, unflatten(key, [a.size for a in keys])))
         indices = tuple(tuple(s.substitute(e, places) for e in index) for index in indices)
     return key, *indices  # type: ignore[return-value]
 
@@ -300,35 +354,6 @@ def _cut_axes(candidates_: list[Axis], weights_index: tuple[Expr, ...], key: Axi
         return axis in row, size, candidates_.index(axis)
 
     return {max(candidates_, key=rank)} if candidates_ else set()
-
-
-def _reads(
-    lifter: Lifter, root: fx.Node, index: tuple[Expr, ...]
-) -> tuple[tuple[Axis, ...], list[tuple[fx.Node, tuple[Expr, ...]]]] | None:
-    if op_name(root) in CONTRACTIONS:
-        if op_name(root) in ("baddbmm", "addmm") or (
-            op_name(root) == "linear" and len(root.args) > 2 and root.args[2] is not None
-        ):
-            return None
-        return operands_at(lifter, root, index)
-    # sum(p * v): a contraction spelled as multiply and sum
-    product = root.args[0]
-    dims = root.args[1] if len(root.args) > 1 else None
-    keep = bool(root.args[2]) if len(root.args) > 2 else bool(root.kwargs.get("keepdim", False))
-    assert isinstance(product, fx.Node)
-    shape = shape_of(product)
-    gone = {int(d) % len(shape) for d in ([dims] if isinstance(dims, int) else dims or range(len(shape)))}  # type: ignore[union-attr, arg-type, call-overload]
-    axes = {d: lifter.bound(root, d, shape[d]) for d in sorted(gone)}
-    rest = iter(x for k, x in enumerate(index) if not keep or k not in axes)
-    position = tuple(axes[d] if d in axes else next(rest) for d in range(len(shape)))
-
-    def aligned(node: fx.Node) -> tuple[Expr, ...]:
-        own = shape_of(node)
-        tail = position[len(position) - len(own) :]
-        return tuple(Const(0) if d == Const(1) else x for d, x in zip(own, tail))
-
-    operands = contraction_operands(root)
-    return tuple(axes.values()), [(o, aligned(o)) for o in operands]
 
 
 # ---------------------------------------------------------------------------------------------------- splitting axes
@@ -395,23 +420,24 @@ def _close(
     """The site of a lifted candidate. `free`: the axes of the result, where they are not those of the root; `places`:
     where the root reads the result along those that are several of its own."""
     root = candidate.root
-    interior = _interior(candidate, facts, lifted)
-    for node in interior:
+    interior = interior_of(candidate, facts, lifted.lifter.visited)
+    shared: list[tuple[fx.Node, fx.Node]] = []
+    for node in sorted(interior, key=facts.order.__getitem__):
         for user in node.users:
             if user in interior or user is root or op_name(user) in ("sym_size", "sym_numel", "sym_stride"):
                 continue
-            if _after(node, candidate.normaliser, facts) and user in facts.roots:
-                continue  # the same weights applied to other values, a site of its own
-            what = "the probabilities are" if _after(node, candidate.normaliser, facts) else "a score is"
-            raise Stop(Declined(f"{what} read elsewhere (by `{op_name(user)}`)", node.name))
-    _no_writes_between(facts, interior | lifted.lifter.visited | {root}, root)
+            if not facts.order[node] >= facts.order[candidate.normaliser]:
+                shared.append((node, user))
+            elif user not in facts.roots:  # the same weights applied to other values are a site of its own
+                raise Stop(Declined(f"the probabilities are read elsewhere (by `{op_name(user)}`)", node.name))
+    check_no_writes(facts, interior | lifted.lifter.visited | {root}, root)
     result = list(free) or axes.flat()
     drafts = [Draft(result, mixed, lifted.key, soft, lifted.values) for mixed, _, soft in lifted.terms]
     parts, orders = [], []
     epilogue: Expr | None = None
     dtype = dtype_of(root)
     for k, (draft, (mixed, factor, _)) in enumerate(zip(drafts, lifted.terms)):
-        region, bindings, order = finish(draft, facts, dtype, lifted.zero_rows)
+        region, bindings, order = finish(draft, facts, dtype, lifted.zero_rows or draft.softmax.cleaned)
         parts.append(Part(region, bindings))
         orders.append(order)
         read = Load(f"part{k}", tuple((places or {}).get(a, a) for a in order), dtype)
@@ -432,6 +458,8 @@ def _close(
             dtype="float32",
         )
         plain = False
+    if lifted.added != NOTHING:
+        epilogue, plain = s.call("add", epilogue, lifted.added, dtype="float32"), False
     return Site(
         root,
         candidate.normaliser,
@@ -441,21 +469,8 @@ def _close(
         tuple(tuple(g) for g in axes.dims),
         tuple(orders),
         frozenset(interior),
+        shared=tuple(shared),
     )
-
-
-def _no_writes_between(facts: Facts, readers: set[fx.Node], root: fx.Node) -> None:
-    """The region reads everything at the root: nothing may have been written since the eager code read it."""
-    first_read: dict[int, int] = {}
-    for reader in readers:
-        for source in reader.all_input_nodes:
-            storage = facts.storage.get(source, -1)
-            if facts.storage[reader] == storage and reader is not root:
-                continue  # a view reads nothing yet
-            first_read[storage] = min(first_read.get(storage, facts.order[reader]), facts.order[reader])
-    for position, storage in facts.writes:
-        if first_read.get(storage, facts.order[root]) < position < facts.order[root]:
-            raise Stop(Declined("a tensor it reads is written in place before it is used"))
 
 
 def _sum(axis: Axis, factor: Expr, part: Load, term: Expr) -> Expr:
@@ -464,24 +479,3 @@ def _sum(axis: Axis, factor: Expr, part: Load, term: Expr) -> Expr:
         if axis in factor.axes and isinstance(term, Call)
         else Reduce("sum", axis, term, "float32")
     )
-
-
-def _interior(candidate: Candidate, facts: Facts, lifted: _Lifted) -> set[fx.Node]:
-    """Nodes whose value holds scores: from the score products forward to the root."""
-    if candidate.weights < 0:
-        return set()
-    scores = {n for n in lifted.lifter.visited if op_name(n) in CONTRACTIONS or _sums_product(n)}
-    read = facts.flow.subgraph({*lifted.lifter.visited, candidate.root})
-    below = nx.ancestors(read, candidate.root)
-    starts = scores & below
-    forward = starts.union(*(nx.descendants(read, start) & below for start in starts))
-    return {n for n in forward if is_tensor(n) or op_name(n) in ("split", "chunk", "unbind", "max")}
-
-
-def _sums_product(node: fx.Node) -> bool:
-    source = node.args[0] if node.args else None
-    return op_name(node) == "sum" and isinstance(source, fx.Node) and op_name(source) == "mul"
-
-
-def _after(node: fx.Node, normaliser: fx.Node, facts: Facts) -> bool:
-    return facts.order[node] >= facts.order[normaliser]

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import fx
 
+from refocus.attention import Left, Part, Site
 from refocus.codegen.plan import Plan
 from refocus.evaluate import size_of
 from refocus.ir import TRUE, Region, Sym
 from refocus.lift import op_name
 from refocus.mask_report import source_of, tiles_of
 from refocus.notation import notation
-from refocus.recognize import Left, Part, Site
 from refocus.report import Cost, Tiles
 from refocus.report import Site as Row
 from refocus.sizes import hint

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from refocus.attention import Site
 from refocus.codegen import operator
 from refocus.codegen.cotangents import flows_into
 from refocus.codegen.plan import Plan
@@ -26,7 +27,6 @@ from refocus.facts import Facts
 from refocus.hoist import Hoisted
 from refocus.ir import Axis, Expr, Load, Sym
 from refocus.normal_form import Binding, Seed
-from refocus.recognize import Site
 from refocus.sizes import hint, shape_of
 
 # Engines that are written into the graph, for Inductor to compile; the others are one operator call.

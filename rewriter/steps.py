@@ -1,8 +1,8 @@
 """Masks kept as numbers: what an expression of finitely many values, or a line with a steep slope, says as a predicate.
 
-    where(p, 1.0, 0.0) + where(q, 1.0, 0.0) > 0.0            p or q
-    (1.0 - where(p, 1.0, 0.0)) * -3.4e38                     0.0 where p, -3.4e38 elsewhere
-    (1.0 - padding[b, j]) * -3.4e38 <= -1e4                  padding[b, j] <= 0
+where(p, 1.0, 0.0) + where(q, 1.0, 0.0) > 0.0            p or q
+(1.0 - where(p, 1.0, 0.0)) * -3.4e38                     0.0 where p, -3.4e38 elsewhere
+(1.0 - padding[b, j]) * -3.4e38 <= -1e4                  padding[b, j] <= 0
 """
 
 from __future__ import annotations
@@ -209,6 +209,12 @@ def compare_floats(op: str, a: Expr, b: Expr) -> Expr:
     decided_by_cases = compare(op, a, b)
     if decided_by_cases is not None:
         return decided_by_cases
+    for choice, other, turned in ((a, b, False), (b, a, True)):
+        branches = _branches(choice) if isinstance(other, Const) else None
+        if branches is not None:
+            cond, *ends = branches
+            told = [s.call(op, *((other, x) if turned else (x, other)), dtype=BOOL) for x in ends]
+            return s.or_(s.and_(cond, told[0]), s.and_(s.not_(cond), told[1]))
     left, right = whole_number(a), whole_number(b)
     if left is not None and right is not None:
         return s.call(op, left, right, dtype=BOOL)
@@ -222,6 +228,27 @@ def compare_floats(op: str, a: Expr, b: Expr) -> Expr:
             if flipped is not None:
                 return s.not_(flipped)
     return Call(op, (a, b), BOOL)
+
+
+def _branches(e: Expr) -> tuple[Expr, Expr, Expr] | None:
+    """A choice of which one branch at least is a number, or a multiple of a choice between 1 and 0: masks stacked on
+    one another, and multiplied."""
+    if not (isinstance(e, Call) and e.is_float):
+        return None
+    if e.op == "where" and any(isinstance(x, Const) for x in e.args[1:]):
+        return e.args[0], e.args[1], e.args[2]
+    if e.op == "mul" and len(e.args) == 2:
+        zero = Const(0.0, e.dtype)
+        for bit, rest in (e.args, e.args[::-1]):
+            if not (isinstance(bit, Call) and bit.op == "where"):
+                continue
+            cond, yes, no = bit.args
+            if isinstance(yes, Const) and isinstance(no, Const):
+                if (yes.value, no.value) == (1.0, 0.0):
+                    return cond, rest, zero
+                if (yes.value, no.value) == (0.0, 1.0):
+                    return cond, zero, rest
+    return None
 
 
 def _compare_with_number(op: str, a: Expr, b: Expr) -> Expr | None:

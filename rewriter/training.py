@@ -13,11 +13,11 @@ from dataclasses import replace
 import networkx as nx
 from torch import fx
 
+from refocus.attention import Part, Site
 from refocus.facts import Facts
 from refocus.ir import Operand
 from refocus.lift import dtype_of
 from refocus.normal_form import Binding
-from refocus.recognize import Part, Site
 from refocus.sizes import shape_of
 from refocus.splice import loads_of, sources
 
@@ -30,9 +30,7 @@ def trained_operands(site: Site, facts: Facts) -> list[frozenset[str]]:
     def reached(binding: Binding) -> bool:
         return any(n in facts.needs_grad for n in sources(binding, facts))
 
-    return [
-        frozenset(o.name for o, b in zip(part.region.operands, part.bindings) if reached(b)) for part in site.parts
-    ]
+    return [frozenset(o.name for o, b in zip(part.region.operands, part.bindings) if reached(b)) for part in site.parts]
 
 
 def with_cancelled(site: Site, facts: Facts) -> Site:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tests.zoo.expect import Expect
 
-EXPECT = Expect(open=True)
+EXPECT = Expect()
 
 
 class CrissCrossAttention(nn.Module):

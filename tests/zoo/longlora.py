@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tests.zoo.expect import Expect
+from tests.zoo.expect import Expect, Variant
 
 EXPECT = Expect()
 
@@ -46,8 +46,30 @@ class ShiftedGroupAttention(nn.Module):
         return self.o_proj(output.reshape(bsz, q_len, self.num_heads * self.head_dim))
 
 
+class RolledAttention(ShiftedGroupAttention):
+    """Out of place: half of the heads rolled and concatenated, groups as an axis, rolled back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.size()
+        heads, group = self.num_heads, int(n * self.ratio)
+        out = []
+        for p in (self.q_proj, self.k_proj, self.v_proj):
+            near, far = p(x).view(b, n, heads, self.head_dim).chunk(2, 2)
+            out.append(torch.cat((near, far.roll(-group // 2, dims=1)), 2).view(b, n // group, group, heads, -1))
+        q, k, v = out
+        scores = torch.einsum("bgihd,bgjhd->bghij", q, k) / math.sqrt(self.head_dim)
+        future = torch.ones(group, group, dtype=torch.bool, device=x.device).triu(1)
+        probs = scores.masked_fill(future, float("-inf")).softmax(-1)
+        result = torch.einsum("bghij,bgjhd->bgihd", probs, v).reshape(b, n, heads, -1)
+        near, far = result.chunk(2, 2)
+        return self.o_proj(torch.cat((near, far.roll(group // 2, dims=1)), 2).reshape(b, n, -1))
+
+
 def make() -> tuple[nn.Module, tuple[Tensor, ...]]:
     return ShiftedGroupAttention(), (torch.randn(2, 160, 64),)
+
+
+VARIANTS = {"rolled": Variant(lambda: (RolledAttention(), (torch.randn(2, 160, 64),)))}
 
 
 def reference(module: ShiftedGroupAttention, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tests.zoo.expect import Expect
+from tests.zoo.expect import Expect, Variant
 
 EXPECT = Expect(
     mask="abs(min(9, max(2, i%12)) - j%12) < 3 and abs(min(9, max(2, i//12)) - j//12) < 3", empty_share=0.4938
@@ -37,8 +37,73 @@ class NeighborhoodAttention2D(nn.Module):
         return self.proj(out.reshape(batch, height, width, channels))
 
 
+class Gathered(NeighborhoodAttention2D):
+    """The eager backend: for each residue of the dilation, an integer table of neighbours, gathered keys and values."""
+
+    dilation = 1
+
+    def axis_table(self, length: int, device: torch.device) -> Tensor:
+        """(length, kernel): the neighbours of each position, the window slid inward at the borders."""
+        k = self.kernel
+        start = (torch.arange(length, device=device) - k // 2).clamp(0, length - k)
+        return start[:, None] + torch.arange(k, device=device)[None, :]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(batch, height, width, heads, head_dim), all of one residue."""
+        b, h, w, heads, d = q.shape
+        rows, columns = self.axis_table(h, q.device), self.axis_table(w, q.device)
+        index = rows[:, None, :, None] * w + columns[None, :, None, :]
+        index = index.reshape(h * w, self.kernel**2)
+        k, v = k.reshape(b, h * w, heads, d)[:, index], v.reshape(b, h * w, heads, d)[:, index]
+        attn = torch.einsum("bqhd,bqkhd->bqhk", q.reshape(b, h * w, heads, d) * self.scale, k)
+        return torch.einsum("bqhk,bqkhd->bqhd", attn.softmax(dim=-1), v).reshape(q.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, channels = x.shape
+        q, k, v = self.qkv(x).view(batch, height, width, 3, self.heads, -1).unbind(3)
+        out = torch.zeros_like(q)
+        step = self.dilation
+        for y in range(step):
+            for z in range(step):
+                residue = (slice(None), slice(y, None, step), slice(z, None, step))
+                out[residue] = self.attend(q[residue], k[residue], v[residue])
+        return self.proj(out.reshape(batch, height, width, channels))
+
+
+class Dilated(Gathered):
+    dilation = 2
+
+
+class LocalBias(Gathered):
+    """The older interface: windows by unfold of the clamped neighbourhood, a table of relative biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rpb = nn.Parameter(torch.randn(self.heads, 2 * self.kernel - 1, 2 * self.kernel - 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, h, w, c = x.shape
+        q, k, v = self.qkv(x).view(b, h, w, 3, self.heads, -1).permute(3, 0, 4, 1, 2, 5)
+        rows, columns = self.axis_table(h, x.device), self.axis_table(w, x.device)
+        k, v = (t[:, :, rows][:, :, :, :, columns] for t in (k, v))  # b n y i x j d
+        dy = rows - torch.arange(h, device=x.device)[:, None] + self.kernel - 1
+        dx = columns - torch.arange(w, device=x.device)[:, None] + self.kernel - 1
+        bias = self.rpb[:, dy[:, None, :, None], dx[None, :, None, :]]  # n y x i j
+        attn = torch.einsum("bnyxd,bnyixjd->bnyxij", q * self.scale, k) + bias
+        attn = attn.flatten(-2).softmax(-1).unflatten(-1, (self.kernel, self.kernel))
+        out = torch.einsum("bnyxij,bnyixjd->byxnd", attn, v)
+        return self.proj(out.reshape(b, h, w, c))
+
+
 def make() -> tuple[nn.Module, tuple[Tensor, ...]]:
     return NeighborhoodAttention2D(), (torch.randn(2, 12, 12, 64),)
+
+
+VARIANTS = {
+    "gathered": Variant(lambda: (Gathered(), (torch.randn(2, 12, 12, 64),)), Expect(mask="", regrouped=True)),
+    "dilated": Variant(lambda: (Dilated(), (torch.randn(2, 12, 12, 64),)), Expect(mask="", sites=4, regrouped=True)),
+    "local_bias": Variant(lambda: (LocalBias(), (torch.randn(2, 12, 12, 64),)), Expect(mask="", regrouped=True)),
+}
 
 
 def allowed(module: NeighborhoodAttention2D, x: Tensor) -> Tensor:
@@ -49,3 +114,25 @@ def allowed(module: NeighborhoodAttention2D, x: Tensor) -> Tensor:
             top, left = min(max(y - kernel // 2, 0), side - kernel), min(max(z - kernel // 2, 0), side - kernel)
             keep[y, z, top : top + kernel, left : left + kernel] = True
     return keep.view(side * side, side * side)
+
+
+def reference(module: NeighborhoodAttention2D, x: Tensor) -> Tensor:
+    """Pair for pair: for each query, the keys of its residue in its window."""
+    b, side, _, _ = x.shape
+    step, kernel, heads = getattr(module, "dilation", 1), module.kernel, module.heads
+    small = side // step
+    scores = torch.full((heads, side, side, side, side), float("-inf"), dtype=x.dtype)
+    for y in range(side):
+        for z in range(side):
+            top = min(max(y // step - kernel // 2, 0), small - kernel)
+            left = min(max(z // step - kernel // 2, 0), small - kernel)
+            for dy in range(kernel):
+                for dx in range(kernel):
+                    other = ((top + dy) * step + y % step, (left + dx) * step + z % step)
+                    bias = torch.zeros(heads, dtype=x.dtype)
+                    if isinstance(module, LocalBias):
+                        bias = module.rpb[:, other[0] - y + kernel - 1, other[1] - z + kernel - 1]
+                    scores[:, y, z, other[0], other[1]] = bias
+    q, k, v = module.qkv(x).view(b, side * side, 3, heads, -1).unbind(2)
+    full = torch.einsum("bihd,bjhd->bhij", q, k) * module.scale + scores.view(heads, side**2, side**2)
+    return module.proj(torch.einsum("bhij,bjhd->bihd", full.softmax(-1), v).reshape(x.shape))

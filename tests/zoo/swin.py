@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tests.zoo.expect import Expect
+from tests.zoo.expect import Expect, Variant
 
 EXPECT = Expect()
 
@@ -83,8 +83,51 @@ class SwinBlock(nn.Module):
         return x.view(batch, length, channels)
 
 
+class Fused(WindowAttention):
+    """PyTorch's attention function, bias and window mask summed into one additive mask."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        folded, length, channels = x.shape
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+        both = (bias + mask.unsqueeze(1)).repeat(folded // mask.shape[0], 1, 1, 1)
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=both)
+        return self.proj(out.transpose(1, 2).reshape(folded, length, channels))
+
+
+class Tokens(SwinBlock):
+    """The same on the image as it is, by a mask of shifted windows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, length, _ = x.shape
+        attn, side, window = self.attn, self.side, self.window
+        q, k, v = attn.qkv(self.norm(x)).view(b, length, 3, attn.heads, -1).permute(2, 0, 3, 1, 4)
+        token = torch.arange(length, device=x.device)
+        y, z = token // side - self.shift, token % side - self.shift
+        same = (y[:, None] // window == y[None] // window) & (z[:, None] // window == z[None] // window)
+        cell = y % window * window + z % window
+        index = attn.relative_position_index[cell[:, None], cell[None, :]]
+        bias = attn.relative_position_bias_table[index].permute(2, 0, 1)
+        scores = (q * attn.scale) @ k.transpose(-2, -1) + bias
+        probs = scores.masked_fill(~same, float("-inf")).softmax(-1)
+        return attn.proj((probs @ v).transpose(1, 2).reshape(x.shape))
+
+
+def _fused() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    block = SwinBlock()
+    block.attn = Fused(32, 4, 2)
+    return block, (torch.randn(2, 256, 32),)
+
+
 def make() -> tuple[nn.Module, tuple[Tensor, ...]]:
     return SwinBlock(), (torch.randn(2, 256, 32),)
+
+
+VARIANTS = {
+    "fused": Variant(_fused),
+    "tokens": Variant(lambda: (Tokens(), (torch.randn(2, 256, 32),))),
+    "seven": Variant(lambda: (SwinBlock(side=14, window=7, shift=3), (torch.randn(1, 196, 32),))),
+}
 
 
 def reference(module: SwinBlock, x: Tensor) -> Tensor:

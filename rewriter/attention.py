@@ -1,0 +1,80 @@
+"""What recognition finds: attention that was read, attention that was left, and what becomes of scores they share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from refocus.ir import Axis, Expr, Region
+from refocus.lift import op_name
+from refocus.normal_form import Binding
+from refocus.notation import notation
+from refocus.patterns.declined import Declined
+
+
+@dataclass(frozen=True)
+class Part:
+    """One region of a site with what it reads, in operand order."""
+
+    region: Region
+    bindings: tuple[Binding, ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A recognised attention: `root` is replaced by `epilogue`, an expression over the results of the parts.
+
+    A part's result is loaded as Load("part0", (*batch, query, *value)). `plain`: the epilogue is that load itself.
+    `dims` are the axes of each dimension of the root (flattened when several)."""
+
+    root: fx.Node
+    normaliser: fx.Node
+    parts: tuple[Part, ...]
+    epilogue: Expr
+    plain: bool
+    dims: tuple[tuple[Axis, ...], ...]
+    axes: tuple[tuple[Axis, ...], ...]  # per part: the site's axes in the order of the part's result
+    interior: frozenset[fx.Node] = frozenset()
+    family: str = "softmax"
+    readings: Readings = field(default_factory=lambda: Readings())
+    shared: tuple[tuple[fx.Node, fx.Node], ...] = ()  # scores that others read, and who: fine if these are fused, too
+
+    def __str__(self) -> str:
+        return f"{self.root}:\n" + "\n".join(notation(part.region) for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Readings:
+    """The same attention read in other ways, where the model copies keys together before it uses them.
+
+    `in_place`: keys and values are read where they were copied from (rolled, gathered, in overlapping windows).
+    `over_tokens`: and the key axis, which counts offsets, is one over tokens under a mask (see `refocus.bands`).
+    """
+
+    in_place: Site | None = None
+    over_tokens: Site | None = None
+
+
+@dataclass(frozen=True)
+class Left:
+    """Attention that was seen and left alone."""
+
+    root: fx.Node
+    normaliser: fx.Node
+    declined: Declined
+
+
+def closed_under_sharing(sites: list[Site]) -> tuple[list[Site], list[tuple[Site, Left]]]:
+    """The sites that remain when scores may be read by nobody but sites: two attentions over the same scores, or over
+    sums of the same products, are both fused, or neither is."""
+    gone: list[tuple[Site, Left]] = []
+    while True:
+        inner = {n for site in sites for n in (*site.interior, site.root)}
+        open_ = [(site, node, user) for site in sites for node, user in site.shared if user not in inner]
+        if not open_:
+            return sites, gone
+        for site, node, user in {id(site): (site, node, user) for site, node, user in reversed(open_)}.values():
+            reason = Declined(f"a score is read elsewhere (by `{op_name(user)}`)", node.name)
+            gone.append((site, Left(site.root, site.normaliser, reason)))
+            sites = [x for x in sites if x is not site]

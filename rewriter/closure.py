@@ -1,0 +1,43 @@
+"""What a site encloses, and whether what it reads is still there when the site reads it."""
+
+from __future__ import annotations
+
+import networkx as nx
+from torch import fx
+
+from refocus.facts import Candidate, Facts
+from refocus.lift import is_tensor, op_name
+from refocus.lift_reductions import CONTRACTIONS
+from refocus.lift_views import SPLITS
+from refocus.patterns.declined import Declined, Stop
+
+
+def interior_of(candidate: Candidate, facts: Facts, visited: set[fx.Node]) -> set[fx.Node]:
+    """Nodes whose value holds scores: from the score products forward to the root."""
+    if candidate.weights < 0:
+        return set()
+    scores = {n for n in visited if op_name(n) in CONTRACTIONS or _sums_product(n)}
+    read = facts.flow.subgraph({*visited, candidate.root})
+    below = nx.ancestors(read, candidate.root)
+    starts = scores & below
+    forward = starts.union(*(nx.descendants(read, start) & below for start in starts))
+    return {n for n in forward if is_tensor(n) or op_name(n) in (*SPLITS, "unbind", "max")}
+
+
+def _sums_product(node: fx.Node) -> bool:
+    source = node.args[0] if node.args else None
+    return op_name(node) == "sum" and isinstance(source, fx.Node) and op_name(source) == "mul"
+
+
+def check_no_writes(facts: Facts, readers: set[fx.Node], root: fx.Node) -> None:
+    """The region reads everything at the root: nothing may have been written since the eager code read it."""
+    first_read: dict[int, int] = {}
+    for reader in readers:
+        for source in reader.all_input_nodes:
+            storage = facts.storage.get(source, -1)
+            if facts.storage[reader] == storage and reader is not root:
+                continue  # a view reads nothing yet
+            first_read[storage] = min(first_read.get(storage, facts.order[reader]), facts.order[reader])
+    for position, storage in facts.writes:
+        if first_read.get(storage, facts.order[root]) < position < facts.order[root]:
+            raise Stop(Declined("a tensor it reads is written in place before it is used"))

@@ -1,0 +1,203 @@
+"""Several products with parts of one softmax, added up: one attention, whose values come from several tensors.
+
+    p = softmax(cat(s, t)); p[.., :n] @ v + p[.., n:] @ w      ->      softmax(cat(s, t)) @ cat(v, w)
+
+Which part of the weights a product takes is read off the views between the two; the values are a conditional load. What
+is added to the weights after the softmax (a learned weight of each offset) makes a product of its own, kept outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import networkx as nx
+from torch import fx
+
+from refocus import simplify as s
+from refocus.facts import Candidate, Facts
+from refocus.ir import Axis, Const, Dot, Expr
+from refocus.lift import Index, Lifter, is_tensor, op_name
+from refocus.lift_joins import clamped
+from refocus.lift_reductions import CONTRACTIONS, operands_at
+from refocus.lift_views import SPLITS, VIEWS
+from refocus.patterns.declined import Declined, Stop
+
+NOTHING: Expr = Const(0.0, "float32")
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A sum whose addends are products with parts of one normaliser's result."""
+
+    root: fx.Node
+    products: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A joint in index notation: `weights` at `index`, over `key`, times `values`; `rest` is added."""
+
+    key: Axis
+    weights: fx.Node
+    index: Index
+    values: Expr
+    rest: Expr
+
+
+def joints(group: list[Candidate], facts: Facts) -> Iterator[Joint]:
+    """Sums that several products of one normaliser flow into: those of most products first, then in graph order."""
+    products = [c for c in group if c.mixes == 0 and op_name(c.root) in CONTRACTIONS]
+    reached: dict[fx.Node, list[Candidate]] = {}
+    for product in products:
+        steps = _sums_and_views(product.root, facts)
+        for node in (n for n in nx.descendants(steps, product.root) if op_name(n) == "add"):
+            reached.setdefault(node, []).append(product)
+    found = [(node, parts) for node, parts in reached.items() if len(parts) > 1]
+    for node, parts in sorted(found, key=lambda x: (-len(x[1]), facts.order[x[0]]))[:_TRIED]:
+        yield Joint(node, tuple(parts))
+
+
+_TRIED = 4
+
+
+def _sums_and_views(start: fx.Node, facts: Facts) -> nx.DiGraph:
+    """What a value flows through on its way, as long as it is only added to, or seen in another shape."""
+    graph: nx.DiGraph = nx.DiGraph()
+    graph.add_node(start)
+    stack = [start]
+    while stack:
+        node = stack.pop()
+        for user in facts.flow.successors(node):
+            if user not in graph and (_is_sum(user) or op_name(user) in VIEWS) and is_tensor(user):
+                stack.append(user)
+            if user in graph or user in stack:
+                graph.add_edge(node, user)
+    return graph
+
+
+def _is_sum(node: fx.Node) -> bool:
+    plain = node.kwargs.get("alpha", 1) in (1, 1.0)
+    return op_name(node) == "add" and plain and all(is_tensor(a) for a in node.args[:2])
+
+
+@dataclass
+class _Probe(Lifter):
+    """Notes where an operation reads, instead of reading there."""
+
+    reads: list[tuple[fx.Node, Index]] = field(default_factory=list)
+
+    def at(self, node: fx.Node, index: object) -> Expr:
+        self.reads.append((node, tuple(index)))  # type: ignore[arg-type]
+        return Const(0.0, "float32")
+
+
+def moved(lifter: Lifter, node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
+    """What an operation that only moves elements reads at a position; None for any other operation."""
+    name = op_name(node)
+    if name == "getitem" and op_name(node.args[0]) not in SPLITS:  # type: ignore[arg-type]
+        return None
+    if name not in VIEWS or node in lifter.known.opaque:
+        return None
+    probe = _Probe(lifter.known)
+    if VIEWS[name](probe, node, index) is None or len(probe.reads) != 1:
+        return None
+    lifter.visited.update((node, *probe.visited))
+    return probe.reads[0]
+
+
+def _addends(lifter: Lifter, node: fx.Node, index: Index, stop: set[fx.Node]) -> Iterator[tuple[fx.Node, Index]]:
+    """The summands of a value at a position, looked at through views; a node of `stop` is not taken apart."""
+    if node not in stop:
+        if _is_sum(node):
+            lifter.visited.add(node)
+            probe = _Probe(lifter.known)
+            for operand in node.args[:2]:
+                probe.broadcast(operand, index)
+            for source, at in probe.reads:
+                yield from _addends(lifter, source, at, stop)
+            return
+        below = moved(lifter, node, index)
+        if below is not None:
+            yield from _addends(lifter, *below, stop)
+            return
+    yield node, index
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One product: its weights are columns `start`, .. of `weights`; `bound` is the axis it sums over."""
+
+    bound: Axis
+    weights: fx.Node
+    index: Index
+    dim: int
+    start: int
+    values: tuple[fx.Node, Index]
+
+    @property
+    def size(self) -> int:
+        assert isinstance(self.bound.size, Const)
+        return int(self.bound.size.value)
+
+
+def lift_joint(joint: Joint, lifter: Lifter, index: Index, after: frozenset[fx.Node]) -> Joined:
+    """Read a sum of products. `after`: what comes after the normaliser. Raises Stop with the reason."""
+    parts: list[_Part] = []
+    rest = NOTHING
+    weighted = {c.root: c.weights for c in joint.products}
+    for node, at in _addends(lifter, joint.root, index, set(weighted)):
+        if node not in weighted:
+            rest = _plus(rest, lifter.leaf(node, at))
+            continue
+        lifter.visited.add(node)
+        reads = operands_at(lifter, node, at)
+        if reads is None or len(reads[1]) != 2 or len(reads[0]) != 1 or not isinstance(reads[0][0].size, Const):
+            raise Stop(Declined("the values are not summed over one key axis", op_name(node)))
+        (bound,), operands = reads
+        weights, values = operands[weighted[node]], operands[1 - weighted[node]]
+        for source, position in _addends(lifter, *weights, set()):
+            if source in after:
+                parts.append(_part(bound, source, position, values))
+                continue
+            rest = _plus(rest, Dot((bound,), lifter.leaf(source, position), lifter.at(*values), "float32"))
+    parts.sort(key=lambda p: p.start)
+    first = parts[0] if parts else None
+    if first is None or len(parts) < 2:
+        raise Stop(Declined("the products take no part of the weights"))
+    end = first.start
+    for part in parts:
+        others = [e for k, e in enumerate(part.index) if k != part.dim]
+        same = part.weights is first.weights and part.dim == first.dim
+        if not same or others != [e for k, e in enumerate(first.index) if k != first.dim] or part.start != end:
+            raise Stop(Declined("the products do not take the weights apart, key by key", part.weights.name))
+        end += part.size
+    key = Axis(f"{joint.root.name}.keys", Const(end - first.start))
+    position = tuple(s.add(key, first.start) if k == first.dim else e for k, e in enumerate(first.index))
+    return Joined(key, first.weights, position, _values(lifter, parts, key), rest)
+
+
+def _plus(rest: Expr, more: Expr) -> Expr:
+    return more if rest == NOTHING else s.call("add", rest, more, dtype="float32")
+
+
+def _part(bound: Axis, weights: fx.Node, index: Index, values: tuple[fx.Node, Index]) -> _Part:
+    dims = [k for k, e in enumerate(index) if bound in e.axes]
+    start = s.sub(index[dims[0]], bound) if len(dims) == 1 else None
+    if not isinstance(start, Const) or not isinstance(bound.size, Const):
+        raise Stop(Declined("the products do not take the weights apart, key by key", weights.name))
+    return _Part(bound, weights, index, dims[0], int(start.value), values)
+
+
+def _values(lifter: Lifter, parts: list[_Part], key: Axis) -> Expr:
+    """The values as one conditional load along the joint key axis."""
+    value: Expr | None = None
+    for part in reversed(parts):
+        begin = part.start - parts[0].start
+        facts = s.assume(s.and_(s.ge(key, begin), s.lt(key, begin + part.size)))
+        local = clamped(s.under(s.sub(key, begin), facts), part.bound.size)
+        node, index = part.values
+        here = lifter.at(node, [s.substitute(e, {part.bound: local}) for e in index])
+        value = here if value is None else s.where(s.lt(key, begin + part.size), here, value)
+    assert value is not None
+    return value

@@ -1,0 +1,40 @@
+"""Where a product with values reads its operands: a contraction, or one that is spelled as multiply and sum."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from refocus.facts import contraction_operands
+from refocus.ir import Axis, Const, Expr
+from refocus.lift import Lifter, op_name
+from refocus.lift_reductions import CONTRACTIONS, operands_at
+from refocus.sizes import shape_of
+
+
+def reads_of(
+    lifter: Lifter, root: fx.Node, index: tuple[Expr, ...]
+) -> tuple[tuple[Axis, ...], list[tuple[fx.Node, tuple[Expr, ...]]]] | None:
+    if op_name(root) in CONTRACTIONS:
+        if op_name(root) in ("baddbmm", "addmm") or (
+            op_name(root) == "linear" and len(root.args) > 2 and root.args[2] is not None
+        ):
+            return None
+        return operands_at(lifter, root, index)
+    # sum(p * v): a contraction spelled as multiply and sum
+    product = root.args[0]
+    dims = root.args[1] if len(root.args) > 1 else None
+    keep = bool(root.args[2]) if len(root.args) > 2 else bool(root.kwargs.get("keepdim", False))
+    assert isinstance(product, fx.Node)
+    shape = shape_of(product)
+    gone = {int(d) % len(shape) for d in ([dims] if isinstance(dims, int) else dims or range(len(shape)))}  # type: ignore[union-attr, arg-type, call-overload]
+    axes = {d: lifter.bound(root, d, shape[d]) for d in sorted(gone)}
+    rest = iter(x for k, x in enumerate(index) if not keep or k not in axes)
+    position = tuple(axes[d] if d in axes else next(rest) for d in range(len(shape)))
+
+    def aligned(node: fx.Node) -> tuple[Expr, ...]:
+        own = shape_of(node)
+        tail = position[len(position) - len(own) :]
+        return tuple(Const(0) if d == Const(1) else x for d, x in zip(own, tail))
+
+    operands = contraction_operands(root)
+    return tuple(axes.values()), [(o, aligned(o)) for o in operands]

@@ -1,0 +1,379 @@
+"""One softmax over keys of several sources, several readings of one product, and what models put around a softmax."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import refocus
+from refocus.testing import check
+
+
+class Attention(nn.Module):
+    """`function` of queries, keys and values (batch, heads, tokens, head_dim) that are drawn with a fixed seed."""
+
+    def __init__(self, function: Callable[..., object]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> object:
+        return self.function(*inputs)
+
+
+def drawn(*keys: int) -> tuple[Tensor, ...]:
+    """Queries (24 of them), then keys and values of each source."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (24, *(n for count in keys for n in (count, count)))
+    return tuple(torch.randn(2, 2, n, 8, generator=generator) for n in sizes)
+
+
+def fuses(function: Callable[..., object], *keys: int, sites: int = 1, more: tuple[Tensor, ...] = ()) -> None:
+    check(Attention(function), (*drawn(*keys), *more), sites=sites, lower=False, gradients=True)
+
+
+def stays(function: Callable[..., object], reason: str, *keys: int, more: tuple[Tensor, ...] = ()) -> None:
+    report = check(Attention(function), (*drawn(*keys), *more), fused=False, lower=False).report
+    assert any(re.search(reason, site.reason) for site in report.sites), report
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.transpose(-1, -2) * 0.3
+
+
+# ---------------------------------------------------------------------------------------------------- joint products
+
+
+def two_parts(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    p = torch.cat((scores(q, k), scores(q, k2)), -1).softmax(-1)
+    return p[..., :10] @ v + p[..., 10:] @ v2
+
+
+def split_and_seen_otherwise(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    p = torch.cat((scores(q, k), scores(q, k2)), -1).softmax(-1)
+    near, far = p.split((10, 7), -1)
+    out = torch.einsum("bhij,bhjd->bihd", near, v) + torch.bmm(far.flatten(0, 1), v2.flatten(0, 1)).unflatten(
+        0, (2, 2)
+    ).transpose(1, 2)
+    return out.flatten(2)
+
+
+def three_in_another_order(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, k3: Tensor, v3: Tensor) -> Tensor:
+    p = torch.cat((scores(q, k3), scores(q, k), scores(q, k2)), -1).softmax(-1)
+    out = p[..., -7:] @ v2
+    out += p[..., 5:15] @ v
+    return out + p[..., :5] @ v3
+
+
+def beside_a_residual(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    p = torch.cat((scores(q, k), scores(q, k2)), -1).softmax(-1)
+    return q + p[..., :10] @ v + p[..., 10:] @ v2
+
+
+def one_column_dropped(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    sink = torch.zeros_like(q[..., :1])
+    p = torch.cat((sink, scores(q, k), scores(q, k2)), -1).softmax(-1)
+    return p[..., 1:11] @ v + p[..., 11:] @ v2
+
+
+def added_after(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    p = torch.cat((scores(q, k), scores(q, k2)), -1).softmax(-1)
+    learned = torch.tanh(q[..., :1]) * torch.arange(10, dtype=q.dtype)
+    return (p[..., :10] + learned) @ v + p[..., 10:] @ v2
+
+
+def causal_within_the_first(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    near = scores(q, k).masked_fill(torch.ones(24, 24).triu(1) > 0, float("-inf"))
+    p = torch.cat((near, scores(q, k2)), -1).softmax(-1)
+    return p[..., :24] @ v + p[..., 24:] @ v2
+
+
+@pytest.mark.parametrize(
+    "function", [two_parts, split_and_seen_otherwise, beside_a_residual, one_column_dropped, added_after]
+)
+def test_products_with_parts_of_the_weights_are_one_attention(function: Callable[..., Tensor]) -> None:
+    fuses(function, 10, 7)
+
+
+def test_three_parts_and_a_mask() -> None:
+    fuses(three_in_another_order, 10, 7, 5)
+    fuses(causal_within_the_first, 24, 7)
+
+
+def the_same_part_twice(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    p = torch.cat((scores(q, k), scores(q, k2)), -1).softmax(-1)
+    return p[..., :7] @ v[:, :, :7] + p[..., :7] @ v2
+
+
+def a_part_left_out(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    p = torch.cat((scores(q, k), scores(q, k2)), -1).softmax(-1)
+    return p[..., :8] @ v[:, :, :8] + p[..., 10:] @ v2
+
+
+def returned_too(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> tuple[Tensor, Tensor]:
+    p = torch.cat((scores(q, k), scores(q, k2)), -1).softmax(-1)
+    return p[..., :10] @ v + p[..., 10:] @ v2, p
+
+
+def rows_exchanged(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    p = torch.cat((scores(q, k), scores(q, k2)), -1).softmax(-1)
+    return p[..., :10] @ v + p.flip(2)[..., 10:] @ v2
+
+
+@pytest.mark.parametrize("function", [the_same_part_twice, a_part_left_out, returned_too, rows_exchanged])
+def test_parts_that_do_not_make_a_whole_stay(function: Callable[..., object]) -> None:
+    stays(function, "", 10, 7)
+
+
+# ---------------------------------------------------------------------------------------------------- merges
+
+
+def parts(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    logits = scores(q, k)
+    return logits.softmax(-1) @ v, logits.logsumexp(-1, keepdim=True)
+
+
+def merged(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    near, a = parts(q, k, v)
+    far, b = parts(q, k2, v2)
+    share = torch.sigmoid(a - b)
+    return share * near + (1 - share) * far
+
+
+def merged_with_a_weight(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    near, a = parts(q, k, v)
+    far, b = parts(q, k2, v2)
+    share = torch.sigmoid(b + 0.7 - a)
+    return near * torch.sigmoid(a - b - 0.7) + far * share
+
+
+def merged_in_groups(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    near, a = parts(*(t.unflatten(2, (4, -1)) for t in (q, k, v)))
+    near, a = near.flatten(2, 3), a.flatten(2, 3)
+    far, b = parts(q, k2, v2)
+    share = torch.sigmoid(a - b)
+    return share * near + (1 - share) * far
+
+
+@pytest.mark.parametrize("function", [merged, merged_with_a_weight, merged_in_groups])
+def test_attentions_merged_by_their_log_sum_exps(function: Callable[..., Tensor]) -> None:
+    fuses(function, 24, 7)
+
+
+def other_shares(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    near, a = parts(q, k, v)
+    far, b = parts(q, k2, v2)
+    share = torch.sigmoid(2 * a - b)
+    return share * near + (1 - share) * far
+
+
+def other_shares_of_the_second(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    near, a = parts(q, k, v)
+    far, b = parts(q, k2, v2)
+    return torch.sigmoid(a - b) * near + torch.sigmoid(b - a + 1) * far
+
+
+def the_wrong_way_round(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    near, a = parts(q, k, v)
+    far, b = parts(q, k2, v2)
+    return torch.sigmoid(b - a) * near + torch.sigmoid(a - b) * far
+
+
+def rows_that_may_be_empty(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    near, a = parts(q, k, v)
+    hidden = torch.arange(7) > torch.arange(24)[:, None] - 5
+    logits = scores(q, k2).masked_fill(hidden, float("-inf"))
+    far, b = logits.softmax(-1) @ v2, logits.logsumexp(-1, keepdim=True)
+    share = torch.sigmoid(a - b)
+    return share * near + (1 - share) * far
+
+
+@pytest.mark.parametrize(
+    "function", [other_shares, other_shares_of_the_second, the_wrong_way_round, rows_that_may_be_empty]
+)
+def test_other_shares_are_no_merge(function: Callable[..., Tensor]) -> None:
+    stays(function, "a score is read elsewhere", 24, 7)
+
+
+# ---------------------------------------------------------------------------------------------------- shared scores
+
+
+def both_ways(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    logits = scores(q, k)
+    return logits.softmax(-1) @ v, logits.transpose(-1, -2).softmax(-1) @ q
+
+
+def test_scores_that_two_attentions_read() -> None:
+    fuses(both_ways, 24, sites=2)
+
+
+def test_scores_that_somebody_else_reads() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        logits = scores(q, k)
+        return logits.softmax(-1) @ v, logits.transpose(-1, -2).softmax(-1) @ q, logits.amax(-1)
+
+    stays(function, "a score is read elsewhere", 24)
+
+
+# ------------------------------------------------------------------------------------------------ after the softmax
+
+
+def keep() -> Tensor:
+    """Rows without any key: the first, and all of one sample."""
+    mask = torch.rand(2, 1, 24, 10, generator=torch.Generator().manual_seed(1)) < 0.4
+    mask[:, :, 0], mask[1, :, 5:9] = False, False
+    return mask
+
+
+def cleaned(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return scores(q, k).masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num() @ v
+
+
+def cleaned_by_where(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    p = scores(q, k).masked_fill(~mask, float("-inf")).softmax(-1)
+    return p.masked_fill(p.isnan(), 0.0) @ v
+
+
+def cleaned_in_vain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """A finite fill: rows without a key are the mean of all values, and there is nothing to clean."""
+    return scores(q, k).masked_fill(~mask, -1e9).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("function", [cleaned, cleaned_by_where])
+def test_rows_without_keys_put_right_after_the_softmax(function: Callable[..., Tensor]) -> None:
+    inputs = (*drawn(10), keep())
+    found = check(Attention(function), inputs, sites=1, lower=False)
+    assert "empty row  = 0" in str(found.report)
+    assert not bool(function(*inputs).isnan().any())
+    with torch.no_grad():
+        got = refocus.testing.rewritten(Attention(function), engine="tiled")(*inputs)
+    assert not bool(got.isnan().any()) and bool((got[:, :, 0] == 0).all())
+
+
+def test_an_added_mask_may_hold_infinities_of_its_own() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return (scores(q, k) + mask).softmax(-1).nan_to_num() @ v
+
+    added = torch.zeros(2, 1, 24, 10).masked_fill(~keep(), float("-inf"))
+    stays(function, "not plain which these are", 10, more=(added,))
+
+
+def test_cleaning_with_another_number_stays() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return scores(q, k).masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num(nan=0.1) @ v
+
+    stays(function, "", 10, more=(keep(),))
+
+
+def test_finite_fills_need_no_cleaning() -> None:
+    fuses(cleaned_in_vain, 10, more=(keep(),))
+
+
+def blended(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    gate = torch.sigmoid(q.mean((2, 3), keepdim=True))
+    attn = gate * scores(q, k).softmax(-1) + 0.7 * table.softmax(-1)
+    return (attn / attn.sum(-1, keepdim=True)) @ v
+
+
+def two_products_blended(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    attn = 0.3 * scores(q, k).softmax(-1) + 2.0 * scores(k[..., :1, :] + q, k).softmax(-1)
+    return (attn / attn.sum(-1, keepdim=True)) @ v
+
+
+def a_bias_after_the_softmax(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    return (scores(q, k).softmax(-1) + table) @ v
+
+
+@pytest.mark.parametrize("function", [blended, two_products_blended, a_bias_after_the_softmax])
+def test_blends(function: Callable[..., Tensor]) -> None:
+    fuses(function, 10, more=(torch.randn(2, 24, 10, generator=torch.Generator().manual_seed(2)),))
+
+
+def test_a_division_by_another_sum_is_none_by_one() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        attn = scores(q, k).softmax(-1) + table.softmax(-1)
+        return (attn / attn.square().sum(-1, keepdim=True)) @ v
+
+    stays(function, "", 10, more=(torch.randn(2, 24, 10),))
+
+
+# ---------------------------------------------------------------------------------------------------- keys and blanks
+
+
+def rows_and_columns(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Keys in two axes, which the values are summed over together."""
+    k, v = k.unflatten(2, (3, 4)), v.unflatten(2, (3, 4))
+    attn = torch.einsum("bhid,bhyxd->bhiyx", q, k).flatten(-2).softmax(-1).unflatten(-1, (3, 4))
+    return torch.einsum("bhiyx,bhyxd->bhid", attn, v)
+
+
+def only_columns(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A softmax over one of the two axes, summed over both."""
+    k, v = k.unflatten(2, (3, 4)), v.unflatten(2, (3, 4))
+    attn = torch.einsum("bhid,bhyxd->bhiyx", q, k).softmax(-1)
+    return torch.einsum("bhiyx,bhyxd->bhid", attn, v)
+
+
+def test_keys_in_two_axes() -> None:
+    fuses(rows_and_columns, 12)
+    stays(only_columns, "", 12)
+
+
+def products_by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """No matrix anywhere."""
+    weights = (q[:, :, 0, None] * k).sum(-1).softmax(-1)
+    return (weights[..., None] * v).sum(2)
+
+
+def test_products_by_hand_of_inputs() -> None:
+    fuses(products_by_hand, 12)
+
+
+@pytest.mark.parametrize("blank", [torch.zeros_like, lambda x: x.new_zeros(x.shape), lambda x: torch.full_like(x, 0.0)])
+def test_a_mask_made_in_the_image_of_the_scores_reads_none(blank: Callable[[Tensor], Tensor]) -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor) -> Tensor:
+        logits = scores(q, k)
+        mask = blank(logits).scatter(-1, chosen, 1.0)
+        return logits.masked_fill(mask == 0, float("-inf")).softmax(-1) @ v
+
+    chosen = torch.randint(0, 10, (2, 2, 24, 3), generator=torch.Generator().manual_seed(3))
+    fuses(function, 10, more=(chosen,))
+
+
+def test_a_softmax_of_one_number_is_no_attention() -> None:
+    report = refocus.explain(Attention(lambda q, k, v: scores(q, k).softmax(-1) @ v), *drawn(1), engine="tiled")
+    assert not report.sites
+
+
+def test_a_map_that_nobody_reads() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        attn = scores(q, k).softmax(-1)
+        shown = torch.zeros(2, 2, 24, 20)
+        shown[..., :10] = attn
+        shown.view(2, 2, 24, 2, 10)[:, :, :, 1].copy_(attn)
+        return attn @ v
+
+    fuses(function, 10)
+
+
+def test_a_map_that_is_read() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        attn = scores(q, k).softmax(-1)
+        shown = torch.zeros(2, 2, 24, 20)
+        shown[..., :10] = attn
+        return attn @ v, shown.amax(-1)
+
+    stays(function, "the probabilities are read elsewhere", 10)
+
+
+def test_a_copy_into_the_whole_of_a_tensor_has_a_derivative() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys = torch.empty(2, 2, 10, 8, dtype=torch.float64)
+        keys[:] = k * 2
+        keys[:] = keys.flip(-1).to(k.dtype)
+        return scores(q, keys.to(q.dtype)).softmax(-1) @ v
+
+    fuses(function, 10)
