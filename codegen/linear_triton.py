@@ -1,0 +1,211 @@
+"""The `triton` engine for linear attention: which kernels a call takes, and the memory between them.
+
+    forward     gate_sums, chunk_states, chunk_outputs
+    backward    the same states again, chunk_states_backward, and one kernel for each gradient
+
+The contract is that of `refocus.codegen.linear_form`. Between kernels, beside the results, live one state for each
+chunk (float32), and with gates for each channel one score for each step and step of its chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from refocus.codegen import chunk_backward, chunk_forward, chunk_states
+from refocus.codegen.chunk_kernel import SMALLEST, ChunkKernel, ChunkWriter, Setting, dtype_name, empty
+from refocus.codegen.flash_fit import OUT_DTYPES, padded
+from refocus.codegen.linear_form import Grads, LinearForm
+from refocus.codegen.triton_engine import available
+from refocus.errors import EngineUnavailable
+
+WIDEST = 256  # features or values that a kernel holds
+MOST_SEGMENTS = 16
+Result = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def supports(form: LinearForm, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None = None) -> str | None:
+    """Why there are no kernels for this call; None where there are."""
+    if not form.causal:
+        return "without an order the form is two products of matrices"
+    if form.erase and form.gate == "channel":
+        return "there are no kernels of the delta rule with gates for each channel"
+    for name, x in (("q", q), ("k", k), ("v", v), ("gate", gate)):
+        if x is not None and dtype_name(x) not in OUT_DTYPES:
+            return f"{name} is {dtype_name(x)}"
+    if not 0 < min(q.shape[2], v.shape[2]) <= max(q.shape[2], v.shape[2]) <= WIDEST:
+        return f"the state is {q.shape[2]} by {v.shape[2]}; the kernels hold {WIDEST} by {WIDEST} at most"
+    return None
+
+
+def default_chunk(form: LinearForm, d: int, e: int, dtype: torch.dtype) -> int:
+    """Steps that a chunk has where nothing asks for another number."""
+    return 64 if dtype in (torch.float16, torch.bfloat16) else 32
+
+
+def forward(
+    form: LinearForm, chunk: int, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None = None,
+    erase: Tensor | None = None, initial: Tensor | None = None,
+) -> Result:  # fmt: skip
+    """See `refocus.codegen.linear_form`. Raises `EngineUnavailable`."""
+    call = _Call.of(form, chunk, q, k, v, gate, erase, initial)
+    final = empty(q, *call.state_shape) if form.final else None
+    buffers = call.states(call.setting(), {"final": final})
+    out, sums = call.outputs(buffers, v)
+    return out, sums, final
+
+
+def backward(
+    form: LinearForm, chunk: int, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, erase: Tensor | None,
+    initial: Tensor | None, grads: Grads,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """See `refocus.codegen.linear_form`. Each gradient has its tensor's dtype. Raises `EngineUnavailable`."""
+    grad, grad_sums, grad_final = grads
+    # What nothing flows back into need not be computed again.
+    sums = form.sums and grad_sums is not None
+    call = _Call.of(replace(form, sums=sums, final=False), chunk, q, k, v, gate, erase, initial)
+    call = call.receiving(grad, grad_sums if sums else None, grad_final)
+    return call.gradients()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call: its form, and its tensors by name."""
+
+    form: LinearForm
+    chunk: int
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, form: LinearForm, chunk: int, *given: Tensor | None) -> _Call:
+        tensors = {name: x for name, x in zip(("q", "k", "v", "gate", "erase", "initial"), given) if x is not None}
+        reason = available(tensors["q"].device)
+        reason = reason or supports(form, tensors["q"], tensors["k"], tensors["v"], tensors.get("gate"))
+        if chunk < SMALLEST or chunk & (chunk - 1):
+            reason = f"chunks of {chunk}, which must be a power of two from {SMALLEST} on"
+        if reason is not None:
+            raise EngineUnavailable("the triton engine cannot run this", got=reason, todo="use engine='tiled'")
+        if "initial" in tensors:
+            tensors["initial"] = tensors["initial"].to(torch.float32).contiguous()
+        return cls(form, chunk, tensors)
+
+    def receiving(self, grad: Tensor | None, grad_sums: Tensor | None, grad_final: Tensor | None) -> _Call:
+        """With what flows back into the results. The form's `final` then tells whether anything flows into the state."""
+        q, v = self.tensors["q"], self.tensors["v"]
+        more = {"grad": v.new_zeros(1, 1, 1).expand(*q.shape[:2], v.shape[2]) if grad is None else grad}
+        if grad_sums is not None:
+            more["grad_sums"] = grad_sums
+        if grad_final is not None:
+            more["grad_final"] = grad_final.to(torch.float32).contiguous()
+        form = replace(self.form, final=grad_final is not None)
+        return _Call(form, self.chunk, self.tensors | more)
+
+    # ---------------------------------------------------------------------------------------------------------- sizes
+
+    @property
+    def length(self) -> int:
+        return self.tensors["k"].shape[1]
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.length // self.chunk)
+
+    @property
+    def key_heads(self) -> int:
+        return self.tensors["k"].shape[0]
+
+    @property
+    def share(self) -> int:
+        return self.tensors["q"].shape[0] // max(self.key_heads, 1) or 1
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        return self.key_heads, self.tensors["k"].shape[2], self.tensors["v"].shape[2]
+
+    def setting(self, form: LinearForm | None = None, **dtypes: torch.dtype) -> Setting:
+        named = {name: dtype_name(x) for name, x in self.tensors.items()}
+        named |= {name: str(x).removeprefix("torch.") for name, x in dtypes.items()}
+        _, d, e = self.state_shape
+        return Setting(form or self.form, self.chunk, d, e, self.share, tuple(sorted(named.items())))
+
+    def run(self, kernel: ChunkKernel, grid: tuple[int, ...], buffers: dict[str, Tensor], **sizes: int) -> None:
+        kernel.run(grid, self.tensors | buffers, {"length": self.length, **sizes})
+
+    # -------------------------------------------------------------------------------------------------------- forward
+
+    def gate_sums(self, setting: Setting) -> dict[str, Tensor]:
+        if setting.form.gate == "none":
+            return {}
+        heads, d, _ = self.state_shape
+        channels = (d,) if setting.form.gate == "channel" else ()
+        buffers = {"cum": empty(self.tensors["q"], heads, self.chunks * self.chunk, *channels)}
+        tiles = tiles_of(setting)[0] if channels else 1
+        self.run(chunk_states.gate_sums(setting), (heads * self.chunks, tiles), buffers)
+        return buffers
+
+    def states(self, setting: Setting, more: dict[str, Tensor | None]) -> dict[str, Tensor]:
+        """The gates' sums and the states at the start of each chunk; the final state goes where `more` has it."""
+        buffers = self.gate_sums(setting) | {name: x for name, x in more.items() if x is not None}
+        heads, d, e = self.state_shape
+        buffers["states"] = empty(self.tensors["q"], heads, self.chunks, d, e)
+        if setting.form.sums:
+            buffers["totals"] = empty(self.tensors["q"], heads, self.chunks, d)
+        tiles = tiles_of(setting)
+        self.run(chunk_states.states(setting), (heads, tiles[0] * tiles[1]), buffers)
+        return buffers
+
+    def outputs(self, buffers: dict[str, Tensor], v: Tensor) -> tuple[Tensor, Tensor | None]:
+        q = self.tensors["q"]
+        setting = self.setting(out=v.dtype)
+        buffers["out"] = empty(q, *q.shape[:2], v.shape[2], dtype=v.dtype)
+        if self.form.sums:
+            buffers["sums"] = empty(q, *q.shape[:2])
+        grid = (q.shape[0] * self.chunks, tiles_of(setting)[1])
+        self.run(chunk_forward.outputs(setting), grid, buffers)
+        return buffers["out"], buffers.get("sums")
+
+    # ------------------------------------------------------------------------------------------------------- backward
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        t, form = self.tensors, self.form
+        buffers = self.states(self.setting(replace(form, final=False)), {})
+        grad_initial = empty(t["q"], *self.state_shape) if form.initial else None
+        buffers |= self.states_backward(buffers, grad_initial)
+        results = {f"grad_{name}": torch.empty(t[name].shape, dtype=t[name].dtype, device=t[name].device) for name in "qkv"}
+        buffers |= results
+        setting = self.setting(**{name: x.dtype for name, x in results.items()})
+        tiles = tiles_of(setting)
+        if form.gate != "none":
+            heads, n = self.key_heads, self.length
+            buffers["rows"] = empty(t["q"], t["q"].shape[0], n)
+            buffers["columns"], buffers["after"] = (empty(t["q"], heads, tiles[0], n) for _ in range(2))
+            buffers["grad_gate"] = empty(t["q"], heads, n)
+        chunks = self.key_heads * self.chunks
+        self.run(chunk_backward.queries(setting), (chunks * self.share,), buffers)
+        self.run(chunk_backward.keys(setting), (chunks, tiles[0]), buffers)
+        self.run(chunk_backward.values(setting), (chunks, tiles[1]), buffers)
+        grad_gate = None
+        if form.gate != "none":
+            self.run(chunk_backward.gates(setting), (chunks,), buffers)
+            grad_gate = buffers["grad_gate"].to(t["gate"].dtype)
+        return (*results.values(), grad_gate, None, grad_initial)
+
+    def states_backward(self, buffers: dict[str, Tensor], grad_initial: Tensor | None) -> dict[str, Tensor]:
+        setting = self.setting()
+        heads, d, e = self.state_shape
+        found = {"grad_states": empty(self.tensors["q"], heads, self.chunks, d, e)}
+        if setting.form.sums:
+            found["grad_totals"] = empty(self.tensors["q"], heads, self.chunks, d)
+        if grad_initial is not None:
+            found["grad_initial"] = grad_initial
+        tiles = tiles_of(setting)
+        self.run(chunk_states.states_backward(setting), (heads, tiles[0] * tiles[1]), buffers | found)
+        return found
+
+
+def tiles_of(setting: Setting) -> tuple[int, int]:
+    """How many tiles the features and the values of a state make."""
+    w = ChunkWriter(setting, "", "")
+    return w.blocks_d, w.blocks_e
