@@ -72,7 +72,7 @@ def queries(setting: Setting) -> ChunkKernel:
         w.tile(loop, "query", "q", "d")
         loop.line("rows += tl.sum(acc * query, 1)")
         body.line("tl.store(rows_ptr + head * length + start + t, rows, mask=inside)")
-    return w.finish(4, 2 if setting.narrow else 1)
+    return w.finish()
 
 
 @lru_cache(maxsize=256)
@@ -118,25 +118,26 @@ def keys(setting: Setting, inflow: bool = True) -> ChunkKernel:
     w.base(shared, "grad", True)
     if form.sums:
         load_grad_sums(w, shared)
-    _pairs(w, shared)
+    _pairs(w, shared, inflow and w.blocks_e == 1)
     w.tile(shared, "query", "q", "d")
     shared.line(f"acc = {w.dot('tl.trans(pairs)', 'query', 'acc')}")
     w.put_tile(body, "grad_k", "acc + after" if inflow else "acc", "d", w.key_head)
     if w.gated:
         w.tile(body, "key", "k", "d")
-        at = f"{w.key_head} * BLOCKS_D + tl.program_id(1)" if w.blocks_d > 1 else w.key_head
+        at = f"({w.key_head} * BLOCKS_D + tl.program_id(1))" if w.blocks_d > 1 else w.key_head
         for name in ("columns", "after") if inflow else ("columns",):
             text = f"tl.sum({'acc' if name == 'columns' else 'after'} * key, 1)"
-            body.line(f"tl.store({name}_ptr + ({at}) * length + start + t, {text}, mask=inside)")
-    return w.finish(4, 2 if setting.narrow else 1)
+            body.line(f"tl.store({name}_ptr + {at} * length + start + t, {text}, mask=inside)")
+    return w.finish()
 
 
-def _pairs(w: ChunkWriter, block: Block) -> None:
+def _pairs(w: ChunkWriter, block: Block, has_value: bool = False) -> None:
     """What flows back into the scores of pairs, with their decay, as an operand of a product."""
     block.line("pairs = tl.zeros([CHUNK, CHUNK], tl.float32)")
     loop = w.lanes(block, "e")
     w.tile(loop, "grad", "grad", "e")
-    w.tile(loop, "value", "v", "e")
+    if not has_value:
+        w.tile(loop, "value", "v", "e")
     loop.line(f"pairs = {w.dot('grad', 'tl.trans(value)', 'pairs')}")
     if w.form.sums:
         block.line("pairs += grad_sums[:, None]")
@@ -192,7 +193,7 @@ def values(setting: Setting, inflow: bool = True) -> ChunkKernel:
     scores = w.narrow("scores")
     shared.line(f"acc = {w.dot(f'tl.trans({scores})', 'grad', 'acc')}")
     w.put_tile(body, "grad_v", "acc", "e", w.key_head)
-    return w.finish(4, 2 if setting.narrow else 1)
+    return w.finish()
 
 
 @lru_cache(maxsize=256)
@@ -214,8 +215,9 @@ def gates(setting: Setting) -> ChunkKernel:
     body.line("after = tl.zeros([CHUNK], tl.float32)")
     shared = w.sharing(body)
     shared.line("flow += tl.load(rows_ptr + head * length + start + t, mask=inside, other=0.0)")
-    tiles = body.nested("for tile in range(0, BLOCKS_D):") if w.blocks_d > 1 else body
-    at = f"({w.key_head} * BLOCKS_D + tile)" if w.blocks_d > 1 else w.key_head
+    count = keys(setting).tiles[0]
+    tiles = body.nested(f"for tile in range(0, {count}):") if count > 1 else body
+    at = f"({w.key_head} * {count} + tile)" if count > 1 else w.key_head
     tiles.line(f"flow -= tl.load(columns_ptr + {at} * length + start + t, mask=inside, other=0.0)")
     tiles.line(f"after += tl.load(after_ptr + {at} * length + start + t, mask=inside, other=0.0)")
     body.line("across = tl.zeros([BLOCK_D], tl.float32)")
@@ -233,4 +235,4 @@ def gates(setting: Setting) -> ChunkKernel:
     body.line("flow += tl.sum(tl.where(t[None, :] < t[:, None], after[None, :], 0.0), 1)")
     body.line("flow += tl.exp(last) * tl.sum(across, 0)")
     body.line(f"tl.store(grad_gate_ptr + {w.key_head} * length + start + t, flow, mask=inside)")
-    return w.finish(4, 1)
+    return w.finish()

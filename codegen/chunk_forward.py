@@ -59,7 +59,7 @@ def outputs(setting: Setting) -> ChunkKernel:
         # Programs of other values have them, too.
         block = body.nested("if tl.program_id(1) == 0:") if w.blocks_e > 1 else body
         block.line("tl.store(sums_ptr + head * length + start + t, sums, mask=inside)")
-    return w.finish(4, 2 if setting.narrow else 1)
+    return w.finish()
 
 
 def _from_state(w: ChunkWriter, loop: Block) -> None:

@@ -43,7 +43,7 @@ def gate_sums(setting: Setting) -> ChunkKernel:
     else:
         body.line("gate = tl.load(gate_base + t * gate_stride_1, mask=inside, other=0.0).to(tl.float32)")
         body.line("tl.store(cum_ptr + place * CHUNK + t, tl.cumsum(tl.maximum(gate, -104.0), 0))")
-    return w.finish(4 if w.by_channel else 1, 1)
+    return w.finish()
 
 
 @lru_cache(maxsize=256)
@@ -114,7 +114,7 @@ class _States:
         self._decay(loop)
         self._add(w.sharing(loop) if self.of_queries else loop)
         self._end(slot)
-        return w.finish(4, 2 if w.setting.narrow else 1)
+        return w.finish()
 
     def _arguments(self) -> None:
         w, sums = self.w, self.form.sums
@@ -164,7 +164,9 @@ class _States:
         w.tile(block, "key", "k", "d")
         w.tile(block, "value", "v", "e")
         if w.gated:
-            block.line(f"key = key * {'tl.exp(last[None, :] - cum)' if w.by_channel else 'tl.exp(last - cum)[:, None]'}")
+            block.line(
+                f"key = key * {'tl.exp(last[None, :] - cum)' if w.by_channel else 'tl.exp(last - cum)[:, None]'}"
+            )
         if self.form.sums:
             block.line(f"total += tl.sum({'key' if w.gated else 'key.to(tl.float32)'}, 0)")
         key = w.narrow("key") if w.gated else "key"

@@ -9,14 +9,16 @@ chunk (float32), and with gates for each channel one score for each step and ste
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
 
 from refocus.codegen import chunk_backward, chunk_forward, chunk_states
-from refocus.codegen.chunk_kernel import SMALLEST, ChunkKernel, ChunkWriter, Setting, dtype_name, empty
-from refocus.codegen.flash_fit import OUT_DTYPES, padded
+from refocus.codegen.chunk_kernel import SMALLEST, ChunkKernel, Setting, dtype_name, empty
+from refocus.codegen.flash_fit import OUT_DTYPES
 from refocus.codegen.linear_form import Grads, LinearForm
 from refocus.codegen.triton_engine import available
 from refocus.errors import EngineUnavailable
@@ -71,6 +73,42 @@ def backward(
 
 
 @dataclass(frozen=True)
+class Scan:
+    """A pass through the chunks: its kernel, by part, how it calls the totals, the state it starts from, and where the
+    last one goes."""
+
+    kernel: Callable[[Setting, str], ChunkKernel]
+    totals: str
+    start: Tensor | None
+    end: Tensor | None
+    forward: bool = True
+
+
+def segments_of(device: torch.device, programs: int, chunks: int) -> int:
+    """Into how many segments a sequence is cut: enough for two programs on each processor, of eight chunks at least."""
+    if device.type != "cuda":
+        return 1
+    wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(wanted // max(programs, 1), chunks // 8, MOST_SEGMENTS))
+
+
+def _carried(
+    ends: Tensor, forgotten: Tensor | None, start: Tensor | None, order: Iterable[int]
+) -> tuple[Tensor, Tensor]:
+    """What is carried into each segment (segments, heads, ...), and out of the last, from what each adds."""
+    carried = torch.empty_like(ends)
+    state = torch.zeros_like(ends[0]) if start is None else start
+    for segment in order:
+        carried[segment] = state
+        if forgotten is None:
+            state = state + ends[segment]
+        else:
+            decay = forgotten[segment].exp()
+            state = torch.addcmul(ends[segment], state, decay[(...,) + (None,) * (state.dim() - decay.dim())])
+    return carried, state
+
+
+@dataclass(frozen=True)
 class _Call:
     """One call: its form, and its tensors by name."""
 
@@ -81,6 +119,11 @@ class _Call:
     @classmethod
     def of(cls, form: LinearForm, chunk: int, *given: Tensor | None) -> _Call:
         tensors = {name: x for name, x in zip(("q", "k", "v", "gate", "erase", "initial"), given) if x is not None}
+        assert [name in tensors for name in ("gate", "erase", "initial")] == [
+            form.gate != "none",
+            form.erase,
+            form.initial,
+        ]
         reason = available(tensors["q"].device)
         reason = reason or supports(form, tensors["q"], tensors["k"], tensors["v"], tensors.get("gate"))
         if chunk < SMALLEST or chunk & (chunk - 1):
@@ -92,7 +135,7 @@ class _Call:
         return cls(form, chunk, tensors)
 
     def receiving(self, grad: Tensor | None, grad_sums: Tensor | None, grad_final: Tensor | None) -> _Call:
-        """With what flows back into the results. The form's `final` then tells whether anything flows into the state."""
+        """With what flows back into the results. The form's `final` then says whether anything does into the state."""
         q, v = self.tensors["q"], self.tensors["v"]
         more = {"grad": v.new_zeros(1, 1, 1).expand(*q.shape[:2], v.shape[2]) if grad is None else grad}
         if grad_sums is not None:
@@ -141,8 +184,8 @@ class _Call:
         heads, d, _ = self.state_shape
         channels = (d,) if setting.form.gate == "channel" else ()
         buffers = {"cum": empty(self.tensors["q"], heads, self.chunks * self.chunk, *channels)}
-        tiles = tiles_of(setting)[0] if channels else 1
-        self.run(chunk_states.gate_sums(setting), (heads * self.chunks, tiles), buffers)
+        kernel = chunk_states.gate_sums(setting)
+        self.run(kernel, (heads * self.chunks, kernel.tiles[0] if channels else 1), buffers)
         return buffers
 
     def states(self, setting: Setting, more: dict[str, Tensor | None]) -> dict[str, Tensor]:
@@ -152,9 +195,39 @@ class _Call:
         buffers["states"] = empty(self.tensors["q"], heads, self.chunks, d, e)
         if setting.form.sums:
             buffers["totals"] = empty(self.tensors["q"], heads, self.chunks, d)
-        tiles = tiles_of(setting)
-        self.run(chunk_states.states(setting), (heads, tiles[0] * tiles[1]), buffers)
+        self.scan(
+            setting, buffers, Scan(chunk_states.states, "totals", self.tensors.get("initial"), buffers.get("final"))
+        )
         return buffers
+
+    def scan(self, setting: Setting, buffers: dict[str, Tensor], scan: Scan) -> None:
+        """Go through the chunks; where heads are few, in several segments of the sequence at once."""
+        heads, d, e = self.state_shape
+        whole = scan.kernel(setting, "whole")
+        tiles = prod(whole.tiles)
+        wanted = segments_of(self.tensors["q"].device, heads * tiles, self.chunks)
+        per_segment = -(-self.chunks // max(wanted, 1))
+        if wanted <= 1 or self.chunks <= per_segment:
+            self.run(whole, (heads, tiles), buffers)
+            return
+        segments = -(-self.chunks // per_segment)
+        grid, like = (heads, tiles, segments), self.tensors["q"]
+        ends, forgotten = empty(like, segments, heads, d, e), None
+        more = {"ends": ends}
+        if setting.form.gate != "none":
+            forgotten = empty(like, segments, heads, *((d,) if setting.form.gate == "channel" else ()))
+            more["forgotten"] = forgotten
+        if setting.form.sums:
+            totals = more[scan.totals] = empty(like, segments, heads, d)
+        self.run(scan.kernel(setting, "ends"), grid, buffers | more, per_segment=per_segment)
+        order = range(segments) if scan.forward else range(segments - 1, -1, -1)
+        carried, last = _carried(ends, forgotten, scan.start, order)
+        if scan.end is not None:
+            scan.end.copy_(last)
+        more = {"carried": carried}
+        if setting.form.sums:
+            more[f"{scan.totals}_carried"] = _carried(totals, forgotten, None, order)[0]
+        self.run(scan.kernel(setting, "carried"), grid, buffers | more, per_segment=per_segment)
 
     def outputs(self, buffers: dict[str, Tensor], v: Tensor) -> tuple[Tensor, Tensor | None]:
         q = self.tensors["q"]
@@ -162,8 +235,8 @@ class _Call:
         buffers["out"] = empty(q, *q.shape[:2], v.shape[2], dtype=v.dtype)
         if self.form.sums:
             buffers["sums"] = empty(q, *q.shape[:2])
-        grid = (q.shape[0] * self.chunks, tiles_of(setting)[1])
-        self.run(chunk_forward.outputs(setting), grid, buffers)
+        kernel = chunk_forward.outputs(setting)
+        self.run(kernel, (q.shape[0] * self.chunks, kernel.tiles[1]), buffers)
         return buffers["out"], buffers.get("sums")
 
     # ------------------------------------------------------------------------------------------------------- backward
@@ -173,19 +246,23 @@ class _Call:
         buffers = self.states(self.setting(replace(form, final=False)), {})
         grad_initial = empty(t["q"], *self.state_shape) if form.initial else None
         buffers |= self.states_backward(buffers, grad_initial)
-        results = {f"grad_{name}": torch.empty(t[name].shape, dtype=t[name].dtype, device=t[name].device) for name in "qkv"}
+        results = {
+            f"grad_{name}": torch.empty(t[name].shape, dtype=t[name].dtype, device=t[name].device) for name in "qkv"
+        }
         buffers |= results
         setting = self.setting(**{name: x.dtype for name, x in results.items()})
-        tiles = tiles_of(setting)
+        queries, keys, values = (
+            f(setting) for f in (chunk_backward.queries, chunk_backward.keys, chunk_backward.values)
+        )
         if form.gate != "none":
             heads, n = self.key_heads, self.length
             buffers["rows"] = empty(t["q"], t["q"].shape[0], n)
-            buffers["columns"], buffers["after"] = (empty(t["q"], heads, tiles[0], n) for _ in range(2))
+            buffers["columns"], buffers["after"] = (empty(t["q"], heads, keys.tiles[0], n) for _ in range(2))
             buffers["grad_gate"] = empty(t["q"], heads, n)
         chunks = self.key_heads * self.chunks
-        self.run(chunk_backward.queries(setting), (chunks * self.share,), buffers)
-        self.run(chunk_backward.keys(setting), (chunks, tiles[0]), buffers)
-        self.run(chunk_backward.values(setting), (chunks, tiles[1]), buffers)
+        self.run(queries, (chunks * self.share,), buffers)
+        self.run(keys, (chunks, keys.tiles[0]), buffers)
+        self.run(values, (chunks, values.tiles[1]), buffers)
         grad_gate = None
         if form.gate != "none":
             self.run(chunk_backward.gates(setting), (chunks,), buffers)
@@ -200,12 +277,7 @@ class _Call:
             found["grad_totals"] = empty(self.tensors["q"], heads, self.chunks, d)
         if grad_initial is not None:
             found["grad_initial"] = grad_initial
-        tiles = tiles_of(setting)
-        self.run(chunk_states.states_backward(setting), (heads, tiles[0] * tiles[1]), buffers | found)
+        start = self.tensors.get("grad_final")
+        scan = Scan(chunk_states.states_backward, "grad_totals", start, grad_initial, forward=False)
+        self.scan(setting, buffers | found, scan)
         return found
-
-
-def tiles_of(setting: Setting) -> tuple[int, int]:
-    """How many tiles the features and the values of a state make."""
-    w = ChunkWriter(setting, "", "")
-    return w.blocks_d, w.blocks_e
