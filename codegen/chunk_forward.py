@@ -78,6 +78,7 @@ def _from_state(w: ChunkWriter, loop: Block) -> None:
 
 
 def load_scores(w: ChunkWriter, block: Block, name: str) -> None:
-    """A tile [query, key] of the pairs of a chunk, from a buffer (query heads, length, CHUNK)."""
+    """The pairs of a chunk [query, key] that are seen, from a buffer (query heads, length, CHUNK)."""
+    w.seen(block)
     address = f"{name}_ptr + (head * length + start + t[:, None]) * CHUNK + t[None, :]"
-    block.line(f"{name} = tl.load({address}, mask=inside[:, None], other=0.0)")
+    block.line(f"{name} = tl.load({address}, mask=seen & inside[:, None], other=0.0)")

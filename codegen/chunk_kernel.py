@@ -71,10 +71,11 @@ class Schedule:
 # Products of float32 run without tensor cores, which takes more registers.
 _NARROW = Schedule(64, 4, 2)
 _FLOAT32 = Schedule(32, 8, 1)
-_NARROW_KERNELS = {"gate_sums": Schedule(64, 1, 1), "gates_backward": Schedule(32, 4, 1)}
+_STEP = Schedule(32, 4, 1)
+_NARROW_KERNELS = {"gate_sums": Schedule(64, 1, 1), "gates_backward": Schedule(32, 4, 1), "linear_step": _STEP}
 # With one tile of features and values there are no loops to load in, and everything is in registers at once.
 _NARROW_SINGLE = {"keys_backward": Schedule(32, 4, 2), "values_backward": Schedule(32, 4, 2)}
-_FLOAT32_KERNELS = {"gate_sums": Schedule(32, 1, 1), "gates_backward": Schedule(32, 4, 1)}
+_FLOAT32_KERNELS = {"gate_sums": Schedule(32, 1, 1), "gates_backward": Schedule(32, 4, 1), "linear_step": _STEP}
 
 
 def schedule(setting: Setting, name: str) -> Schedule:
@@ -208,7 +209,7 @@ class ChunkWriter:
 
     # ------------------------------------------------------------------------------------------------ where one stands
 
-    def stand(self, of_queries: bool, note: str) -> None:
+    def stand(self, of_queries: bool, note: str, steps: str = "tl.arange(0, CHUNK)") -> None:
         """One program for each chunk of each head, of queries or of keys; `place` numbers chunks of keys."""
         body, share = self.body, self.setting.share
         self.size("length")
@@ -221,7 +222,9 @@ class ChunkWriter:
             body.line("key_head = head // SHARE")
         body.line(f"place = {self.key_head} * chunks + chunk")
         body.line("start = chunk.to(tl.int64) * CHUNK")
-        body.line("t = tl.arange(0, CHUNK)")
+        if "block" in steps:
+            body.line("block = tl.program_id(1)")
+        body.line(f"t = {steps}")
         body.line("inside = t < length - start")
 
     def sharing(self, block: Block) -> Block:
@@ -270,8 +273,8 @@ class ChunkWriter:
         return " & ".join(parts)
 
     def _condition(self, lane: str, rows: str) -> str:
-        if lane == "t":
-            return rows
+        if lane in ("t", ""):
+            return rows if lane else ""
         width, block = (self.setting.d, self.block_d) if lane == "d" else (self.setting.e, self.block_e)
         return f"{lane} < {lane.upper()}" if width % block else ""
 

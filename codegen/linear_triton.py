@@ -16,7 +16,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from refocus.codegen import chunk_backward, chunk_forward, chunk_states
+from refocus.codegen import chunk_backward, chunk_channels, chunk_forward, chunk_states, chunk_step
 from refocus.codegen.chunk_kernel import SMALLEST, ChunkKernel, Setting, dtype_name, empty
 from refocus.codegen.flash_fit import OUT_DTYPES
 from refocus.codegen.linear_form import Grads, LinearForm
@@ -54,6 +54,8 @@ def forward(
     """See `refocus.codegen.linear_form`. Raises `EngineUnavailable`."""
     call = _Call.of(form, chunk, q, k, v, gate, erase, initial)
     final = empty(q, *call.state_shape) if form.final else None
+    if call.length == 1:
+        return *call.step(final, v), final
     buffers = call.states(call.setting(), {"final": final})
     out, sums = call.outputs(buffers, v)
     return out, sums, final
@@ -235,8 +237,27 @@ class _Call:
         buffers["out"] = empty(q, *q.shape[:2], v.shape[2], dtype=v.dtype)
         if self.form.sums:
             buffers["sums"] = empty(q, *q.shape[:2])
+        if self.form.gate == "channel":
+            buffers |= self.channel_scores(setting, buffers)
         kernel = chunk_forward.outputs(setting)
         self.run(kernel, (q.shape[0] * self.chunks, kernel.tiles[1]), buffers)
+        return buffers["out"], buffers.get("sums")
+
+    def channel_scores(self, setting: Setting, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+        q = self.tensors["q"]
+        scores = {"scores": empty(q, *q.shape[:2], self.chunk)}
+        grid = (q.shape[0] * self.chunks, self.chunk // SMALLEST)
+        self.run(chunk_channels.scores(setting), grid, buffers | scores)
+        return scores
+
+    def step(self, final: Tensor | None, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        q, kernel = self.tensors["q"], chunk_step.step(self.setting(out=v.dtype))
+        buffers = {"out": empty(q, q.shape[0], 1, v.shape[2], dtype=v.dtype)}
+        if self.form.sums:
+            buffers["sums"] = empty(q, q.shape[0], 1)
+        if final is not None:
+            buffers["final"] = final
+        self.run(kernel, (self.key_heads, kernel.tiles[1]), buffers)
         return buffers["out"], buffers.get("sums")
 
     # ------------------------------------------------------------------------------------------------------- backward
@@ -251,23 +272,45 @@ class _Call:
         }
         buffers |= results
         setting = self.setting(**{name: x.dtype for name, x in results.items()})
-        queries, keys, values = (
-            f(setting) for f in (chunk_backward.queries, chunk_backward.keys, chunk_backward.values)
-        )
-        if form.gate != "none":
-            heads, n = self.key_heads, self.length
-            buffers["rows"] = empty(t["q"], t["q"].shape[0], n)
-            buffers["columns"], buffers["after"] = (empty(t["q"], heads, keys.tiles[0], n) for _ in range(2))
-            buffers["grad_gate"] = empty(t["q"], heads, n)
         chunks = self.key_heads * self.chunks
+        if form.gate == "channel":
+            buffers |= self.channel_scores(setting, buffers)
+        values = chunk_backward.values(setting)
+        self.run(values, (chunks, values.tiles[1]), buffers)
+        grad_gate = (self.by_channel if form.gate == "channel" else self.by_head)(setting, buffers)
+        if grad_gate is not None:
+            grad_gate = grad_gate.to(t["gate"].dtype)
+        return (*results.values(), grad_gate, None, grad_initial)
+
+    def by_head(self, setting: Setting, buffers: dict[str, Tensor]) -> Tensor | None:
+        """The gradients of queries and keys go into their buffers, that of gates is returned."""
+        q, chunks = self.tensors["q"], self.key_heads * self.chunks
+        queries, keys = chunk_backward.queries(setting), chunk_backward.keys(setting)
+        if self.form.gate != "none":
+            buffers["rows"] = empty(q, *q.shape[:2])
+            for name in ("columns", "after"):
+                buffers[name] = empty(q, self.key_heads, keys.tiles[0], self.length)
         self.run(queries, (chunks * self.share,), buffers)
         self.run(keys, (chunks, keys.tiles[0]), buffers)
-        self.run(values, (chunks, values.tiles[1]), buffers)
-        grad_gate = None
-        if form.gate != "none":
-            self.run(chunk_backward.gates(setting), (chunks,), buffers)
-            grad_gate = buffers["grad_gate"].to(t["gate"].dtype)
-        return (*results.values(), grad_gate, None, grad_initial)
+        if self.form.gate == "none":
+            return None
+        buffers["grad_gate"] = empty(q, self.key_heads, self.length)
+        self.run(chunk_backward.gates(setting), (chunks,), buffers)
+        return buffers["grad_gate"]
+
+    def by_channel(self, setting: Setting, buffers: dict[str, Tensor]) -> Tensor:
+        """As `by_head`, with gates for each channel."""
+        q, k = self.tensors["q"], self.tensors["k"]
+        chunks, blocks = self.key_heads * self.chunks, self.chunk // SMALLEST
+        buffers["pairs"] = empty(q, *q.shape[:2], self.chunk)
+        self.run(chunk_channels.pairs(setting), (chunks * self.share,), buffers)
+        buffers["rows"] = empty(q, *q.shape)
+        buffers["columns"], buffers["after"], buffers["grad_gate"] = (empty(q, *k.shape) for _ in range(3))
+        self.run(chunk_channels.queries(setting), (chunks * self.share, blocks), buffers)
+        self.run(chunk_channels.keys(setting), (chunks, blocks), buffers)
+        kernel = chunk_channels.gates(setting)
+        self.run(kernel, (chunks, kernel.tiles[0]), buffers)
+        return buffers["grad_gate"]
 
     def states_backward(self, buffers: dict[str, Tensor], grad_initial: Tensor | None) -> dict[str, Tensor]:
         setting = self.setting()
