@@ -162,7 +162,8 @@ def values(setting: Setting, inflow: bool = True) -> ChunkKernel:
     w.stand(False, "one chunk of one head, and a tile of its values.")
     w.own_lanes("e", "tl.program_id(1)")
     w.whole_lanes("d")
-    w.base(body, "k", False)
+    if inflow or not w.by_channel:
+        w.base(body, "k", False)
     if not w.by_channel:
         w.decays(body, last=inflow)
         w.seen(body)
@@ -197,32 +198,48 @@ def values(setting: Setting, inflow: bool = True) -> ChunkKernel:
 
 
 @lru_cache(maxsize=256)
-def gates(setting: Setting) -> ChunkKernel:
-    """`grad_gate` (key heads, length), float32."""
+def gates(setting: Setting, inflow: bool = True) -> ChunkKernel:
+    """`grad_gate` (key heads, length), float32. `inflow`: something flows into the state at the chunk's end."""
     form = setting.form
-    w = ChunkWriter(setting, "gates_backward", "what flows back into gates")
+    w = ChunkWriter(setting, "gates_backward", "what flows back into gates" + ("" if inflow else " within chunks"))
     body = w.body
-    for name in ("cum", "rows", "columns", "after", "states", "grad_states"):
-        w.buffer(name)
-    if form.sums:
+    for wanted, name in ((inflow, "cum"), (True, "rows"), (True, "columns"), (inflow, "after"), (inflow, "states")):
+        if wanted:
+            w.buffer(name)
+    if inflow:
+        w.buffer("grad_states")
+    if form.sums and inflow:
         w.buffer("totals")
         w.buffer("grad_totals")
     w.buffer("grad_gate")
     w.stand(False, "one chunk of one head.")
-    w.whole_lanes("d")
-    w.whole_lanes("e")
     body.line("flow = tl.zeros([CHUNK], tl.float32)")
-    body.line("after = tl.zeros([CHUNK], tl.float32)")
     shared = w.sharing(body)
     shared.line("flow += tl.load(rows_ptr + head * length + start + t, mask=inside, other=0.0)")
-    count = keys(setting).tiles[0]
+    if inflow:
+        body.line("after = tl.zeros([CHUNK], tl.float32)")
+    count = keys(setting, inflow).tiles[0]
     tiles = body.nested(f"for tile in range(0, {count}):") if count > 1 else body
     at = f"({w.key_head} * {count} + tile)" if count > 1 else w.key_head
     tiles.line(f"flow -= tl.load(columns_ptr + {at} * length + start + t, mask=inside, other=0.0)")
-    tiles.line(f"after += tl.load(after_ptr + {at} * length + start + t, mask=inside, other=0.0)")
+    if inflow:
+        tiles.line(f"after += tl.load(after_ptr + {at} * length + start + t, mask=inside, other=0.0)")
+    body.line("flow = tl.sum(tl.where(t[None, :] >= t[:, None], flow[None, :], 0.0), 1)")
+    if inflow:
+        body.line("flow += tl.sum(tl.where(t[None, :] < t[:, None], after[None, :], 0.0), 1)")
+        _across(w)
+    body.line(f"tl.store(grad_gate_ptr + {w.key_head} * length + start + t, flow, mask=inside)")
+    return w.finish()
+
+
+def _across(w: ChunkWriter) -> None:
+    """What passes the whole chunk."""
+    body = w.body
+    w.whole_lanes("d")
+    w.whole_lanes("e")
     body.line("across = tl.zeros([BLOCK_D], tl.float32)")
     loop = w.lanes(body, "d")
-    if form.sums:
+    if w.form.sums:
         w.vector(loop, "total", "totals")
         w.vector(loop, "grad_total", "grad_totals")
         loop.line("across += total * grad_total")
@@ -231,8 +248,4 @@ def gates(setting: Setting) -> ChunkKernel:
     w.state(inner, "grad_state", "grad_states")
     inner.line("across += tl.sum(state * grad_state, 1)")
     body.line("last = tl.load(cum_ptr + place * CHUNK + CHUNK - 1)")
-    body.line("flow = tl.sum(tl.where(t[None, :] >= t[:, None], flow[None, :], 0.0), 1)")
-    body.line("flow += tl.sum(tl.where(t[None, :] < t[:, None], after[None, :], 0.0), 1)")
     body.line("flow += tl.exp(last) * tl.sum(across, 0)")
-    body.line(f"tl.store(grad_gate_ptr + {w.key_head} * length + start + t, flow, mask=inside)")
-    return w.finish()

@@ -125,7 +125,7 @@ def queries(setting: Setting) -> ChunkKernel:
 
 @lru_cache(maxsize=256)
 def keys(setting: Setting) -> ChunkKernel:
-    """`grad_k` (key heads, length, d); `columns` and `after`, the same shape in float32, what gates get of its parts."""
+    """`grad_k` (key heads, length, d); `columns` and `after`, the same shape in float32, what gates get of them."""
     w = _writer(setting, "channel_keys_backward", "what flows back into keys")
     form, body = w.form, w.body
     for name in ("q", "k", "v"):

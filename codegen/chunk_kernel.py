@@ -72,14 +72,16 @@ class Schedule:
 _NARROW = Schedule(64, 4, 2)
 _FLOAT32 = Schedule(32, 8, 1)
 _STEP = Schedule(32, 4, 1)
-_NARROW_KERNELS = {"gate_sums": Schedule(64, 1, 1), "gates_backward": Schedule(32, 4, 1), "linear_step": _STEP}
+_NARROW_KERNELS = {"gates_backward": Schedule(32, 4, 1), "linear_step": _STEP}
 # With one tile of features and values there are no loops to load in, and everything is in registers at once.
 _NARROW_SINGLE = {"keys_backward": Schedule(32, 4, 2), "values_backward": Schedule(32, 4, 2)}
-_FLOAT32_KERNELS = {"gate_sums": Schedule(32, 1, 1), "gates_backward": Schedule(32, 4, 1), "linear_step": _STEP}
+_FLOAT32_KERNELS = {"gates_backward": Schedule(32, 4, 1), "linear_step": _STEP}
 
 
 def schedule(setting: Setting, name: str) -> Schedule:
     """The schedule of the kernel `name`."""
+    if name == "gate_sums":
+        return Schedule(32, 4 if setting.form.gate == "channel" else 1, 1)
     if not setting.narrow:
         return _FLOAT32_KERNELS.get(name, _FLOAT32)
     if setting.widest <= 64 and name in _NARROW_SINGLE:
@@ -280,12 +282,15 @@ class ChunkWriter:
 
     # ----------------------------------------------------------------------------------------------------------- tiles
 
-    def tile(self, block: Block, target: str, name: str, lane: str, rows: str = "t", inside: str = "inside") -> None:
-        """A tile [step, lane] of an operand, in what products are computed in."""
+    def tile(
+        self, block: Block, target: str, name: str, lane: str, rows: str = "t", inside: str = "inside", dtype: str = ""
+    ) -> None:
+        """A tile [step, lane] of an operand, in what products are computed in, or in `dtype`."""
+        dtype = dtype or self.setting.dtype
         mask = self.mask(("t", lane), inside)
         address = f"{name}_base + {rows}[:, None] * {name}_stride_1 + {lane}[None, :] * {name}_stride_2"
         given = next(p.dtype for p in self.parameters if p.name == f"{name}_ptr")
-        cast = "" if given == self.setting.dtype else f".to(tl.{self.setting.dtype})"
+        cast = "" if given == dtype else f".to(tl.{dtype})"
         block.line(f"{target} = tl.load({address}, mask={mask}, other=0.0){cast}")
 
     def state(self, block: Block, target: str, name: str, place: str = "place") -> None:
