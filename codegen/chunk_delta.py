@@ -11,7 +11,7 @@ what flows into u, times the transposed inverse, and it depends on what flows in
 
     x = flow + grads grad_state,   flow = (1 + lower)^-T (scores^T grad),   grads = (1 + lower)^-T (exp(last - cum) k)
 
-The inverse is found by substitution in blocks of `SUB` steps, all of them at once; then blocks are merged in pairs.
+The inverse is found by substitution in blocks of `SUB` steps, and from these below the diagonal.
 """
 
 from __future__ import annotations
@@ -19,51 +19,79 @@ from __future__ import annotations
 from functools import lru_cache
 
 from refocus.codegen.chunk_kernel import SMALLEST, ChunkKernel, ChunkWriter, Setting
-from refocus.codegen.flash_fit import padded
 from refocus.codegen.writer import Block
 
 
 @lru_cache(maxsize=256)
 def inverse(setting: Setting) -> ChunkKernel:
-    """`inverse`: (key heads, chunks * CHUNK, CHUNK), float32."""
+    """`inverse`: (key heads, chunks * CHUNK, CHUNK), float32, written where blocks of it are not zero."""
     w = ChunkWriter(setting, "delta_inverse", "the inverse of each chunk's triangular matrix")
-    body = w.body
+    body, blocks = w.body, setting.chunk // SMALLEST
     w.operand("k", 3)
     w.operand("erase", 2)
     if w.gated:
         w.buffer("cum")
     w.buffer("inverse")
-    w.stand(False, "one chunk of one head.")
+    w.stand(False, "one chunk of one head, in blocks of steps.", "tl.arange(0, SUB)")
     w.whole_lanes("d")
     w.base(body, "k", False)
-    body.line("lower = tl.zeros([CHUNK, CHUNK], tl.float32)")
+    w.base(body, "erase", False)
+    body.lines(f"inside_{i} = {_steps(i)} < length - start" for i in range(1, blocks))
+    pairs = [(i, j) for i in range(blocks) for j in range(i + 1)]
+    body.lines(f"lower_{i}{j} = tl.zeros([SUB, SUB], tl.float32)" for i, j in pairs)
     loop = w.lanes(body, "d")
-    w.tile(loop, "key", "k", "d")
-    loop.line(f"lower = {w.dot('key', 'tl.trans(key)', 'lower')}")
-    _erase(w)
-    w.decays(body, last=False)
+    for i in range(blocks):
+        w.tile(loop, f"key_{i}", "k", "d", _steps(i), _inside(i))
+    loop.lines(f"lower_{i}{j} = {w.dot(f'key_{i}', f'tl.trans(key_{j})', f'lower_{i}{j}')}" for i, j in pairs)
+    for i in range(blocks):
+        address = f"erase_base + {_steps(i)} * erase_stride_1"
+        body.line(f"erase_{i} = tl.load({address}, mask={_inside(i)}, other=0.0).to(tl.float32)")
+        if w.gated:
+            body.line(f"cum_{i} = tl.load(cum_ptr + place * CHUNK + {_steps(i)})")
     body.line("before = t[:, None] > t[None, :]")
-    decay = " * tl.exp(tl.where(before, cum[:, None] - cum[None, :], 0.0))" if w.gated else ""
-    body.line(f"lower = tl.where(before, lower * erase[:, None]{decay}, 0.0)")
-    body.line("inverse = tl.where(t[:, None] == t[None, :], 1.0, 0.0)")
-    body.line("block = (t // SUB)[:, None] == (t // SUB)[None, :]")
-    loop = body.nested("for step in range(1, SUB):")
-    loop.line("row = (t % SUB == step)[:, None] & block")
-    loop.line("known = tl.sum(tl.where(row, lower, 0.0), 0)")
-    loop.line("known = tl.sum(known[:, None] * inverse, 0)")
-    loop.line("inverse -= tl.where(row, known[None, :], 0.0)")
-    size = SMALLEST
-    while size < setting.chunk:
-        body.line(f"pair = (t // {2 * size})[:, None] == (t // {2 * size})[None, :]")
-        body.line(f"corner = tl.where(pair & ((t // {size})[:, None] > (t // {size})[None, :]), lower, 0.0)")
-        body.line(f"corner = {_dot(w, 'inverse', 'corner', 'tf32x3')}")
-        body.line(f"inverse -= {_dot(w, 'corner', 'inverse', 'tf32x3')}")
-        size *= 2
-    body.line(f"tl.store({_PLACE}, inverse)")
+    for i, j in pairs:
+        difference = f"cum_{i}[:, None] - cum_{j}[None, :]"
+        difference = f"tl.where(before, {difference}, 0.0)" if i == j else difference
+        weighed = f"lower_{i}{j} * erase_{i}[:, None]{f' * tl.exp({difference})' if w.gated else ''}"
+        body.line(f"lower_{i}{j} = {f'tl.where(before, {weighed}, 0.0)' if i == j else weighed}")
+    _substitute(w, blocks)
+    for gap in range(1, blocks):
+        for j in range(blocks - gap):
+            _merge(w, j + gap, j)
+    for i, j in pairs:
+        address = f"inverse_ptr + (place * CHUNK + {_steps(i)}[:, None]) * CHUNK + {_steps(j)}[None, :]"
+        body.line(f"tl.store({address}, inverse_{i}{j})")
     return w.finish()
 
 
-_PLACE = "inverse_ptr + (place * CHUNK + t[:, None]) * CHUNK + t[None, :]"
+def _steps(block: int) -> str:
+    return f"(t + {block * SMALLEST})" if block else "t"
+
+
+def _inside(block: int) -> str:
+    return f"inside_{block}" if block else "inside"
+
+
+def _substitute(w: ChunkWriter, blocks: int) -> None:
+    """The inverses of the blocks on the diagonal, row by row."""
+    body = w.body
+    body.lines(f"inverse_{i}{i} = tl.where(t[:, None] == t[None, :], 1.0, 0.0)" for i in range(blocks))
+    loop = body.nested("for step in range(1, SUB):")
+    loop.line("row = (t == step)[:, None]")
+    for i in range(blocks):
+        loop.line(f"known = tl.sum(tl.where(row, lower_{i}{i}, 0.0), 0)")
+        loop.line(f"known = tl.sum(known[:, None] * inverse_{i}{i}, 0)")
+        loop.line(f"inverse_{i}{i} -= tl.where(row, known[None, :], 0.0)")
+
+
+def _merge(w: ChunkWriter, i: int, j: int) -> None:
+    """A block below the diagonal, from those between it and the diagonal."""
+    body = w.body
+    body.line(f"corner = {_dot(w, f'lower_{i}{j}', f'inverse_{j}{j}', 'tf32x3')}")
+    body.lines(
+        f"corner += {_dot(w, f'lower_{i}{m}', f'inverse_{m}{j}', 'tf32x3')}" for m in range(j + 1, i)
+    )
+    body.line(f"inverse_{i}{j} = -{_dot(w, f'inverse_{i}{i}', 'corner', 'tf32x3')}")
 
 
 @lru_cache(maxsize=256)
@@ -99,7 +127,8 @@ def _products(w: ChunkWriter, values: str, of_keys: str, of_values: str, last: b
     w.stand(False, "one chunk of one head.")
     w.whole_lanes("d")
     w.whole_lanes("e")
-    body.line(f"inverse = tl.load({_PLACE})")
+    address = "inverse_ptr + (place * CHUNK + t[:, None]) * CHUNK + t[None, :]"
+    body.line(f"inverse = tl.load({address}, mask=t[:, None] >= t[None, :], other=0.0)")
     if last:
         body.line("inverse = tl.trans(inverse)")
     else:
@@ -126,8 +155,8 @@ def _products(w: ChunkWriter, values: str, of_keys: str, of_values: str, last: b
 @lru_cache(maxsize=256)
 def states(setting: Setting) -> ChunkKernel:
     """`states` as in `refocus.codegen.chunk_states`, and `u` (key heads, length, e), in what products take."""
-    w = _writer(setting, "delta_states", "the state at the start of every chunk, and what is written to it")
-    body, form = w.body, setting.form
+    w = ChunkWriter(setting, "delta_states", "the state at the start of every chunk, and what is written to it")
+    form = setting.form
     w.operand("k", 3)
     w.operand("reads", 3, setting.dtype)
     w.operand("added", 3, "float32")
@@ -136,31 +165,35 @@ def states(setting: Setting) -> ChunkKernel:
             w.buffer(name)
     w.buffer("u", setting.dtype)
     loop = _scan(w, "initial" if form.initial else "", "chunk")
-    w.put_state(loop, "states", "state")
     for name in ("k", "reads", "added"):
         w.base(loop, name, False)
-    w.tile(loop, "reads", "reads", "d")
-    w.tile(loop, "added", "added", "e", dtype="float32")
-    loop.line(f"u = added - {w.state_dot('reads', 'state')}")
+    w.tile(loop, "u", "added", "e", dtype="float32")
+    for d, state in _tiles(w):
+        w.put_state(loop, "states", state, d=d)
+        w.tile(loop, "reads", "reads", d)
+        loop.line(f"u -= {w.state_dot('reads', state)}")
     w.put_tile(loop, "u", "u", "e", w.key_head)
+    if w.setting.narrow:
+        loop.line(f"written = {w.narrow('u')}")
     w.decays(loop, last=True)
-    w.tile(loop, "key", "k", "d")
-    key = "key"
-    if w.gated:
-        loop.line("state = state * tl.exp(last)")
-        loop.line("key = key * tl.exp(last - cum)[:, None]")
-        key = w.narrow("key")
-    loop.line(f"state = {w.dot(f'tl.trans({key})', w.narrow('u'), 'state')}")
+    for d, state in _tiles(w):
+        w.tile(loop, "key", "k", d)
+        if w.gated:
+            loop.line(f"{state} = {state} * tl.exp(last)")
+            loop.line("key = key * tl.exp(last - cum)[:, None]")
+        turned = f"tl.trans({w.narrow('key') if w.gated else 'key'})"
+        loop.line(f"{state} = {w.dot(turned, 'written' if w.setting.narrow else 'u', state)}")
     if form.final:
-        w.put_state(body, "final", "state", w.key_head)
+        for d, state in _tiles(w):
+            w.put_state(w.body, "final", state, w.key_head, d)
     return w.finish()
 
 
 @lru_cache(maxsize=256)
 def states_backward(setting: Setting) -> ChunkKernel:
     """`grad_states` as in `refocus.codegen.chunk_states`, and `x` (key heads, length, e), float32."""
-    w = _writer(setting, "delta_states_backward", "what flows into the end of every chunk, and into what it writes")
-    body, form = w.body, setting.form
+    w = ChunkWriter(setting, "delta_states_backward", "what flows into the end of every chunk, and what it writes")
+    form = setting.form
     for name in ("q", "k", "grad"):
         w.operand(name, 3)
     w.operand("erase", 2)
@@ -172,40 +205,46 @@ def states_backward(setting: Setting) -> ChunkKernel:
             w.buffer(name)
     w.buffer("x")
     loop = _scan(w, "grad_final" if form.final else "", "back")
-    w.put_state(loop, "grad_states", "state")
     for name in ("k", "grads", "flow"):
         w.base(loop, name, False)
-    w.tile(loop, "grads", "grads", "d")
-    w.tile(loop, "flow", "flow", "e", dtype="float32")
-    loop.line(f"x = flow + {w.state_dot('grads', 'state')}")
+    w.tile(loop, "x", "flow", "e", dtype="float32")
+    for d, state in _tiles(w):
+        w.put_state(loop, "grad_states", state, d=d)
+        w.tile(loop, "grads", "grads", d)
+        loop.line(f"x += {w.state_dot('grads', state)}")
     w.put_tile(loop, "x", "x", "e", w.key_head)
+    if w.setting.narrow:
+        loop.line(f"x = {w.narrow('x')}")
     w.decays(loop, last=True)
-    if w.gated:
-        loop.line("state = state * tl.exp(last)")
     _erase(w, loop)
-    w.tile(loop, "key", "k", "d")
-    loop.line(f"key = key * (-erase{' * tl.exp(cum)' if w.gated else ''})[:, None]")
-    turned = f"tl.trans({w.narrow('key')})"
-    loop.line(f"state = {w.dot(turned, w.narrow('x'), 'state')}")
+    for d, state in _tiles(w):
+        if w.gated:
+            loop.line(f"{state} = {state} * tl.exp(last)")
+        w.tile(loop, "key", "k", d)
+        loop.line(f"key = key * (-erase{' * tl.exp(cum)' if w.gated else ''})[:, None]")
+        turned = f"tl.trans({w.narrow('key')})"
+        loop.line(f"{state} = {w.dot(turned, 'x', state)}")
     shared = w.sharing(loop)
     w.base(shared, "q", True)
     w.base(shared, "grad", True)
-    w.tile(shared, "query", "q", "d")
     w.tile(shared, "grad", "grad", "e")
-    if w.gated:
-        shared.line("query = query * tl.exp(cum)[:, None]")
-    turned = f"tl.trans({w.narrow('query') if w.gated else 'query'})"
-    shared.line(f"state = {w.dot(turned, 'grad', 'state')}")
+    for d, state in _tiles(w):
+        w.tile(shared, "query", "q", d)
+        if w.gated:
+            shared.line("query = query * tl.exp(cum)[:, None]")
+        turned = f"tl.trans({w.narrow('query') if w.gated else 'query'})"
+        shared.line(f"{state} = {w.dot(turned, 'grad', state)}")
     if form.initial:
-        w.put_state(body, "grad_initial", "state", w.key_head)
+        for d, state in _tiles(w):
+            w.put_state(w.body, "grad_initial", state, w.key_head, d)
     return w.finish()
 
 
-def _writer(setting: Setting, name: str, what: str) -> ChunkWriter:
-    """Programs of a state hold all features: what is read from it is summed over them."""
-    w = ChunkWriter(setting, name, what)
-    w.block_d, w.blocks_d = padded(setting.d), 1
-    return w
+def _tiles(w: ChunkWriter) -> list[tuple[str, str]]:
+    """The features and the state of each tile that a program holds: what is read from a state is summed over all."""
+    if w.blocks_d == 1:
+        return [("d", "state")]
+    return [(f"d_{n}", f"state_{n}") for n in range(w.blocks_d)]
 
 
 def _scan(w: ChunkWriter, starts: str, counter: str) -> Block:
@@ -214,14 +253,16 @@ def _scan(w: ChunkWriter, starts: str, counter: str) -> Block:
     w.size("length")
     body.line("# One program: all features and a tile of the values of the state of one head, chunk after chunk.")
     body.line(f"{w.key_head} = tl.program_id(0).to(tl.int64)")
-    w.own_lanes("d", "")
+    for n, (d, _) in enumerate(_tiles(w)):
+        body.line(f"{d} = {f'{n} * BLOCK_D + ' if n else ''}tl.arange(0, BLOCK_D)")
     w.own_lanes("e", "tl.program_id(1)")
     body.line("t = tl.arange(0, CHUNK)")
     body.line("chunks = tl.cdiv(length, CHUNK)")
-    if starts:
-        w.state(body, "state", starts, w.key_head)
-    else:
-        body.line("state = tl.zeros([BLOCK_D, BLOCK_E], tl.float32)")
+    for d, state in _tiles(w):
+        if starts:
+            w.state(body, state, starts, w.key_head, d)
+        else:
+            body.line(f"{state} = tl.zeros([BLOCK_D, BLOCK_E], tl.float32)")
     loop = body.nested(f"for {counter} in range(0, chunks):")
     if counter == "back":
         loop.line("chunk = chunks - 1 - back")

@@ -60,11 +60,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Features and values in a tile, and what Triton is asked for."""
+    """Values in a tile (and features, where not told apart), and what Triton is asked for."""
 
     block: int
     warps: int
     stages: int
+    features: int = 0
 
 
 # Tiles that spill no registers on sm_80 and sm_90, at 64 and 128 features and values (tests/test_linear_triton_aot.py).
@@ -72,10 +73,16 @@ class Schedule:
 _NARROW = Schedule(64, 4, 2)
 _FLOAT32 = Schedule(32, 8, 1)
 _STEP = Schedule(32, 4, 1)
-_NARROW_KERNELS = {"gates_backward": Schedule(32, 4, 1), "linear_step": _STEP}
+_NARROW_KERNELS = {
+    "gates_backward": Schedule(32, 4, 1), "linear_step": _STEP, "delta_inverse": Schedule(64, 1, 1),
+    "delta_states": Schedule(32, 8, 2, 128), "delta_states_backward": Schedule(32, 8, 1, 128),
+}  # fmt: skip
 # With one tile of features and values there are no loops to load in, and everything is in registers at once.
 _NARROW_SINGLE = {"keys_backward": Schedule(32, 4, 2), "values_backward": Schedule(32, 4, 2)}
-_FLOAT32_KERNELS = {"gates_backward": Schedule(32, 4, 1), "linear_step": _STEP}
+_FLOAT32_KERNELS = {
+    "gates_backward": Schedule(32, 4, 1), "linear_step": _STEP, "delta_inverse": Schedule(32, 1, 1),
+    "delta_states_backward": Schedule(16, 8, 1, 32),
+}  # fmt: skip
 
 
 def schedule(setting: Setting, name: str) -> Schedule:
@@ -154,7 +161,7 @@ class ChunkWriter:
     def __init__(self, setting: Setting, name: str, what: str) -> None:
         self.setting, self.form, self.name, self.what = setting, setting.form, name, what
         self.schedule = schedule(setting, name)
-        self.block_d = min(self.schedule.block, padded(setting.d))
+        self.block_d = min(self.schedule.features or self.schedule.block, padded(setting.d))
         self.block_e = min(self.schedule.block, padded(setting.e))
         self.body = Block()
         self.parameters: list[Parameter] = []
@@ -277,8 +284,8 @@ class ChunkWriter:
     def _condition(self, lane: str, rows: str) -> str:
         if lane in ("t", ""):
             return rows if lane else ""
-        width, block = (self.setting.d, self.block_d) if lane == "d" else (self.setting.e, self.block_e)
-        return f"{lane} < {lane.upper()}" if width % block else ""
+        width, block = (self.setting.d, self.block_d) if lane[0] == "d" else (self.setting.e, self.block_e)
+        return f"{lane} < {lane[0].upper()}" if width % block else ""
 
     # ----------------------------------------------------------------------------------------------------------- tiles
 
@@ -293,16 +300,16 @@ class ChunkWriter:
         cast = "" if given == dtype else f".to(tl.{dtype})"
         block.line(f"{target} = tl.load({address}, mask={mask}, other=0.0){cast}")
 
-    def state(self, block: Block, target: str, name: str, place: str = "place") -> None:
+    def state(self, block: Block, target: str, name: str, place: str = "place", d: str = "d") -> None:
         """A tile [d, e] of a buffer of states."""
-        mask = self.mask(("d", "e"))
+        mask = self.mask((d, "e"))
         guard = f", mask={mask}, other=0.0" if mask else ""
-        block.line(f"{target} = tl.load({name}_ptr + {place} * D * E + d[:, None] * E + e[None, :]{guard})")
+        block.line(f"{target} = tl.load({name}_ptr + {place} * D * E + {d}[:, None] * E + e[None, :]{guard})")
 
-    def put_state(self, block: Block, name: str, text: str, place: str = "place") -> None:
-        mask = self.mask(("d", "e"))
+    def put_state(self, block: Block, name: str, text: str, place: str = "place", d: str = "d") -> None:
+        mask = self.mask((d, "e"))
         guard = f", mask={mask}" if mask else ""
-        block.line(f"tl.store({name}_ptr + {place} * D * E + d[:, None] * E + e[None, :], {text}{guard})")
+        block.line(f"tl.store({name}_ptr + {place} * D * E + {d}[:, None] * E + e[None, :], {text}{guard})")
 
     def vector(self, block: Block, target: str, name: str, place: str = "place") -> None:
         """A tile [d] of a buffer of states of the normaliser."""
