@@ -20,7 +20,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 from refocus.codegen.chunk_forward import load_scores
-from refocus.codegen.chunk_kernel import ChunkKernel, ChunkWriter, Setting
+from refocus.codegen.chunk_kernel import ChunkKernel, ChunkWriter
+from refocus.codegen.chunk_setting import Setting
 from refocus.codegen.chunk_states import load_grad_sums
 from refocus.codegen.writer import Block
 
@@ -33,7 +34,8 @@ def queries(setting: Setting) -> ChunkKernel:
     body = w.body
     for name in ("q", "k", "v", "grad") if w.gated else ("k", "v", "grad"):
         w.operand(name, 3)
-    for wanted, name in ((w.gated, "cum"), (True, "states"), (form.sums, "totals")):
+    w.gate_sums()
+    for wanted, name in ((True, "states"), (form.sums, "totals")):
         if wanted:
             w.buffer(name)
     w.buffer("grad_q", dict(setting.dtypes)["grad_q"])
@@ -46,7 +48,7 @@ def queries(setting: Setting) -> ChunkKernel:
     w.whole_lanes("e")
     for name in ("q", "k", "v", "grad") if w.gated else ("k", "v", "grad"):
         w.base(body, name, name in ("q", "grad"))
-    w.decays(body, last=False)
+    w.decays(body, "cum", "rest")
     w.seen(body)
     if form.sums:
         load_grad_sums(w, body)
@@ -85,7 +87,8 @@ def keys(setting: Setting, inflow: bool = True) -> ChunkKernel:
     for name in ("q", "k", "v", "grad") if w.gated else ("q", "v", "grad"):
         w.operand(name, 3)
     sums = form.sums and inflow
-    for wanted, name in ((w.gated, "cum"), (inflow, "grad_states"), (sums, "grad_totals")):
+    w.gate_sums()
+    for wanted, name in ((inflow, "grad_states"), (sums, "grad_totals")):
         if wanted:
             w.buffer(name)
     w.buffer("grad_k", dict(setting.dtypes)["grad_k"])
@@ -99,7 +102,7 @@ def keys(setting: Setting, inflow: bool = True) -> ChunkKernel:
     w.whole_lanes("e")
     for name in ("k", "v") if w.gated else ("v",):
         w.base(body, name, False)
-    w.decays(body, last=inflow)
+    w.decays(body, *(("cum", "left") if inflow else ("cum", "rest")))
     w.seen(body)
     if inflow:
         body.line("after = tl.zeros([CHUNK, BLOCK_D], tl.float32)")
@@ -111,7 +114,7 @@ def keys(setting: Setting, inflow: bool = True) -> ChunkKernel:
             w.vector(body, "grad_total", "grad_totals")
             body.line("after += grad_total[None, :]")
         if w.gated:
-            body.line("after = after * tl.exp(last - cum)[:, None]")
+            body.line("after = after * tl.exp(left)[:, None]")
     body.line("acc = tl.zeros([CHUNK, BLOCK_D], tl.float32)")
     shared = w.sharing(body)
     w.base(shared, "q", True)
@@ -155,7 +158,8 @@ def values(setting: Setting, inflow: bool = True) -> ChunkKernel:
         w.operand("k", 3)
     for name in ("grad",) if w.by_channel else ("q", "grad"):
         w.operand(name, 3)
-    for wanted, name in ((w.gated, "cum"), (w.by_channel, "scores"), (inflow, "grad_states")):
+    w.gate_sums()
+    for wanted, name in ((w.by_channel, "scores"), (inflow, "grad_states")):
         if wanted:
             w.buffer(name)
     w.buffer("grad_v", dict(setting.dtypes)["grad_v"])
@@ -165,19 +169,19 @@ def values(setting: Setting, inflow: bool = True) -> ChunkKernel:
     if inflow or not w.by_channel:
         w.base(body, "k", False)
     if not w.by_channel:
-        w.decays(body, last=inflow)
+        w.decays(body, *(("cum", "left") if inflow else ("cum", "rest")))
         w.seen(body)
     body.line("acc = tl.zeros([CHUNK, BLOCK_E], tl.float32)")
     if inflow:
         loop = w.lanes(body, "d")
         w.tile(loop, "key", "k", "d")
         if w.by_channel:
-            w.decays(loop, last=True)
-            loop.line(f"key = {w.narrow('(key * tl.exp(last[None, :] - cum))')}")
+            w.decays(loop, "left")
+            loop.line(f"key = {w.narrow('(key * tl.exp(left))')}")
         w.state(loop, "grad_state", "grad_states")
         loop.line(f"acc = {w.state_dot('key', 'grad_state', 'acc')}")
         if w.form.gate == "head":
-            body.line("acc = acc * tl.exp(last - cum)[:, None]")
+            body.line("acc = acc * tl.exp(left)[:, None]")
     shared = w.sharing(body)
     w.base(shared, "grad", True)
     if w.by_channel:
@@ -247,5 +251,5 @@ def _across(w: ChunkWriter) -> None:
     w.state(inner, "state", "states")
     w.state(inner, "grad_state", "grad_states")
     inner.line("across += tl.sum(state * grad_state, 1)")
-    body.line("last = tl.load(cum_ptr + place * CHUNK + CHUNK - 1)")
+    w.decays(body, "last")
     body.line("flow += tl.exp(last) * tl.sum(across, 0)")

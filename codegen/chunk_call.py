@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from refocus.codegen import chunk_backward, chunk_channels, chunk_forward, chunk_states, chunk_step
-from refocus.codegen.chunk_kernel import SMALLEST, ChunkKernel, Setting, dtype_name, empty
+from refocus.codegen.chunk_kernel import ChunkKernel, dtype_name, empty
+from refocus.codegen.chunk_setting import SMALLEST, Setting
 from refocus.codegen.linear_form import LinearForm
 
 MOST_SEGMENTS = 16
@@ -111,7 +112,8 @@ class Call:
             return {}
         heads, d, _ = self.state_shape
         channels = (d,) if setting.form.gate == "channel" else ()
-        buffers = {"cum": empty(self.tensors["q"], heads, self.chunks * self.chunk, *channels)}
+        shape = heads, self.chunks * self.chunk, *channels
+        buffers = {name: empty(self.tensors["q"], *shape) for name in ("cum", "rest")}
         kernel = chunk_states.gate_sums(setting)
         self.run(kernel, (heads * self.chunks, kernel.tiles[0] if channels else 1), buffers)
         return buffers

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from refocus.codegen.chunk_kernel import SMALLEST, ChunkKernel, ChunkWriter, Setting
+from refocus.codegen.chunk_kernel import ChunkKernel, ChunkWriter
+from refocus.codegen.chunk_setting import SMALLEST, Setting
 from refocus.codegen.chunk_states import load_grad_sums
 from refocus.codegen.flash_fit import padded
 from refocus.codegen.writer import Block
@@ -25,17 +26,17 @@ def scores(setting: Setting) -> ChunkKernel:
     body = w.body
     w.operand("q", 3)
     w.operand("k", 3)
-    w.buffer("cum")
+    w.gate_sums()
     w.buffer("scores")
     _stand(w, True, "the scores of the queries of one block of a chunk of one head.")
     w.base(body, "q", True)
     w.base(body, "k", False)
     w.tile(body, "query", "q", "d")
-    _cum(w, body, "cum", "t")
+    w.gate_sum(body, "cum", "t", tile=True)
     body.line("row = scores_ptr + (head * length + start + t) * CHUNK")
     if setting.chunk > SMALLEST:
-        _edge(w, "block * SUB")
-        body.line(f"moved = {w.narrow('(query * tl.exp(cum - edge[None, :]))')}")
+        w.gate_sum(body, "edge", "block * SUB")
+        body.line(f"moved = {_moved(w, 'query', w.between('cum', 'edge', ('', '[None, :]')))}")
         loop = _others(w, body, "0", "block")
         _moved_keys(w, loop)
         loop.line(f"pairs = {w.dot('moved', 'tl.trans(key)')}")
@@ -81,7 +82,8 @@ def queries(setting: Setting) -> ChunkKernel:
     form, body = w.form, w.body
     for name in ("q", "k", "grad"):
         w.operand(name, 3)
-    for wanted, name in ((True, "cum"), (True, "pairs"), (True, "states"), (form.sums, "totals")):
+    w.gate_sums()
+    for wanted, name in ((True, "pairs"), (True, "states"), (form.sums, "totals")):
         if wanted:
             w.buffer(name)
     w.buffer("grad_q", dict(setting.dtypes)["grad_q"])
@@ -92,7 +94,7 @@ def queries(setting: Setting) -> ChunkKernel:
     w.whole_lanes("e")
     w.base(body, "k", False)
     w.base(body, "grad", True)
-    _cum(w, body, "cum", "t")
+    w.gate_sum(body, "cum", "t", tile=True)
     body.line("row = pairs_ptr + (head * length + start + t) * CHUNK")
     body.line("acc = tl.zeros([SUB, BLOCK_D], tl.float32)")
     loop = w.lanes(body, "e")
@@ -105,13 +107,13 @@ def queries(setting: Setting) -> ChunkKernel:
         body.line("acc += grad_sums[:, None] * total[None, :]")
     body.line("acc = acc * tl.exp(cum)")
     if setting.chunk > SMALLEST:
-        _edge(w, "block * SUB")
+        w.gate_sum(body, "edge", "block * SUB")
         body.line("near = tl.zeros([SUB, BLOCK_D], tl.float32)")
         loop = _others(w, body, "0", "block")
         _moved_keys(w, loop)
         loop.line("pairs = tl.load(row[:, None] + j[None, :], mask=inside[:, None], other=0.0)")
         loop.line(f"near = {w.dot(w.narrow('pairs'), 'key', 'near')}")
-        body.line("acc += near * tl.exp(cum - edge[None, :])")
+        body.line(f"acc += near * tl.exp({w.between('cum', 'edge', ('', '[None, :]'))})")
     loop = body.nested("for j in range(block * SUB, stop):")
     _key_row(w, loop)
     loop.line("pairs = tl.load(row + j, mask=seen & inside, other=0.0)")
@@ -130,7 +132,8 @@ def keys(setting: Setting) -> ChunkKernel:
     form, body = w.form, w.body
     for name in ("q", "k", "v"):
         w.operand(name, 3)
-    for wanted, name in ((True, "cum"), (True, "pairs"), (True, "grad_states"), (form.sums, "grad_totals")):
+    w.gate_sums()
+    for wanted, name in ((True, "pairs"), (True, "grad_states"), (form.sums, "grad_totals")):
         if wanted:
             w.buffer(name)
     w.buffer("grad_k", dict(setting.dtypes)["grad_k"])
@@ -139,7 +142,7 @@ def keys(setting: Setting) -> ChunkKernel:
     _stand(w, False, "the keys of one block of a chunk of one head.")
     w.whole_lanes("e")
     w.base(body, "v", False)
-    _cum(w, body, "cum", "t")
+    w.gate_sum(body, "cum", "t", tile=True)
     body.line("after = tl.zeros([SUB, BLOCK_D], tl.float32)")
     loop = w.lanes(body, "e")
     w.tile(loop, "value", "v", "e")
@@ -148,11 +151,11 @@ def keys(setting: Setting) -> ChunkKernel:
     if form.sums:
         w.vector(body, "grad_total", "grad_totals")
         body.line("after += grad_total[None, :]")
-    _edge(w, "CHUNK - 1", "last")
-    body.line("after = after * tl.exp(last[None, :] - cum)")
+    w.gate_sum(body, "last", "CHUNK - 1")
+    body.line(f"after = after * tl.exp({w.between('last', 'cum', ('[None, :]', ''))})")
     body.line("acc = tl.zeros([SUB, BLOCK_D], tl.float32)")
     if setting.chunk > SMALLEST:
-        _edge(w, "block * SUB + SUB - 1")
+        w.gate_sum(body, "edge", "block * SUB + SUB - 1")
         body.line("near = tl.zeros([SUB, BLOCK_D], tl.float32)")
     shared = w.sharing(body)
     w.base(shared, "q", True)
@@ -160,18 +163,19 @@ def keys(setting: Setting) -> ChunkKernel:
     if setting.chunk > SMALLEST:
         loop = _others(w, shared, "block + 1", "CHUNK // SUB")
         w.tile(loop, "query", "q", "d", "j", "inside_j")
-        _cum(w, loop, "cum_j", "j")
-        loop.line(f"query = {w.narrow('(query * tl.exp(cum_j - edge[None, :]))')}")
+        w.gate_sum(loop, "cum_j", "j", tile=True)
+        loop.line(f"query = {_moved(w, 'query', w.between('cum_j', 'edge', ('', '[None, :]')))}")
         loop.line("pairs = tl.load(column[None, :] + j[:, None] * CHUNK, mask=inside_j[:, None], other=0.0)")
         turned = f"tl.trans({w.narrow('pairs')})"
         loop.line(f"near = {w.dot(turned, 'query', 'near')}")
-        body.line("acc += near * tl.exp(edge[None, :] - cum)")
+        body.line(f"acc += near * tl.exp({w.between('edge', 'cum', ('[None, :]', ''))})")
     loop = shared.nested("for j in range(block * SUB, stop):")
     _seen(w, loop, "j", "t")
     guard = f", mask={w.mask('d')}, other=0.0" if w.mask("d") else ""
     loop.line(f"query = tl.load(q_base + j * q_stride_1 + d * q_stride_2{guard}).to(tl.float32)")
-    _cum_row(w, loop)
-    loop.line("decay = tl.exp(tl.where(seen[:, None], cum_j[None, :] - cum, 0.0))")
+    w.gate_sum(loop, "cum_j", "j")
+    between = w.between("cum_j", "cum", ("[None, :]", ""))
+    loop.line(f"decay = tl.exp(tl.where(seen[:, None], {between}, 0.0))")
     loop.line("pairs = tl.load(column + j * CHUNK, mask=seen, other=0.0)")
     loop.line("acc += pairs[:, None] * query[None, :] * decay")
     w.put_tile(body, "grad_k", "acc + after", "d", w.key_head)
@@ -212,7 +216,7 @@ def gates(setting: Setting) -> ChunkKernel:
     w.state(loop, "state", "states")
     w.state(loop, "grad_state", "grad_states")
     loop.line("across += tl.sum(state * grad_state, 1)")
-    _edge(w, "CHUNK - 1", "last")
+    w.gate_sum(body, "last", "CHUNK - 1", rest=False)
     body.line("flow = tl.cumsum(flow, 0, reverse=True)")
     body.line("flow += tl.cumsum(after, 0) - after + (tl.exp(last) * across)[None, :]")
     w.put_tile(body, "grad_gate", "flow", "d", w.key_head)
@@ -240,27 +244,16 @@ def _others(w: ChunkWriter, block: Block, first: str, stop: str) -> Block:
     return loop
 
 
-def _cum(w: ChunkWriter, block: Block, target: str, rows: str) -> None:
-    guard = f", mask={w.mask(('', 'd'))}, other=0.0" if w.mask("d") else ""
-    block.line(f"{target} = tl.load(cum_ptr + (place * CHUNK + {rows}[:, None]) * D + d[None, :]{guard})")
-
-
-def _edge(w: ChunkWriter, step: str, name: str = "edge") -> None:
-    """The gates' sums at one step."""
-    guard = f", mask={w.mask('d')}, other=0.0" if w.mask("d") else ""
-    w.body.line(f"{name} = tl.load(cum_ptr + (place * CHUNK + {step}) * D + d{guard})")
-
-
-def _cum_row(w: ChunkWriter, block: Block) -> None:
-    guard = f", mask={w.mask('d')}, other=0.0" if w.mask("d") else ""
-    block.line(f"cum_j = tl.load(cum_ptr + (place * CHUNK + j) * D + d{guard})")
+def _moved(w: ChunkWriter, name: str, between: str) -> str:
+    """A tile with its decay to or from the edge, as an operand of a product."""
+    return w.narrow(f"({name} * tl.exp({between}))")
 
 
 def _moved_keys(w: ChunkWriter, loop: Block) -> None:
     """Keys of an earlier block, with their decay up to the edge."""
     w.tile(loop, "key", "k", "d", "j", "inside_j")
-    _cum(w, loop, "cum_j", "j")
-    loop.line(f"key = {w.narrow('(key * tl.exp(edge[None, :] - cum_j))')}")
+    w.gate_sum(loop, "cum_j", "j", tile=True)
+    loop.line(f"key = {_moved(w, 'key', w.between('edge', 'cum_j', ('[None, :]', '')))}")
 
 
 def _seen(w: ChunkWriter, loop: Block, query: str, key: str) -> None:
@@ -272,5 +265,6 @@ def _key_row(w: ChunkWriter, loop: Block) -> None:
     _seen(w, loop, "t", "j")
     guard = f", mask={w.mask('d')}, other=0.0" if w.mask("d") else ""
     loop.line(f"key = tl.load(k_base + j * k_stride_1 + d * k_stride_2{guard}).to(tl.float32)")
-    _cum_row(w, loop)
-    loop.line("decay = tl.exp(tl.where(seen[:, None], cum - cum_j[None, :], 0.0))")
+    w.gate_sum(loop, "cum_j", "j")
+    between = w.between("cum", "cum_j", ("", "[None, :]"))
+    loop.line(f"decay = tl.exp(tl.where(seen[:, None], {between}, 0.0))")

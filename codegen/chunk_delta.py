@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from refocus.codegen.chunk_kernel import SMALLEST, ChunkKernel, ChunkWriter, Setting
+from refocus.codegen.chunk_kernel import ChunkKernel, ChunkWriter
+from refocus.codegen.chunk_setting import SMALLEST, Setting
 from refocus.codegen.writer import Block
 
 
@@ -29,8 +30,7 @@ def inverse(setting: Setting) -> ChunkKernel:
     body, blocks = w.body, setting.chunk // SMALLEST
     w.operand("k", 3)
     w.operand("erase", 2)
-    if w.gated:
-        w.buffer("cum")
+    w.gate_sums()
     w.buffer("inverse")
     w.stand(False, "one chunk of one head, in blocks of steps.", "tl.arange(0, SUB)")
     w.whole_lanes("d")
@@ -47,10 +47,10 @@ def inverse(setting: Setting) -> ChunkKernel:
         address = f"erase_base + {_steps(i)} * erase_stride_1"
         body.line(f"erase_{i} = tl.load({address}, mask={_inside(i)}, other=0.0).to(tl.float32)")
         if w.gated:
-            body.line(f"cum_{i} = tl.load(cum_ptr + place * CHUNK + {_steps(i)})")
+            w.gate_sum(body, f"cum_{i}", _steps(i))
     body.line("before = t[:, None] > t[None, :]")
     for i, j in pairs:
-        difference = f"cum_{i}[:, None] - cum_{j}[None, :]"
+        difference = w.between(f"cum_{i}", f"cum_{j}", ("[:, None]", "[None, :]"))
         difference = f"tl.where(before, {difference}, 0.0)" if i == j else difference
         weighed = f"lower_{i}{j} * erase_{i}[:, None]{f' * tl.exp({difference})' if w.gated else ''}"
         body.line(f"lower_{i}{j} = {f'tl.where(before, {weighed}, 0.0)' if i == j else weighed}")
@@ -88,9 +88,7 @@ def _merge(w: ChunkWriter, i: int, j: int) -> None:
     """A block below the diagonal, from those between it and the diagonal."""
     body = w.body
     body.line(f"corner = {_dot(w, f'lower_{i}{j}', f'inverse_{j}{j}', 'tf32x3')}")
-    body.lines(
-        f"corner += {_dot(w, f'lower_{i}{m}', f'inverse_{m}{j}', 'tf32x3')}" for m in range(j + 1, i)
-    )
+    body.lines(f"corner += {_dot(w, f'lower_{i}{m}', f'inverse_{m}{j}', 'tf32x3')}" for m in range(j + 1, i))
     body.line(f"inverse_{i}{j} = -{_dot(w, f'inverse_{i}{i}', 'corner', 'tf32x3')}")
 
 
@@ -119,9 +117,8 @@ def effects_backward(setting: Setting) -> ChunkKernel:
 def _products(w: ChunkWriter, values: str, of_keys: str, of_values: str, last: bool) -> None:
     """The inverse times keys and values of the chunk, with what they are weighted by; transposed, with `last`."""
     body = w.body
-    for wanted, name in ((w.gated, "cum"), (True, "inverse")):
-        if wanted:
-            w.buffer(name)
+    w.gate_sums()
+    w.buffer("inverse")
     w.buffer(of_keys, w.setting.dtype)
     w.buffer(of_values)
     w.stand(False, "one chunk of one head.")
@@ -133,9 +130,9 @@ def _products(w: ChunkWriter, values: str, of_keys: str, of_values: str, last: b
         body.line("inverse = tl.trans(inverse)")
     else:
         _erase(w)
-    w.decays(body, last)
+    w.decays(body, "left" if last else "cum")
     factors = [] if last else ["erase"]
-    factors += ["tl.exp(last - cum)" if last else "tl.exp(cum)"] if w.gated else []
+    factors += ["tl.exp(left)" if last else "tl.exp(cum)"] if w.gated else []
     w.base(body, "k", False)
     loop = w.lanes(body, "d")
     w.tile(loop, "key", "k", "d", dtype="float32")
@@ -160,7 +157,8 @@ def states(setting: Setting) -> ChunkKernel:
     w.operand("k", 3)
     w.operand("reads", 3, setting.dtype)
     w.operand("added", 3, "float32")
-    for wanted, name in ((w.gated, "cum"), (form.initial, "initial"), (True, "states"), (form.final, "final")):
+    w.gate_sums()
+    for wanted, name in ((form.initial, "initial"), (True, "states"), (form.final, "final")):
         if wanted:
             w.buffer(name)
     w.buffer("u", setting.dtype)
@@ -175,12 +173,12 @@ def states(setting: Setting) -> ChunkKernel:
     w.put_tile(loop, "u", "u", "e", w.key_head)
     if w.setting.narrow:
         loop.line(f"written = {w.narrow('u')}")
-    w.decays(loop, last=True)
+    w.decays(loop, "last", "left")
     for d, state in _tiles(w):
         w.tile(loop, "key", "k", d)
         if w.gated:
             loop.line(f"{state} = {state} * tl.exp(last)")
-            loop.line("key = key * tl.exp(last - cum)[:, None]")
+            loop.line("key = key * tl.exp(left)[:, None]")
         turned = f"tl.trans({w.narrow('key') if w.gated else 'key'})"
         loop.line(f"{state} = {w.dot(turned, 'written' if w.setting.narrow else 'u', state)}")
     if form.final:
@@ -199,7 +197,8 @@ def states_backward(setting: Setting) -> ChunkKernel:
     w.operand("erase", 2)
     w.operand("grads", 3, setting.dtype)
     w.operand("flow", 3, "float32")
-    given = (w.gated, "cum"), (form.final, "grad_final"), (True, "grad_states"), (form.initial, "grad_initial")
+    w.gate_sums()
+    given = (form.final, "grad_final"), (True, "grad_states"), (form.initial, "grad_initial")
     for wanted, name in given:
         if wanted:
             w.buffer(name)
@@ -215,7 +214,7 @@ def states_backward(setting: Setting) -> ChunkKernel:
     w.put_tile(loop, "x", "x", "e", w.key_head)
     if w.setting.narrow:
         loop.line(f"x = {w.narrow('x')}")
-    w.decays(loop, last=True)
+    w.decays(loop, "last", "cum")
     _erase(w, loop)
     for d, state in _tiles(w):
         if w.gated:

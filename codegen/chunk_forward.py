@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from refocus.codegen.chunk_kernel import ChunkKernel, ChunkWriter, Setting
+from refocus.codegen.chunk_kernel import ChunkKernel, ChunkWriter
+from refocus.codegen.chunk_setting import Setting
 from refocus.codegen.writer import Block
 
 
@@ -23,7 +24,8 @@ def outputs(setting: Setting) -> ChunkKernel:
     body = w.body
     for name in "qv" if w.by_channel else "qkv":
         w.operand(name, 3)
-    for wanted, name in ((w.gated, "cum"), (w.by_channel, "scores"), (True, "states"), (form.sums, "totals")):
+    w.gate_sums()
+    for wanted, name in ((w.by_channel, "scores"), (True, "states"), (form.sums, "totals")):
         if wanted:
             w.buffer(name)
     w.buffer("out", dict(setting.dtypes)["out"])
@@ -36,7 +38,7 @@ def outputs(setting: Setting) -> ChunkKernel:
     w.base(body, "v", False)
     if not w.by_channel:
         w.base(body, "k", False)
-        w.decays(body, last=False)
+        w.decays(body, "cum", "rest")
         body.line("scores = tl.zeros([CHUNK, CHUNK], tl.float32)")
     body.line("acc = tl.zeros([CHUNK, BLOCK_E], tl.float32)")
     if form.sums:
@@ -65,7 +67,7 @@ def outputs(setting: Setting) -> ChunkKernel:
 def _from_state(w: ChunkWriter, loop: Block) -> None:
     w.tile(loop, "query", "q", "d")
     if w.by_channel:
-        w.decays(loop, last=False)
+        w.decays(loop, "cum")
         loop.line("query = query * tl.exp(cum)")
     else:
         w.tile(loop, "key", "k", "d")

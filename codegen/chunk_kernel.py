@@ -5,11 +5,13 @@ program stands (a head and a chunk), tiles of operands [step, feature], tiles of
 between steps of one chunk. `ChunkWriter` writes these; the kernels themselves are in the files beside it.
 
 Decays stay logarithms, summed from the start of the chunk, until a difference of two of them is known to be no gain:
-every exponential is of a number that is at most 0 (where gates are), and nothing is divided by one.
+every exponential is of a number that is at most 0 (where gates are), and nothing is divided by one. With each sum goes
+what it lost to rounding, so that after a gate that forgets nearly all, differences are as good as before it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,82 +20,12 @@ import torch
 from torch import Tensor
 
 from refocus.codegen import cache
+from refocus.codegen.chunk_setting import SMALLEST, Setting, notation, schedule
 from refocus.codegen.flash_fit import padded
+from refocus.codegen.functions import FUNCTIONS, sources
 from refocus.codegen.launch import function_of, on_device
-from refocus.codegen.linear_form import LinearForm
 from refocus.codegen.plan import Plan
 from refocus.codegen.writer import Block
-
-NARROW = ("float16", "bfloat16")
-SMALLEST = 16  # what tl.dot multiplies
-
-
-@dataclass(frozen=True)
-class Setting:
-    """All that the text of a kernel depends on. `repr` rebuilds it.
-
-    `d`, `e`: features and values; `share`: query heads for each key head; `dtypes`: of the operands, by name.
-    """
-
-    form: LinearForm
-    chunk: int
-    d: int
-    e: int
-    share: int
-    dtypes: tuple[tuple[str, str], ...]
-
-    @property
-    def dtype(self) -> str:
-        """What products are computed in: the operands' own narrow dtype, else float32."""
-        known = dict(self.dtypes)
-        same = {known[name] for name in "qkv"}
-        return known["q"] if len(same) == 1 and known["q"] in NARROW else "float32"
-
-    @property
-    def narrow(self) -> bool:
-        return self.dtype in NARROW
-
-    @property
-    def widest(self) -> int:
-        return max(64, padded(self.d), padded(self.e))
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Values in a tile (and features, where not told apart), and what Triton is asked for."""
-
-    block: int
-    warps: int
-    stages: int
-    features: int = 0
-
-
-# Tiles that spill no registers on sm_80 and sm_90, at 64 and 128 features and values (tests/test_linear_triton_aot.py).
-# Products of float32 run without tensor cores, which takes more registers.
-_NARROW = Schedule(64, 4, 2)
-_FLOAT32 = Schedule(32, 8, 1)
-_STEP = Schedule(32, 4, 1)
-_NARROW_KERNELS = {
-    "gates_backward": Schedule(32, 4, 1), "linear_step": _STEP, "delta_inverse": Schedule(64, 1, 1),
-    "delta_states": Schedule(32, 8, 2, 128), "delta_states_backward": Schedule(32, 8, 1, 128),
-}  # fmt: skip
-# With one tile of features and values there are no loops to load in, and everything is in registers at once.
-_NARROW_SINGLE = {"keys_backward": Schedule(32, 4, 2), "values_backward": Schedule(32, 4, 2)}
-_FLOAT32_KERNELS = {
-    "gates_backward": Schedule(32, 4, 1), "linear_step": _STEP, "delta_inverse": Schedule(32, 1, 1),
-    "delta_states_backward": Schedule(16, 8, 1, 32),
-}  # fmt: skip
-
-
-def schedule(setting: Setting, name: str) -> Schedule:
-    """The schedule of the kernel `name`."""
-    if name == "gate_sums":
-        return Schedule(32, 4 if setting.form.gate == "channel" else 1, 1)
-    if not setting.narrow:
-        return _FLOAT32_KERNELS.get(name, _FLOAT32)
-    if setting.widest <= 64 and name in _NARROW_SINGLE:
-        return _NARROW_SINGLE[name]
-    return _NARROW_KERNELS.get(name, _NARROW)
 
 
 @dataclass(frozen=True)
@@ -136,25 +68,6 @@ class ChunkKernel:
                 function_of(self)[grid](*values, num_warps=self.plan.num_warps, num_stages=self.plan.num_stages)
 
 
-def notation(form: LinearForm, share: int) -> list[str]:
-    """The recurrence, in index notation."""
-    shared = f"b//{share}" if share > 1 else "b"
-    decay = {"none": "", "head": "exp(gate[c,t]) * ", "channel": "exp(gate[c,t,d]) * "}[form.gate]
-    new = "k[c,t,d] * v[c,t,e]"
-    lines = []
-    if form.erase:
-        new = "k[c,t,d] * u[c,t,e]"
-        lines.append(f"u[c,t,e]   = erase[c,t] * (v[c,t,e] - sum_d k[c,t,d] * {decay}S[c,t-1,d,e])")
-    lines.append(f"S[c,t,d,e] = {decay}S[c,t-1,d,e] + {new}")
-    seen = f"S[{shared},t,d,e]"
-    if form.strict:
-        seen = f"{decay.replace('c,', shared + ',')}S[{shared},t-1,d,e]"
-    lines.append(f"O[b,t,e]   = sum_d q[b,t,d] * {seen}")
-    if form.sums:
-        lines.append(f"sums[b,t]  = the same with v = 1{', and no initial state' if form.initial else ''}")
-    return lines
-
-
 class ChunkWriter:
     """The text of one kernel under construction."""
 
@@ -165,6 +78,7 @@ class ChunkWriter:
         self.block_e = min(self.schedule.block, padded(setting.e))
         self.body = Block()
         self.parameters: list[Parameter] = []
+        self._optionals: list[tuple[str, str, Block]] = []
         self.gated, self.by_channel = self.form.gate != "none", self.form.gate == "channel"
         self.key_head = "head" if setting.share == 1 else "key_head"
         self.blocks_d, self.blocks_e = -(-setting.d // self.block_d), -(-setting.e // self.block_e)
@@ -177,22 +91,27 @@ class ChunkWriter:
         text.line(f"# Generated by refocus: linear attention in chunks, {self.what}.")
         text.lines(f"#     {line}" for line in notation(self.form, setting.share))
         text.lines(("", "import triton", "import triton.language as tl", ""))
+        for name, value, block in reversed(self._optionals):
+            if name in _words("\n".join(self.body.render())):
+                block.line(f"{name} = {value}")
         lines = list(self.body.render(1))
-        body = "\n".join(lines)
         sizes = {
             "CHUNK": setting.chunk, "D": setting.d, "E": setting.e, "BLOCK_D": self.block_d, "BLOCK_E": self.block_e,
             "BLOCKS_E": self.blocks_e, "BLOCKS_D": self.blocks_d, "SHARE": setting.share, "SUB": SMALLEST,
         }  # fmt: skip
-        words = set(_words(body))
+        words = _words("\n".join(lines))
+        used = [p for p in self.parameters if p.name in words]
         text.lines(f"{name} = tl.constexpr({value})" for name, value in sizes.items() if name in words)
+        for function in sources(words & FUNCTIONS.keys()):
+            text.lines(("", "", *function.split("\n")))
         text.lines(("", "", "@triton.jit", f"def {self.name}("))
         for kind in ("pointer", "stride", "size"):
-            names = [p.name for p in self.parameters if p.kind == kind]
+            names = [p.name for p in used if p.kind == kind]
             text.lines(f"    {', '.join(names[k : k + 6])}," for k in range(0, len(names), 6))
         text.line("):")
         source = "\n".join((*text.render(), *lines)) + "\n"
         order = {"pointer": 0, "stride": 1, "size": 2}
-        parameters = tuple(sorted(self.parameters, key=lambda p: order[p.kind]))
+        parameters = tuple(sorted(used, key=lambda p: order[p.kind]))
         plan = Plan("triton", "chunked", setting.chunk, setting.chunk, self.schedule.warps, self.schedule.stages)
         key = cache.key_of(setting, self.name, self.what, self.schedule)
         tiles = self.blocks_d, self.blocks_e
@@ -209,6 +128,12 @@ class ChunkWriter:
     def buffer(self, name: str, dtype: str = "float32") -> None:
         """A contiguous tensor of our own."""
         self.parameters.append(Parameter(f"{name}_ptr", "pointer", name, 0, dtype))
+
+    def gate_sums(self) -> None:
+        """The buffers of the gates' sums."""
+        if self.gated:
+            self.buffer("cum")
+            self.buffer("rest")
 
     def size(self, name: str) -> None:
         self.parameters.append(Parameter(name, "size"))
@@ -227,14 +152,18 @@ class ChunkWriter:
         body.line("chunk = tl.program_id(0) % chunks")
         head = "head" if of_queries else self.key_head
         body.line(f"{head} = (tl.program_id(0) // chunks).to(tl.int64)")
-        if of_queries and share > 1:
-            body.line("key_head = head // SHARE")
-        body.line(f"place = {self.key_head} * chunks + chunk")
+        self._optional("key_head", "head // SHARE" if of_queries and share > 1 else "")
+        self._optional("place", f"{self.key_head} * chunks + chunk")
         body.line("start = chunk.to(tl.int64) * CHUNK")
         if "block" in steps:
             body.line("block = tl.program_id(1)")
         body.line(f"t = {steps}")
         body.line("inside = t < length - start")
+
+    def _optional(self, name: str, text: str) -> None:
+        """A variable that is set here where something below reads it."""
+        if text:
+            self._optionals.append((name, text, self.body.nested()))
 
     def sharing(self, block: Block) -> Block:
         """Where each query head of a key head is visited."""
@@ -335,24 +264,47 @@ class ChunkWriter:
 
     # ---------------------------------------------------------------------------------------------------------- decays
 
-    def decays(self, block: Block, last: bool) -> None:
-        """`cum`: what the logarithms of decays sum up to, from the chunk's start to each step; `last`: to its end."""
-        if self.form.gate == "head":
-            block.line("cum = tl.load(cum_ptr + place * CHUNK + t)")
-            if last:
-                block.line("last = tl.load(cum_ptr + place * CHUNK + CHUNK - 1)")
-        elif self.by_channel:
-            guard = f", mask={self.mask(('', 'd'))}, other=0.0" if self.mask("d") else ""
-            block.line(f"cum = tl.load(cum_ptr + (place * CHUNK + t[:, None]) * D + d[None, :]{guard})")
-            if last:
-                guard = f", mask={self.mask('d')}, other=0.0" if self.mask("d") else ""
-                block.line(f"last = tl.load(cum_ptr + (place * CHUNK + CHUNK - 1) * D + d{guard})")
+    def gate_sum(self, block: Block, target: str, step: str, rest: bool = True, tile: bool = False) -> None:
+        """What the gates sum up to from the chunk's start to a step, or to steps; with gates for each channel, a vector
+        or, of several steps, a `tile`. `rest`: and what that lost to rounding, as `<target>_rest`."""
+        at, guard = f"place * CHUNK + {step}", ""
+        if self.by_channel:
+            at = f"(place * CHUNK + {step}{'[:, None]' if tile else ''}) * D + d{'[None, :]' if tile else ''}"
+            mask = self.mask(("", "d") if tile else "d")
+            guard = f", mask={mask}, other=0.0" if mask else ""
+        block.line(f"{target} = tl.load(cum_ptr + {at}{guard})")
+        if rest:
+            block.line(f"{target}_rest = tl.load(rest_ptr + {at}{guard})")
+
+    def between(self, later: str, earlier: str, layout: tuple[str, str] = ("", "")) -> str:
+        """What the gates sum up to between two steps, from their sums."""
+        first, second = layout
+        return f"({later}{first} - {earlier}{second}) + ({later}_rest{first} - {earlier}_rest{second})"
+
+    def decays(self, block: Block, *wanted: str) -> None:
+        """`cum`: what the gates sum up to, from the chunk's start to each step; `rest`: what that lost to rounding;
+        `last`: to the chunk's end; `left`: from each step to the chunk's end."""
+        if not self.gated:
+            return
+        left = "left" in wanted
+        if left or "cum" in wanted:
+            self.gate_sum(block, "cum", "t", left or "rest" in wanted, tile=True)
+        if left or "last" in wanted:
+            self.gate_sum(block, "last", "CHUNK - 1", left)
+        if left:
+            block.line(f"left = {self.between('last', 'cum', ('[None, :]' if self.by_channel else '', ''))}")
+
+    @property
+    def spread(self) -> str:
+        """How a decay of each step is laid out beside a tile [step, feature]."""
+        return "" if self.by_channel else "[:, None]"
 
     def seen(self, block: Block) -> None:
         """`seen`: whether a query [:, None] sees a key [None, :] of its chunk, and with one gate a step, `decay`."""
         block.line(f"seen = t[:, None] {'>' if self.form.strict else '>='} t[None, :]")
         if self.form.gate == "head":
-            block.line("decay = tl.exp(tl.where(seen, cum[:, None] - cum[None, :], 0.0))")
+            between = self.between("cum", "cum", ("[:, None]", "[None, :]"))
+            block.line(f"decay = tl.exp(tl.where(seen, {between}, 0.0))")
 
     def weigh(self, block: Block, name: str) -> None:
         """Scores, or what flows back into them, of pairs that are seen, with their decay."""
@@ -380,8 +332,8 @@ class ChunkWriter:
         return f'tl.dot({a}.to(tl.float32), {turned.format(state)}{more}, input_precision="tf32")'
 
 
-def _words(text: str) -> list[str]:
-    return "".join(c if c.isalnum() or c == "_" else " " for c in text).split()
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text))
 
 
 def dtype_name(tensor: Tensor) -> str:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from refocus.codegen.chunk_kernel import ChunkKernel, ChunkWriter, Setting
+from refocus.codegen.chunk_kernel import ChunkKernel, ChunkWriter
+from refocus.codegen.chunk_setting import Setting
 from refocus.codegen.writer import Block
 
 PARTS = ("whole", "ends", "carried")
@@ -21,7 +22,8 @@ PARTS = ("whole", "ends", "carried")
 
 @lru_cache(maxsize=256)
 def gate_sums(setting: Setting) -> ChunkKernel:
-    """`cum`: (key heads, chunks * chunk[, d]), float32; past the end of the sequence, what the last step has.
+    """`cum`: (key heads, chunks * chunk[, d]), float32; past the end of the sequence, what the last step has. `rest`:
+    what these sums lost to rounding, the same shape.
 
     A gate of -inf forgets everything, as does one of -104, whose exponential is no float32 but 0. It is taken for that,
     so that differences of sums stay numbers.
@@ -29,7 +31,7 @@ def gate_sums(setting: Setting) -> ChunkKernel:
     w = ChunkWriter(setting, "gate_sums", "sums of gates since the start of the chunk")
     body = w.body
     w.operand("gate", 3 if w.by_channel else 2)
-    w.buffer("cum")
+    w.gate_sums()
     w.stand(False, "one chunk of one head.")
     w.base(body, "gate", False)
     if w.by_channel:
@@ -37,13 +39,20 @@ def gate_sums(setting: Setting) -> ChunkKernel:
         mask = w.mask(("t", "d"))
         address = "gate_base + t[:, None] * gate_stride_1 + d[None, :] * gate_stride_2"
         body.line(f"gate = tl.load({address}, mask={mask}, other=0.0).to(tl.float32)")
-        body.line("cum = tl.cumsum(tl.maximum(gate, -104.0), 0)")
+        _sum(body)
         guard = f", mask={w.mask(('', 'd'))}" if w.mask("d") else ""
-        body.line(f"tl.store(cum_ptr + (place * CHUNK + t[:, None]) * D + d[None, :], cum{guard})")
+        for name in ("cum", "rest"):
+            body.line(f"tl.store({name}_ptr + (place * CHUNK + t[:, None]) * D + d[None, :], {name}{guard})")
     else:
         body.line("gate = tl.load(gate_base + t * gate_stride_1, mask=inside, other=0.0).to(tl.float32)")
-        body.line("tl.store(cum_ptr + place * CHUNK + t, tl.cumsum(tl.maximum(gate, -104.0), 0))")
+        _sum(body)
+        body.lines(f"tl.store({name}_ptr + place * CHUNK + t, {name})" for name in ("cum", "rest"))
     return w.finish()
+
+
+def _sum(body: Block) -> None:
+    body.line("gate = tl.maximum(gate, -104.0)")
+    body.line("cum, rest = tl.associative_scan((gate, tl.zeros_like(gate)), 0, add_exactly)")
 
 
 @lru_cache(maxsize=256)
@@ -110,7 +119,7 @@ class _States:
             w.put_state(loop, self.states, "state")
             if sums:
                 w.put_vector(loop, self.totals, "total")
-        w.decays(loop, last=True)
+        w.decays(loop, "last", *(("cum",) if self.of_queries else ("left",)))
         self._decay(loop)
         self._add(w.sharing(loop) if self.of_queries else loop)
         self._end(slot)
@@ -120,7 +129,8 @@ class _States:
         w, sums = self.w, self.form.sums
         w.operand(self.keys, 3)
         w.operand(self.values, 3)
-        for wanted, name in ((w.gated, "cum"), (self.starts, self.starts), (self.ends, self.ends)):
+        w.gate_sums()
+        for wanted, name in ((self.starts, self.starts), (self.ends, self.ends)):
             if wanted:
                 w.buffer(name)
         if self.part != "ends":
@@ -164,9 +174,7 @@ class _States:
         w.tile(block, "key", "k", "d")
         w.tile(block, "value", "v", "e")
         if w.gated:
-            block.line(
-                f"key = key * {'tl.exp(last[None, :] - cum)' if w.by_channel else 'tl.exp(last - cum)[:, None]'}"
-            )
+            block.line(f"key = key * tl.exp(left){w.spread}")
         if self.form.sums:
             block.line(f"total += tl.sum({'key' if w.gated else 'key.to(tl.float32)'}, 0)")
         key = w.narrow("key") if w.gated else "key"
@@ -216,7 +224,7 @@ class _StatesBackward(_States):
         w.tile(block, "query", "q", "d")
         w.tile(block, "grad", "grad", "e")
         if w.gated:
-            block.line(f"query = query * {'tl.exp(cum)' if w.by_channel else 'tl.exp(cum)[:, None]'}")
+            block.line(f"query = query * tl.exp(cum){w.spread}")
         if self.form.sums:
             load_grad_sums(w, block)
             block.line("total += tl.sum(query * grad_sums[:, None], 0)")

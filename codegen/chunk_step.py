@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from refocus.codegen.chunk_kernel import ChunkKernel, ChunkWriter, Setting
+from refocus.codegen.chunk_kernel import ChunkKernel, ChunkWriter
+from refocus.codegen.chunk_setting import Setting
 from refocus.codegen.flash_fit import padded
 from refocus.codegen.writer import Block
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from refocus.codegen import chunk_backward, chunk_delta
 from refocus.codegen.chunk_call import Call
-from refocus.codegen.chunk_kernel import Setting, empty
+from refocus.codegen.chunk_kernel import empty
+from refocus.codegen.chunk_setting import Setting
 from refocus.codegen.linear_form import LinearForm
 
 

@@ -14,6 +14,13 @@ from collections.abc import Iterable
 
 _SOURCES = (
     """
+def add_exactly(a, a_rest, b, b_rest):
+    # Knuth's sum, and what it lost to rounding.
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part) + (a_rest + b_rest)
+""",
+    """
 def floor_div(a, b):
     # Triton divides towards zero.
     quotient = a // b
