@@ -8,7 +8,7 @@
 A gate is passed by every pair of steps on either side of it. By where these stand, in this chunk or not, its gradient
 is made of four sums (q . grad_q and k . grad_k summed over features, or with gates by channel, kept apart):
 
-    grad_gate[s] = sum over t >= s of (q . grad_q - k . first part of grad_k)[t]
+    grad_gate[s] = sum over t >= s of (q . grad_q - k . first part of grad_k)[t]     (pairs t, t left out of both)
                  + sum over j < s  of (k . second part of grad_k)[j]
                  + exp(last) (state . grad_state + total . grad_total)
 
@@ -49,7 +49,7 @@ def queries(setting: Setting) -> ChunkKernel:
     for name in ("q", "k", "v", "grad") if w.gated else ("k", "v", "grad"):
         w.base(body, name, name in ("q", "grad"))
     w.decays(body, "cum", "rest")
-    w.seen(body)
+    w.seen(body, w.apart)
     if form.sums:
         load_grad_sums(w, body)
     _pairs(w, body)
@@ -69,10 +69,13 @@ def queries(setting: Setting) -> ChunkKernel:
         loop.line("acc = acc * tl.exp(cum)[:, None]")
     w.tile(loop, "key", "k", "d")
     loop.line(f"acc = {w.dot('pairs', 'key', 'acc')}")
-    w.put_tile(loop, "grad_q", "acc", "d", "head")
     if w.gated:
         w.tile(loop, "query", "q", "d")
         loop.line("rows += tl.sum(acc * query, 1)")
+    if w.apart:
+        loop.line("acc += own[:, None] * key")
+    w.put_tile(loop, "grad_q", "acc", "d", "head")
+    if w.gated:
         body.line("tl.store(rows_ptr + head * length + start + t, rows, mask=inside)")
     return w.finish()
 
@@ -103,7 +106,7 @@ def keys(setting: Setting, inflow: bool = True) -> ChunkKernel:
     for name in ("k", "v") if w.gated else ("v",):
         w.base(body, name, False)
     w.decays(body, *(("cum", "left") if inflow else ("cum", "rest")))
-    w.seen(body)
+    w.seen(body, w.apart)
     if inflow:
         body.line("after = tl.zeros([CHUNK, BLOCK_D], tl.float32)")
         loop = w.lanes(body, "e")
@@ -116,6 +119,9 @@ def keys(setting: Setting, inflow: bool = True) -> ChunkKernel:
         if w.gated:
             body.line("after = after * tl.exp(left)[:, None]")
     body.line("acc = tl.zeros([CHUNK, BLOCK_D], tl.float32)")
+    if w.gated:
+        w.tile(body, "key", "k", "d")
+        body.line("columns = tl.zeros([CHUNK], tl.float32)")
     shared = w.sharing(body)
     w.base(shared, "q", True)
     w.base(shared, "grad", True)
@@ -123,27 +129,38 @@ def keys(setting: Setting, inflow: bool = True) -> ChunkKernel:
         load_grad_sums(w, shared)
     _pairs(w, shared, inflow and w.blocks_e == 1)
     w.tile(shared, "query", "q", "d")
-    shared.line(f"acc = {w.dot('tl.trans(pairs)', 'query', 'acc')}")
+    if w.gated:
+        shared.line(f"part = {w.dot('tl.trans(pairs)', 'query')}")
+        shared.line("columns += tl.sum(part * key, 1)")
+        shared.line(f"acc += part{' + own[:, None] * query' if w.apart else ''}")
+    else:
+        shared.line(f"acc = {w.dot('tl.trans(pairs)', 'query', 'acc')}")
     w.put_tile(body, "grad_k", "acc + after" if inflow else "acc", "d", w.key_head)
     if w.gated:
-        w.tile(body, "key", "k", "d")
         at = f"({w.key_head} * BLOCKS_D + tl.program_id(1))" if w.blocks_d > 1 else w.key_head
-        for name in ("columns", "after") if inflow else ("columns",):
-            text = f"tl.sum({'acc' if name == 'columns' else 'after'} * key, 1)"
-            body.line(f"tl.store({name}_ptr + {at} * length + start + t, {text}, mask=inside)")
+        body.line(f"tl.store(columns_ptr + {at} * length + start + t, columns, mask=inside)")
+        if inflow:
+            body.line(f"tl.store(after_ptr + {at} * length + start + t, tl.sum(after * key, 1), mask=inside)")
     return w.finish()
 
 
 def _pairs(w: ChunkWriter, block: Block, has_value: bool = False) -> None:
-    """What flows back into the scores of pairs, with their decay, as an operand of a product."""
+    """What flows back into the scores of pairs, with their decay, as an operand of a product; into those of a step with
+    itself, where they are kept apart, as `own`."""
+    if w.apart:
+        block.line("own = tl.zeros([CHUNK], tl.float32)")
     block.line("pairs = tl.zeros([CHUNK, CHUNK], tl.float32)")
     loop = w.lanes(block, "e")
     w.tile(loop, "grad", "grad", "e")
     if not has_value:
         w.tile(loop, "value", "v", "e")
     loop.line(f"pairs = {w.dot('grad', 'tl.trans(value)', 'pairs')}")
+    if w.apart:
+        loop.line("own += tl.sum(grad.to(tl.float32) * value, 1)")
     if w.form.sums:
         block.line("pairs += grad_sums[:, None]")
+        if w.apart:
+            block.line("own += grad_sums")
     w.weigh(block, "pairs")
     if w.setting.narrow:
         block.line(f"pairs = {w.narrow('pairs')}")

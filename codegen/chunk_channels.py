@@ -115,13 +115,17 @@ def queries(setting: Setting) -> ChunkKernel:
         loop.line(f"near = {w.dot(w.narrow('pairs'), 'key', 'near')}")
         body.line(f"acc += near * tl.exp({w.between('cum', 'edge', ('', '[None, :]'))})")
     loop = body.nested("for j in range(block * SUB, stop):")
-    _key_row(w, loop)
+    _key_row(w, loop, apart=True)
     loop.line("pairs = tl.load(row + j, mask=seen & inside, other=0.0)")
     loop.line("acc += pairs[:, None] * key[None, :] * decay")
-    w.put_tile(body, "grad_q", "acc", "d", "head")
     w.base(body, "q", True)
     w.tile(body, "query", "q", "d")
     w.put_tile(body, "rows", "acc * query", "d", "head")
+    if w.apart:
+        body.line("own = tl.load(row + t, mask=inside, other=0.0)")
+        w.tile(body, "own_key", "k", "d")
+        body.line("acc += own[:, None] * own_key")
+    w.put_tile(body, "grad_q", "acc", "d", "head")
     return w.finish()
 
 
@@ -154,6 +158,8 @@ def keys(setting: Setting) -> ChunkKernel:
     w.gate_sum(body, "last", "CHUNK - 1")
     body.line(f"after = after * tl.exp({w.between('last', 'cum', ('[None, :]', ''))})")
     body.line("acc = tl.zeros([SUB, BLOCK_D], tl.float32)")
+    if w.apart:
+        body.line("same = tl.zeros([SUB, BLOCK_D], tl.float32)")
     if setting.chunk > SMALLEST:
         w.gate_sum(body, "edge", "block * SUB + SUB - 1")
         body.line("near = tl.zeros([SUB, BLOCK_D], tl.float32)")
@@ -170,7 +176,7 @@ def keys(setting: Setting) -> ChunkKernel:
         loop.line(f"near = {w.dot(turned, 'query', 'near')}")
         body.line(f"acc += near * tl.exp({w.between('edge', 'cum', ('[None, :]', ''))})")
     loop = shared.nested("for j in range(block * SUB, stop):")
-    _seen(w, loop, "j", "t")
+    _seen(w, loop, "j", "t", apart=True)
     guard = f", mask={w.mask('d')}, other=0.0" if w.mask("d") else ""
     loop.line(f"query = tl.load(q_base + j * q_stride_1 + d * q_stride_2{guard}).to(tl.float32)")
     w.gate_sum(loop, "cum_j", "j")
@@ -178,7 +184,11 @@ def keys(setting: Setting) -> ChunkKernel:
     loop.line(f"decay = tl.exp(tl.where(seen[:, None], {between}, 0.0))")
     loop.line("pairs = tl.load(column + j * CHUNK, mask=seen, other=0.0)")
     loop.line("acc += pairs[:, None] * query[None, :] * decay")
-    w.put_tile(body, "grad_k", "acc + after", "d", w.key_head)
+    if w.apart:
+        shared.line("own = tl.load(column + t * CHUNK, mask=inside, other=0.0)")
+        w.tile(shared, "own_query", "q", "d")
+        shared.line("same += own[:, None] * own_query")
+    w.put_tile(body, "grad_k", "acc + after + same" if w.apart else "acc + after", "d", w.key_head)
     w.base(body, "k", False)
     w.tile(body, "key", "k", "d")
     w.put_tile(body, "columns", "acc * key", "d", w.key_head)
@@ -256,13 +266,13 @@ def _moved_keys(w: ChunkWriter, loop: Block) -> None:
     loop.line(f"key = {_moved(w, 'key', w.between('edge', 'cum_j', ('[None, :]', '')))}")
 
 
-def _seen(w: ChunkWriter, loop: Block, query: str, key: str) -> None:
-    loop.line(f"seen = {query} {'>' if w.form.strict else '>='} {key}")
+def _seen(w: ChunkWriter, loop: Block, query: str, key: str, apart: bool) -> None:
+    loop.line(f"seen = {query} {'>' if w.form.strict or apart else '>='} {key}")
 
 
-def _key_row(w: ChunkWriter, loop: Block) -> None:
+def _key_row(w: ChunkWriter, loop: Block, apart: bool = False) -> None:
     """Key `j` of the own block, and its decay up to each of the queries that see it."""
-    _seen(w, loop, "t", "j")
+    _seen(w, loop, "t", "j", apart)
     guard = f", mask={w.mask('d')}, other=0.0" if w.mask("d") else ""
     loop.line(f"key = tl.load(k_base + j * k_stride_1 + d * k_stride_2{guard}).to(tl.float32)")
     w.gate_sum(loop, "cum_j", "j")

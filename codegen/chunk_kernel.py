@@ -299,9 +299,15 @@ class ChunkWriter:
         """How a decay of each step is laid out beside a tile [step, feature]."""
         return "" if self.by_channel else "[:, None]"
 
-    def seen(self, block: Block) -> None:
+    @property
+    def apart(self) -> bool:
+        """Whether pairs of a step with itself, which pass no gate, are kept apart from those that do: what gates get
+        of them would cancel only up to rounding."""
+        return self.gated and not self.form.strict
+
+    def seen(self, block: Block, apart: bool = False) -> None:
         """`seen`: whether a query [:, None] sees a key [None, :] of its chunk, and with one gate a step, `decay`."""
-        block.line(f"seen = t[:, None] {'>' if self.form.strict else '>='} t[None, :]")
+        block.line(f"seen = t[:, None] {'>' if self.form.strict or apart else '>='} t[None, :]")
         if self.form.gate == "head":
             between = self.between("cum", "cum", ("[:, None]", "[None, :]"))
             block.line(f"decay = tl.exp(tl.where(seen, {between}, 0.0))")

@@ -60,6 +60,8 @@ _NARROW_KERNELS = {
     "gates_backward": Schedule(32, 4, 1), "linear_step": _STEP, "delta_inverse": Schedule(64, 1, 1),
     "delta_states": Schedule(32, 8, 2, 128), "delta_states_backward": Schedule(32, 8, 1, 128),
 }  # fmt: skip
+# Its decays are tiles, too.
+_CHANNEL_STATES = Schedule(64, 8, 2)
 # With one tile of features and values there are no loops to load in, and everything is in registers at once.
 _NARROW_SINGLE = {"keys_backward": Schedule(32, 4, 2), "values_backward": Schedule(32, 4, 2)}
 _FLOAT32_KERNELS = {
@@ -74,6 +76,8 @@ def schedule(setting: Setting, name: str) -> Schedule:
         return Schedule(32, 4 if setting.form.gate == "channel" else 1, 1)
     if not setting.narrow:
         return _FLOAT32_KERNELS.get(name, _FLOAT32)
+    if setting.form.gate == "channel" and name == "chunk_states":
+        return _CHANNEL_STATES
     if setting.widest <= 64 and name in _NARROW_SINGLE:
         return _NARROW_SINGLE[name]
     return _NARROW_KERNELS.get(name, _NARROW)
