@@ -100,7 +100,8 @@ class Call:
         named = {name: dtype_name(x) for name, x in self.tensors.items()}
         named |= {name: str(x).removeprefix("torch.") for name, x in dtypes.items()}
         _, d, e = self.state_shape
-        return Setting(form or self.form, self.chunk, d, e, self.share, tuple(sorted(named.items())))
+        tf32 = torch.version.hip is None and self.tensors["q"].device.type != "xpu"
+        return Setting(form or self.form, self.chunk, d, e, self.share, tuple(sorted(named.items())), tf32)
 
     def run(self, kernel: ChunkKernel, grid: tuple[int, ...], buffers: dict[str, Tensor], **sizes: int) -> None:
         kernel.run(grid, self.tensors | buffers, {"length": self.length, **sizes})

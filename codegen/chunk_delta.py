@@ -279,4 +279,4 @@ def _erase(w: ChunkWriter, block: Block | None = None) -> None:
 
 def _dot(w: ChunkWriter, a: str, b: str, precision: str) -> str:
     """A product of float32; where operands are narrow, what it is rounded to (as they were) is still finer."""
-    return f'tl.dot({a}, {b}, input_precision="{precision if w.setting.narrow else "ieee"}")'
+    return f'tl.dot({a}, {b}, input_precision="{w.precision(precision)}")'

@@ -335,7 +335,12 @@ class ChunkWriter:
         if self.setting.dtype != "float16":
             return self.dot(a, turned.format(self.narrow(state)), acc)
         more = f", {acc}" if acc else ""
-        return f'tl.dot({a}.to(tl.float32), {turned.format(state)}{more}, input_precision="tf32")'
+        precision = self.precision("tf32")
+        return f'tl.dot({a}.to(tl.float32), {turned.format(state)}{more}, input_precision="{precision}")'
+
+    def precision(self, wanted: str) -> str:
+        """What float32 operands of a product are rounded to."""
+        return wanted if self.setting.narrow and self.setting.tf32 else "ieee"
 
 
 def _words(text: str) -> set[str]:

@@ -15,7 +15,8 @@ SMALLEST = 16  # what tl.dot multiplies
 class Setting:
     """All that the text of a kernel depends on. `repr` rebuilds it.
 
-    `d`, `e`: features and values; `share`: query heads for each key head; `dtypes`: of the operands, by name.
+    `d`, `e`: features and values; `share`: query heads for each key head; `dtypes`: of the operands, by name. `tf32`:
+    the device has units for that, which products of float32 may be left to where the operands are narrow anyway.
     """
 
     form: LinearForm
@@ -24,6 +25,7 @@ class Setting:
     e: int
     share: int
     dtypes: tuple[tuple[str, str], ...]
+    tf32: bool = True
 
     @property
     def dtype(self) -> str:
@@ -58,12 +60,13 @@ _FLOAT32 = Schedule(32, 8, 1)
 _STEP = Schedule(32, 4, 1)
 _NARROW_KERNELS = {
     "gates_backward": Schedule(32, 4, 1), "linear_step": _STEP, "delta_inverse": Schedule(64, 1, 1),
+    "keys_backward": Schedule(64, 8, 2),
     "delta_states": Schedule(32, 8, 2, 128), "delta_states_backward": Schedule(32, 8, 1, 128),
 }  # fmt: skip
 # Its decays are tiles, too.
 _CHANNEL_STATES = Schedule(64, 8, 2)
 # With one tile of features and values there are no loops to load in, and everything is in registers at once.
-_NARROW_SINGLE = {"keys_backward": Schedule(32, 4, 2), "values_backward": Schedule(32, 4, 2)}
+_NARROW_SINGLE = {"keys_backward": Schedule(32, 8, 2), "values_backward": Schedule(32, 4, 2)}
 _FLOAT32_KERNELS = {
     "gates_backward": Schedule(32, 4, 1), "linear_step": _STEP, "delta_inverse": Schedule(32, 1, 1),
     "delta_states_backward": Schedule(16, 8, 1, 32),

@@ -46,10 +46,10 @@ def supports(form: LinearForm, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | N
     return None
 
 
-def default_chunk(q: Tensor) -> int:
+def default_chunk(q: Tensor, k: Tensor, v: Tensor) -> int:
     """Steps of a chunk where nothing asks for another number: products of float32 run without tensor cores, and are
     better small."""
-    return 64 if dtype_name(q) in NARROW else 32
+    return 64 if q.dtype == k.dtype == v.dtype and dtype_name(q) in NARROW else 32
 
 
 def forward(

@@ -68,7 +68,7 @@ def errors(form: LinearForm, chunk: int, given: Sequence[Tensor | None], missing
     for name, (mine, theirs) in named.items():
         assert (mine is None) == (theirs is None), name
         if mine is not None and theirs is not None:
-            out[name] = [difference(mine, theirs), bound * max(magnitude(theirs), 1.0)]
+            out[name] = [difference(mine, theirs), bound * max(magnitude(theirs), 0.01)]
     return out
 
 

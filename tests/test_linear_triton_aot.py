@@ -44,7 +44,7 @@ def kernels(form: LinearForm, width: int, dtype: torch.dtype) -> list[Any]:
     from refocus.codegen import chunk_call
 
     sizes: dict[str, Any] = {"heads": 1, "d": width, "e": width, "dtype": dtype, "share": 2}
-    chunk = linear_triton.default_chunk(tensors(form, **sizes)[0])  # type: ignore[arg-type]
+    chunk = linear_triton.default_chunk(*tensors(form, **sizes)[:3])  # type: ignore[arg-type]
     found = [*recorded(form, chunk, tensors(form, length=1024, **sizes))]
     found += recorded(form, chunk, tensors(form, length=1, **sizes))
     before, chunk_call.segments_of = chunk_call.segments_of, lambda *_: 4  # type: ignore[assignment]
