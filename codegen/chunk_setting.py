@@ -58,18 +58,18 @@ class Schedule:
 _NARROW = Schedule(64, 4, 2)
 _FLOAT32 = Schedule(32, 8, 1)
 _STEP = Schedule(32, 4, 1)
+_WIDE = Schedule(64, 8, 2)
 _NARROW_KERNELS = {
     "gates_backward": Schedule(32, 4, 1), "linear_step": _STEP, "delta_inverse": Schedule(64, 1, 1),
-    "keys_backward": Schedule(64, 8, 2),
+    "queries_backward": _WIDE, "keys_backward": _WIDE, "values_backward": _WIDE,
     "delta_states": Schedule(32, 8, 2, 128), "delta_states_backward": Schedule(32, 8, 1, 128),
 }  # fmt: skip
-# Its decays are tiles, too.
-_CHANNEL_STATES = Schedule(64, 8, 2)
 # With one tile of features and values there are no loops to load in, and everything is in registers at once.
-_NARROW_SINGLE = {"keys_backward": Schedule(32, 8, 2), "values_backward": Schedule(32, 4, 2)}
+_SINGLE = Schedule(32, 8, 2)
+_SINGLE_KERNELS = ("queries_backward", "keys_backward", "values_backward")
 _FLOAT32_KERNELS = {
-    "gates_backward": Schedule(32, 4, 1), "linear_step": _STEP, "delta_inverse": Schedule(32, 1, 1),
-    "delta_states_backward": Schedule(16, 8, 1, 32),
+    "gates_backward": Schedule(32, 8, 1), "linear_step": _STEP, "delta_inverse": Schedule(32, 1, 1),
+    "delta_states_backward": Schedule(16, 8, 1, 32), "chunk_outputs": _SINGLE, "chunk_states_backward": _SINGLE,
 }  # fmt: skip
 
 
@@ -80,9 +80,9 @@ def schedule(setting: Setting, name: str) -> Schedule:
     if not setting.narrow:
         return _FLOAT32_KERNELS.get(name, _FLOAT32)
     if setting.form.gate == "channel" and name == "chunk_states":
-        return _CHANNEL_STATES
-    if setting.widest <= 64 and name in _NARROW_SINGLE:
-        return _NARROW_SINGLE[name]
+        return _WIDE  # decays are tiles, too
+    if setting.widest <= 64 and name in _SINGLE_KERNELS:
+        return _SINGLE
     return _NARROW_KERNELS.get(name, _NARROW)
 
 

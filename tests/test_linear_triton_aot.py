@@ -34,6 +34,7 @@ GROUPS: dict[str, list[tuple[str, int, torch.dtype]]] = {
     "float32": [(form, 64, SINGLE) for form in FORMS],
     "float32_wide": [(form, 128, SINGLE) for form in FORMS],
     "float16": [(form, 64, FLOAT16) for form in ("head", "delta")],
+    "float16_wide": [(form, 128, FLOAT16) for form in ("head", "delta")],
 }
 # No products of matrices, or, of float32, not on matrix units.
 PLAIN = {"gate_sums", "gates_backward", "channel_gates_backward", "linear_step"}
