@@ -200,7 +200,7 @@ class Call:
             f"grad_{name}": torch.empty(t[name].shape, dtype=t[name].dtype, device=t[name].device) for name in "qkv"
         }
         buffers |= results
-        setting = self.setting(**{name: x.dtype for name, x in results.items()})
+        setting = self.setting(None, **{name: x.dtype for name, x in results.items()})
         chunks = self.key_heads * self.chunks
         if form.gate == "channel":
             buffers |= self.channel_scores(setting, buffers)

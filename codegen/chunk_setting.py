@@ -64,6 +64,8 @@ _NARROW_KERNELS = {
     "queries_backward": _WIDE, "keys_backward": _WIDE, "values_backward": _WIDE,
     "delta_states": Schedule(32, 8, 2, 128), "delta_states_backward": Schedule(32, 8, 1, 128),
 }  # fmt: skip
+# Decays are tiles, too.
+_CHANNEL_KERNELS = {"chunk_states": _WIDE, "values_backward": Schedule(32, 4, 2)}
 # With one tile of features and values there are no loops to load in, and everything is in registers at once.
 _SINGLE = Schedule(32, 8, 2)
 _SINGLE_KERNELS = ("queries_backward", "keys_backward", "values_backward")
@@ -79,8 +81,8 @@ def schedule(setting: Setting, name: str) -> Schedule:
         return Schedule(32, 4 if setting.form.gate == "channel" else 1, 1)
     if not setting.narrow:
         return _FLOAT32_KERNELS.get(name, _FLOAT32)
-    if setting.form.gate == "channel" and name == "chunk_states":
-        return _WIDE  # decays are tiles, too
+    if setting.form.gate == "channel" and name in _CHANNEL_KERNELS:
+        return _CHANNEL_KERNELS[name]
     if setting.widest <= 64 and name in _SINGLE_KERNELS:
         return _SINGLE
     return _NARROW_KERNELS.get(name, _NARROW)

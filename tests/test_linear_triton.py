@@ -38,7 +38,9 @@ THREE = {"head": HEAD, "channel": CHANNEL, "delta": DELTA}
 # ------------------------------------------------------------------------------------------------ the child process
 
 
-def errors(form: LinearForm, chunk: int, given: Sequence[Tensor | None], missing: Sequence[int] = ()) -> dict[str, Any]:
+def errors(
+    form: LinearForm, chunk: int, given: Sequence[Tensor | None], missing: Sequence[int] = (), device: str = "cpu"
+) -> dict[str, Any]:
     """[largest difference from the definition, largest allowed], by result and by gradient. `missing`: the results,
     by number, that nothing flows back into."""
     bound = max(BOUND[x.dtype] for x in given[:3] if x is not None)
@@ -46,6 +48,7 @@ def errors(form: LinearForm, chunk: int, given: Sequence[Tensor | None], missing
     q, k, v, *rest = leaves
     assert q is not None and k is not None and v is not None
     expected = linear_form.forward(form, q, k, v, *rest)
+    given = [None if x is None else x.to(device) for x in given]
     got = linear_triton.forward(form, chunk, *given)  # type: ignore[arg-type]
     named = dict(zip(("out", "sums", "final"), zip(got, expected, strict=True)))
     dtype = given[2].dtype  # type: ignore[union-attr]
@@ -58,6 +61,7 @@ def errors(form: LinearForm, chunk: int, given: Sequence[Tensor | None], missing
     total = sum((x * g).sum() for x, g in zip(expected, grads) if x is not None and g is not None)
     wanted = [x for x in leaves if x is not None]
     found = iter(torch.autograd.grad(total, wanted, materialize_grads=True))  # type: ignore[arg-type]
+    grads = [None if x is None else x.to(device) for x in grads]
     flowed = linear_triton.backward(form, chunk, *given, grads)  # type: ignore[arg-type]
     for name, like, mine in zip(linear_triton.NAMES, given, flowed, strict=True):
         assert (like is None) == (mine is None)
@@ -68,7 +72,7 @@ def errors(form: LinearForm, chunk: int, given: Sequence[Tensor | None], missing
     for name, (mine, theirs) in named.items():
         assert (mine is None) == (theirs is None), name
         if mine is not None and theirs is not None:
-            out[name] = [difference(mine, theirs), bound * max(magnitude(theirs), 0.01)]
+            out[name] = [difference(mine.cpu(), theirs), bound * max(magnitude(theirs), 0.01)]
     return out
 
 
@@ -186,6 +190,17 @@ def test_nothing_to_do(results: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_reruns_give_the_same_bits(results: dict[str, Any]) -> None:
     assert results["reruns"] == dict.fromkeys(THREE, True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("form", forms(), ids=str)
+def test_on_a_gpu(form: LinearForm, dtype: torch.dtype) -> None:
+    """Compiled kernels, whose scans are cut into segments."""
+    given = tensors(form, heads=1, share=2, length=1100, d=72, e=128, dtype=dtype)
+    chunk = linear_triton.default_chunk(*given[:3])  # type: ignore[arg-type]
+    for what, (error, allowed) in errors(form, chunk, given, device="cuda").items():
+        assert error <= allowed, what
 
 
 # ----------------------------------------------------------------------------------------------------- the source
