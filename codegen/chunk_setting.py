@@ -57,10 +57,10 @@ class Schedule:
 # Products of float32 run without tensor cores, which takes more registers.
 _NARROW = Schedule(64, 4, 2)
 _FLOAT32 = Schedule(32, 8, 1)
-_STEP = Schedule(32, 4, 1)
+_SMALL = Schedule(32, 4, 1)
 _WIDE = Schedule(64, 8, 2)
 _NARROW_KERNELS = {
-    "gates_backward": Schedule(32, 4, 1), "linear_step": _STEP, "delta_inverse": Schedule(64, 1, 1),
+    "gates_backward": Schedule(32, 4, 1), "linear_step": _SMALL, "delta_inverse": Schedule(64, 1, 1),
     "queries_backward": _WIDE, "keys_backward": _WIDE, "values_backward": _WIDE,
     "delta_states": Schedule(32, 8, 2, 128), "delta_states_backward": Schedule(32, 8, 1, 128),
 }  # fmt: skip
@@ -70,8 +70,8 @@ _CHANNEL_KERNELS = {"chunk_states": _WIDE, "values_backward": Schedule(32, 4, 2)
 _SINGLE = Schedule(32, 8, 2)
 _SINGLE_KERNELS = ("queries_backward", "keys_backward", "values_backward")
 _FLOAT32_KERNELS = {
-    "gates_backward": Schedule(32, 8, 1), "linear_step": _STEP, "delta_inverse": Schedule(32, 1, 1),
-    "delta_states_backward": Schedule(16, 8, 1, 32), "chunk_outputs": _SINGLE, "chunk_states_backward": _SINGLE,
+    "gates_backward": Schedule(32, 8, 1), "linear_step": _SMALL, "delta_inverse": Schedule(32, 1, 1),
+    "delta_states_backward": Schedule(16, 8, 1, 32), "chunk_outputs": _SINGLE, "chunk_states_backward": _SMALL,
 }  # fmt: skip
 
 
