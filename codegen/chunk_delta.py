@@ -173,11 +173,11 @@ def states(setting: Setting) -> ChunkKernel:
     w.put_tile(loop, "u", "u", "e", w.key_head)
     if w.setting.narrow:
         loop.line(f"written = {w.narrow('u')}")
-    w.decays(loop, "last", "left")
+    w.decays(loop, "kept", "left")
     for d, state in _tiles(w):
         w.tile(loop, "key", "k", d)
         if w.gated:
-            loop.line(f"{state} = {state} * tl.exp(last)")
+            w.keep(loop, state)
             loop.line("key = key * tl.exp(left)[:, None]")
         turned = f"tl.trans({w.narrow('key') if w.gated else 'key'})"
         loop.line(f"{state} = {w.dot(turned, 'written' if w.setting.narrow else 'u', state)}")
@@ -214,11 +214,11 @@ def states_backward(setting: Setting) -> ChunkKernel:
     w.put_tile(loop, "x", "x", "e", w.key_head)
     if w.setting.narrow:
         loop.line(f"x = {w.narrow('x')}")
-    w.decays(loop, "last", "cum")
+    w.decays(loop, "kept", "cum")
     _erase(w, loop)
     for d, state in _tiles(w):
         if w.gated:
-            loop.line(f"{state} = {state} * tl.exp(last)")
+            w.keep(loop, state)
         w.tile(loop, "key", "k", d)
         loop.line(f"key = key * (-erase{' * tl.exp(cum)' if w.gated else ''})[:, None]")
         turned = f"tl.trans({w.narrow('key')})"

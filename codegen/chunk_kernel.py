@@ -283,16 +283,25 @@ class ChunkWriter:
 
     def decays(self, block: Block, *wanted: str) -> None:
         """`cum`: what the gates sum up to, from the chunk's start to each step; `rest`: what that lost to rounding;
-        `last`: to the chunk's end; `left`: from each step to the chunk's end."""
+        `last`: to the chunk's end; `left`: from each step to the chunk's end; `kept`: what a chunk leaves of the state
+        that it starts from, and what that lost to rounding, which would add up from chunk to chunk."""
         if not self.gated:
             return
         left = "left" in wanted
         if left or "cum" in wanted:
             self.gate_sum(block, "cum", "t", left or "rest" in wanted, tile=True)
-        if left or "last" in wanted:
+        if left or "last" in wanted or "kept" in wanted:
             self.gate_sum(block, "last", "CHUNK - 1", left)
+        if "kept" in wanted:
+            block.line("kept = tl.exp(last)")
+            block.line("kept_rest = exp_rest(last, kept)")
         if left:
             block.line(f"left = {self.between('last', 'cum', ('[None, :]' if self.by_channel else '', ''))}")
+
+    def keep(self, block: Block, state: str, vector: bool = False) -> None:
+        """What a chunk leaves of a state."""
+        spread = "[:, None]" if self.by_channel and not vector else ""
+        block.line(f"{state} = {state} * kept{spread} + {state} * kept_rest{spread}")
 
     @property
     def spread(self) -> str:

@@ -71,7 +71,8 @@ _SINGLE = Schedule(32, 8, 2)
 _SINGLE_KERNELS = ("queries_backward", "keys_backward", "values_backward")
 _FLOAT32_KERNELS = {
     "gates_backward": Schedule(32, 8, 1), "linear_step": _SMALL, "delta_inverse": Schedule(32, 1, 1),
-    "delta_states_backward": Schedule(16, 8, 1, 32), "chunk_outputs": _SINGLE, "chunk_states_backward": _SMALL,
+    "delta_states_backward": Schedule(16, 8, 1, 32), "chunk_outputs": _SINGLE, "chunk_states": _SMALL,
+    "chunk_states_backward": _SMALL,
 }  # fmt: skip
 
 

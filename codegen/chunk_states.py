@@ -119,7 +119,7 @@ class _States:
             w.put_state(loop, self.states, "state")
             if sums:
                 w.put_vector(loop, self.totals, "total")
-        w.decays(loop, "last", *(("cum",) if self.of_queries else ("left",)))
+        w.decays(loop, "kept", *(("cum",) if self.of_queries else ("left",)))
         self._decay(loop)
         self._add(w.sharing(loop) if self.of_queries else loop)
         self._end(slot)
@@ -161,9 +161,9 @@ class _States:
     def _decay(self, loop: Block) -> None:
         w = self.w
         if w.gated:
-            loop.line(f"state = state * tl.exp(last){'[:, None]' if w.by_channel else ''}")
+            w.keep(loop, "state")
             if self.form.sums:
-                loop.line("total = total * tl.exp(last)")
+                w.keep(loop, "total", vector=True)
             if self.part == "ends":
                 loop.line("forgotten += last")
 

@@ -77,6 +77,14 @@ def expm1(x):
     return tl.where((u == 0.0) | (u == float("inf")), u - 1.0, y)
 """,
     """
+def exp_rest(x, rounded):
+    # What exp(x) lost when it came out as `rounded`, near x = 0, by its series: products of many factors drift.
+    near = tl.abs(x) < 0.5
+    y = tl.where(near, x, 0.0)
+    y = y * (1 + y / 2 * (1 + y / 3 * (1 + y / 4 * (1 + y / 5 * (1 + y / 6 * (1 + y / 7 * (1 + y / 8)))))))
+    return tl.where(near, y - (rounded - 1.0), 0.0)
+""",
+    """
 def softplus(x):
     return relu(x) + log1p(tl.exp(-tl.abs(x)))
 """,
