@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from refocus.codegen.chunk_kernel import ChunkKernel
 from refocus.codegen.interpreter import interpreted
 from refocus.codegen.launch import Kernel, function_of
 from refocus.errors import EngineUnavailable
@@ -50,7 +51,7 @@ class Resources:
         return self.matrix_unit == "wgmma"
 
 
-def compile_for(kernel: Kernel, target: str) -> Resources:
+def compile_for(kernel: Kernel | ChunkKernel, target: str) -> Resources:
     """Compile for one of `TARGETS`, with contiguous, aligned operands. Raises what Triton raises, and
     `EngineUnavailable` in a process that interprets kernels."""
     if interpreted():
@@ -62,7 +63,7 @@ def compile_for(kernel: Kernel, target: str) -> Resources:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, constants, attributes = _signature(kernel)
+    signature, constants, attributes = _signature(kernel) if isinstance(kernel, Kernel) else _of_chunks(kernel)
     source = ASTSource(function_of(kernel), signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": kernel.plan.num_warps, "num_stages": kernel.plan.num_stages}
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
@@ -93,6 +94,20 @@ def _signature(kernel: Kernel) -> tuple[dict[str, str], dict[str, int], dict[tup
                 signature[argument.name], constants[argument.name] = "constexpr", 1
             elif all(factor % 16 == 0 for factor in to_poly(stride).values()):
                 attributes[position,] = _ALIGNED
+    return signature, constants, attributes
+
+
+def _of_chunks(kernel: ChunkKernel) -> tuple[dict[str, str], dict[str, int], dict[tuple[int], Any]]:
+    """As `_signature`: every stride is a multiple of 16, but the last, and so is the length."""
+    signature: dict[str, str] = {}
+    constants: dict[str, int] = {}
+    attributes: dict[tuple[int], Any] = {}
+    for position, parameter in enumerate(kernel.parameters):
+        if parameter.unit:
+            signature[parameter.name], constants[parameter.name] = "constexpr", 1
+            continue
+        signature[parameter.name] = f"*{_TYPES[parameter.dtype]}" if parameter.kind == "pointer" else "i32"
+        attributes[position,] = _ALIGNED
     return signature, constants, attributes
 
 

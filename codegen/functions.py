@@ -14,6 +14,13 @@ from collections.abc import Iterable
 
 _SOURCES = (
     """
+def add_exactly(a, a_rest, b, b_rest):
+    # Knuth's sum, and what it lost to rounding.
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part) + (a_rest + b_rest)
+""",
+    """
 def floor_div(a, b):
     # Triton divides towards zero.
     quotient = a // b
@@ -68,6 +75,14 @@ def expm1(x):
     y = (u - 1.0) * (x / tl.log(u))
     y = tl.where(u == 1.0, x, y)
     return tl.where((u == 0.0) | (u == float("inf")), u - 1.0, y)
+""",
+    """
+def exp_rest(x, rounded):
+    # What exp(x) lost when it came out as `rounded`, near x = 0, by its series: products of many factors drift.
+    near = tl.abs(x) < 0.5
+    y = tl.where(near, x, 0.0)
+    y = y * (1 + y / 2 * (1 + y / 3 * (1 + y / 4 * (1 + y / 5 * (1 + y / 6 * (1 + y / 7 * (1 + y / 8)))))))
+    return tl.where(near, y - (rounded - 1.0), 0.0)
 """,
     """
 def softplus(x):

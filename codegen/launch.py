@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import inf, prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,22 @@ from refocus.ir import Call, Const, Expr, Region
 from refocus.simplify import bounds, substitute
 
 INT32_MAX = 2**31 - 1
+
+
+class Written(Protocol):
+    """What was saved to a file, and is loaded from there: the function `name` of the module at `path`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def key(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -74,7 +90,7 @@ def start(
     values = [
         operands[a.index].stride(a.dim) if a.kind == "stride" else given[a.kind][a.index] for a in kernel.arguments
     ]
-    with _on(device):
+    with on_device(device):
         function_of(kernel)[grid](*values, num_warps=plan.num_warps, num_stages=plan.num_stages)
 
 
@@ -84,7 +100,7 @@ def device_of(operands: Sequence[Tensor]) -> torch.device:
     return devices[0] if devices else torch.device("cpu")
 
 
-def function_of(kernel: Kernel) -> Any:
+def function_of(kernel: Written) -> Any:
     """The kernel's Triton function, loaded once; its file is written again if it is gone."""
     known = _functions.get((kernel.path, kernel.source))
     if known is None:
@@ -124,7 +140,7 @@ def _shape(region: Region, sizes: tuple[int, ...]) -> tuple[list[int], int]:
     return shape, size_of(region.key.size, numbers)
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device."""
     if device.type == "cpu":
         return nullcontext()

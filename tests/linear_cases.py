@@ -1,0 +1,73 @@
+"""Forms of linear attention and tensors for them, shared by the tests of the engines that compute them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from refocus.codegen import linear_triton, triton_engine
+from refocus.codegen.chunk_kernel import ChunkKernel
+from refocus.codegen.linear_form import LinearForm
+
+
+def forms() -> list[LinearForm]:
+    """Every causal form that the kernels know: with all that a state can have, and with nothing."""
+    out = []
+    for gate, erase, strict, full in product(("none", "head", "channel"), (False, True), (False, True), (False, True)):
+        if not (erase and gate == "channel"):
+            out.append(
+                LinearForm(
+                    strict=strict, gate=gate, erase=erase, sums=full and not erase, initial=full, final=full
+                )
+            )  # fmt: skip
+    return out
+
+
+def tensors(
+    form: LinearForm,
+    heads: int = 2,
+    share: int = 1,
+    length: int = 40,
+    d: int = 16,
+    e: int = 16,
+    dtype: torch.dtype = torch.float32,
+    low: float = 0.5,
+    high: float = 1 - 1e-5,
+) -> list[Tensor | None]:
+    """q, k, v, gate, erase, initial. Decays lie between `low` and `high`; keys are of unit length, as the delta rule
+    wants them."""
+    generator = torch.Generator().manual_seed(length + d)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    q, k, v = random(heads * share, length, d), random(heads, length, d), random(heads, length, e)
+    gate = erase = initial = None
+    if form.gate != "none":
+        shape = (heads, length, d) if form.gate == "channel" else (heads, length)
+        gate = (torch.rand(shape, generator=generator) * (high - low) + low).log()
+    if form.erase:
+        erase = torch.rand(heads, length, generator=generator)
+    if form.initial:
+        initial = random(heads, d, e)
+    k = torch.nn.functional.normalize(k, dim=-1)
+    given: list[Any] = [q, k, v, gate, erase]
+    return [*(None if x is None else x.to(dtype) for x in given), initial]
+
+
+def recorded(form: LinearForm, chunk: int, given: Sequence[Tensor | None]) -> list[ChunkKernel]:
+    """The kernels that a call takes forward and backward, without running them."""
+    kernels: list[ChunkKernel] = []
+
+    def record(kernel: ChunkKernel, *_: Any) -> None:
+        kernels.append(kernel)
+
+    with patch.object(ChunkKernel, "run", record), patch.object(triton_engine, "available", lambda _: None):
+        results = linear_triton.forward(form, chunk, *given)  # type: ignore[arg-type]
+        linear_triton.backward(form, chunk, *given, results)  # type: ignore[arg-type]
+    return list({kernel.source: kernel for kernel in kernels}.values())
