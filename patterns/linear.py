@@ -80,13 +80,49 @@ def product_of(e: Expr, pair: Pair | None = None) -> Product:
             if e.op in ("exp", "exp2"):
                 inner = args[0] if e.op == "exp" else s.call("mul", args[0], Const(math.log(2.0), e.dtype), dtype=e.dtype)
                 found = list(_summands(inner, 1))
+                whole = [s.call("exp", x if sign > 0 else s.call("neg", x, dtype=e.dtype), dtype=e.dtype)
+                         for sign, x, _ in found if not x.axes & set(pair)]  # fmt: skip
                 return Product(
-                    exponents=tuple((sign, term) for sign, term, _ in found),
+                    factors=tuple(x for x in whole if not (isinstance(x, Const) and x.value == 1.0)),
+                    exponents=tuple((sign, x) for sign, x, _ in found if x.axes & set(pair)),
                     conditions=tuple(c for _, _, conditions in found for c in conditions),
                 )
             if e.op == "pow" and args[1].is_int:
                 return _power(args[0], args[1], pair)
     return Product(factors=(e,))
+
+
+def settled(product: Product, pair: Pair) -> Product:
+    """The product, its pairs simplified where the mask holds: with j <= i known, max(i - j, 0) is i - j."""
+    held = set(pair)
+    known = s.assume(s.and_(*(c for c in product.conditions if held <= c.axes)))
+    out = Product(product.summed, (), product.divisors, product.exponents, ())
+    for factor in product.factors:
+        if held <= factor.axes:
+            out = out.times(product_of(s.under(factor, known), pair))
+        else:
+            out = out.times(Product(factors=(factor,)))
+    conditions = tuple(c for c in product.conditions if not _always(c, known))
+    return out.times(Product(conditions=conditions))
+
+
+def _always(condition: Expr, known: s.Knowledge) -> bool:
+    """Whether a condition only asks if a number is one, and it is."""
+    if isinstance(condition, Call) and condition.op == "not":
+        inner = condition.args[0]
+        return isinstance(inner, Call) and inner.op == "isnan" and _is_number(s.under(inner.args[0], known))
+    return False
+
+
+def _is_number(e: Expr) -> bool:
+    """Whether an expression of positions and constants has a value everywhere."""
+    if isinstance(e, Const):
+        return math.isfinite(e.value)
+    if e.loads or not isinstance(e, Call):
+        return e.is_int and not e.loads
+    if e.op == "pow":
+        return _positive(e.args[0]) and all(map(_is_number, e.args))
+    return e.is_int or (e.op in ("add", "sub", "mul", "neg", "exp", "exp2") and all(map(_is_number, e.args)))
 
 
 Summand = tuple[int, Expr, tuple[Expr, ...]]  # sign, value, and the conditions outside of which it is -inf
@@ -214,10 +250,11 @@ def obstacle(product: Product, free: tuple[Axis, ...]) -> Declined | None:
     axis together with values."""
     for factor in product.factors:
         for key in product.summed:
-            rows = [a for a in free if a in factor.axes]
-            values = [f for f in product.factors if key in f.axes and any(a in f.axes for a in free if a not in rows)]
-            if holds_sum(factor) and key in factor.axes and rows and values:
-                return Declined(_why_not(factor), _blamed(factor))
+            if holds_sum(factor) and key in factor.axes:
+                mine = factor.axes & set(free)
+                theirs = [f.axes & set(free) for f in product.factors if key in f.axes and f is not factor]
+                if any(mine - other and other - mine for other in theirs):
+                    return Declined(_why_not(factor), _blamed(factor))
     return None
 
 

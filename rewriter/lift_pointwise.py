@@ -209,7 +209,7 @@ def _cumsum(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     rank = len(index)
     dim = dim + rank if dim < 0 else dim
     step = lift.bound(node, 0, shape_of(source)[dim])
-    if lift.expands and index[dim].axes & lift.query_axes:
+    if lift.expands and index[dim].axes & lift.query_axes and step not in lift.key_axes:
         lift.query_axes.add(step)  # what is summed for a query is still of queries
     body = lift.at(source, (*index[:dim], step, *index[dim + 1 :]))
     if body.is_float and lift.expands:

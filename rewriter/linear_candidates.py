@@ -6,7 +6,8 @@ projections nor low-rank weights are taken for queries, keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 import networkx as nx
@@ -17,6 +18,7 @@ from refocus.facts import Facts, contraction_operands
 from refocus.lift import arguments, is_tensor, op_name
 from refocus.lift_reductions import CONTRACTIONS
 from refocus.lift_tables import MOVES, OPERATIONS
+from refocus.sizes import hint
 
 # Their second operand is a weight, and their first a sum's start.
 _PROJECTIONS = ("linear", "addmm", "baddbmm")
@@ -39,7 +41,7 @@ def linear_candidates(root: fx.Node, facts: Facts, data: set[fx.Node], closed: s
     operands = _product(root, data)
     if operands is None:
         return []
-    reached = [_cores(node, facts, data, closed) for node in operands]
+    reached = [_cores(node, data, closed) for node in operands]
     choices = [cores for cores in reached if cores]
     if len(choices) > 1:
         choices.append(frozenset().union(*choices))
@@ -75,22 +77,24 @@ def _product(node: fx.Node, data: set[fx.Node]) -> list[fx.Node] | None:
     return operands if len(factors) > 1 else None
 
 
-def _cores(start: fx.Node, facts: Facts, data: set[fx.Node], closed: set[fx.Node]) -> frozenset[fx.Node]:
+def _cores(start: fx.Node, data: set[fx.Node], closed: set[fx.Node]) -> frozenset[fx.Node]:
     """The nearest products of data that an operand is made of; failing these, products under a running sum."""
     found: set[fx.Node] = set()
     running: set[fx.Node] = set()
-    for node in _upstream(start, facts, data, closed):
+    for node in upstream(start, data, closed):
         if node in closed:
             continue
         if op_name(node) in CONTRACTIONS:
             if _product(node, data) is not None:
                 found.add(node)
+        elif _sums_pairs(node, data):
+            found.add(node)
         elif op_name(node) == "cumsum" and (outer := _outer(arguments(node)[0], data)) is not None:
             running.add(outer)
     return frozenset(found or running)
 
 
-def _upstream(start: fx.Node, facts: Facts, data: set[fx.Node], closed: set[fx.Node]) -> Iterator[fx.Node]:
+def upstream(start: fx.Node, data: set[fx.Node], closed: Container[fx.Node] = ()) -> Iterator[fx.Node]:
     """What a node is made of, through operations that can be lifted, up to contractions."""
     seen: set[fx.Node] = set()
     stack = [start]
@@ -101,10 +105,30 @@ def _upstream(start: fx.Node, facts: Facts, data: set[fx.Node], closed: set[fx.N
         seen.add(node)
         yield node
         name = op_name(node)
-        if name in CONTRACTIONS or node in closed:
+        if name in CONTRACTIONS or node in closed or _sums_pairs(node, data):
             continue
         if name in MOVES or name in OPERATIONS or name in _SPLITS:
             stack.extend(node.all_input_nodes)
+
+
+def _sums_pairs(node: fx.Node, data: set[fx.Node]) -> bool:
+    """Whether a node sums a product of tensors that were spread over one another's axes: a contraction written out."""
+    source = arguments(node)[0] if op_name(node) == "sum" and is_tensor(node) else None
+    if not isinstance(source, fx.Node) or op_name(source) != "mul":
+        return False
+    factors: list[fx.Node] = []
+    stack = [source]
+    while stack:
+        for a in arguments(stack.pop())[:2]:
+            if isinstance(a, fx.Node) and is_tensor(a):
+                (stack if op_name(a) == "mul" else factors).append(a)
+    size = elements(source)
+    return sum(n in data and elements(n) < size for n in factors) > 1
+
+
+def elements(node: fx.Node) -> int:
+    """How many elements a tensor has, or about."""
+    return math.prod(hint(size) for size in node.meta["val"].shape)
 
 
 def _outer(node: fx.Node, data: set[fx.Node]) -> fx.Node | None:

@@ -13,13 +13,12 @@ from refocus.evaluate import size_of
 from refocus.facts import Facts
 from refocus.ir import Axis, Expr, Load, Sym, rewrite
 from refocus.linear_ir import mask_of, notation
-from refocus.recognize_linear import LinearSite
+from refocus.recognize_linear import LinearSite, sources_of
 from refocus.report import Cost
 from refocus.report import Site as Row
 from refocus.simplify import rebuild
 from refocus.sites import location_of
 from refocus.sizes import hint
-from refocus.splice_linear import sources_of
 
 
 def plan_linear(site: LinearSite, facts: Facts, engine: str | None) -> Chosen | Leave:

@@ -21,7 +21,7 @@ from refocus.facts import Facts
 from refocus.hoist import Hoisted
 from refocus.ir import Axis, Const, Expr, Load, Operand, Reduce
 from refocus.lift import Unliftable, dtype_of, is_tensor, op_name
-from refocus.linear_candidates import LinearCandidate, data_of, linear_candidates
+from refocus.linear_candidates import LinearCandidate, data_of, elements, linear_candidates, upstream
 from refocus.linear_ir import LinearRegion, notation
 from refocus.normal_form import BATCH_NAMES
 from refocus.patterns.declined import Declined, Stop
@@ -35,13 +35,14 @@ from refocus.patterns.linear import (
     holds_sum,
     obstacle,
     product_of,
+    settled,
     shared_by,
     sort,
     sums_in,
     weight_of,
 )
 from refocus.recognize import Left, Site
-from refocus.sizes import hint, shape_of
+from refocus.sizes import shape_of
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,10 @@ class LinearSite:
 def recognize_linear(facts: Facts, found: Sequence[Site | Left]) -> list[Site | Left | LinearSite]:
     """The sites of a graph with its linear attentions among them, in graph order."""
     sites = [x for x in found if isinstance(x, Site)]
-    closed = {n for site in sites for n in (site.root, *site.interior)}
     kept = {x.root: x for x in found if isinstance(x, Left)}
     data = data_of(facts)
+    # A softmax over features that parameters name, not over positions, may be a feature map.
+    closed = {n for site in sites if not _keys_are_kept(site, data) for n in (site.root, *site.interior)}
     linear: list[LinearSite] = []
     lefts: dict[fx.Node, Left] = {}
     for root in facts.order:
@@ -88,15 +90,30 @@ def recognize_linear(facts: Facts, found: Sequence[Site | Left]) -> list[Site | 
             closed.update((*(o.node for o in outcome.outputs), *outcome.interior))
         elif outcome is not None and root not in kept:
             lefts[root] = outcome
-    gone = {n for site in (*linear, *sites) for n in (site.root, *site.interior)}
-    reported = [x for root, x in kept.items() if not {root, x.normaliser} & gone]
+    inside = {n for site in linear for n in (site.root, *site.interior)}
+    sites = [x for x in sites if x.root not in inside]
+    gone = inside.union(*((x.root, *x.interior) for x in sites))
+    features = {n for site in linear for x in sources_of(site, facts) for n in upstream(x, data)}
+    reported = [x for x in kept.values() if x.root not in gone and x.normaliser not in gone | features]
     spoken = {n for x in reported for n in (x.root, x.normaliser)}
-    new = [x for root, x in lefts.items() if root not in gone and not spoken & _upstream_of(root, facts)]
+    new = [x for root, x in lefts.items() if root not in gone and not spoken & {root, *root.all_input_nodes}]
     return sorted([*sites, *linear, *reported, *new], key=lambda x: facts.order[x.root])
 
 
-def _upstream_of(root: fx.Node, facts: Facts) -> set[fx.Node]:
-    return {root, *root.all_input_nodes}
+def sources_of(site: LinearSite, facts: Facts) -> list[fx.Node]:
+    """The nodes that stand in for a site is computed from."""
+    exprs = [*(b.value for b in site.bindings), *(o.value for o in site.outputs)]
+    return list(dict.fromkeys(facts.nodes[x.tensor] for e in exprs for x in _loads(e) if x.tensor in facts.nodes))
+
+
+def _keys_are_kept(site: Site, data: set[fx.Node]) -> bool:
+    for part in site.parts:
+        bound = {o.name: b for o, b in zip(part.region.operands, part.bindings)}
+        for dot in part.region.dots:
+            for load in dot.key.loads:
+                if load.tensor in bound and (not isinstance(n := bound[load.tensor], fx.Node) or n in data):
+                    return False
+    return True
 
 
 def _first(root: fx.Node, facts: Facts, data: set[fx.Node], closed: set[fx.Node]) -> LinearSite | Left | None:
@@ -133,7 +150,9 @@ def _expand(candidate: LinearCandidate, facts: Facts, node: fx.Node, pair: Pair 
         lifter.query_axes.add(pair[0])
         lifter.key_axes.add(pair[1])
     value = lifter.at(node, [Const(0) if a is None else a for a in dims])
-    return _Read(tuple(a for a in dims if a is not None), dims, product_of(value, pair), lifter)
+    product = product_of(value, pair)
+    product = product if pair is None else settled(product, pair)
+    return _Read(tuple(a for a in dims if a is not None), dims, product, lifter)
 
 
 def _attempt(candidate: LinearCandidate, facts: Facts) -> LinearSite | None:
@@ -339,7 +358,7 @@ def _spelled(candidate: LinearCandidate, facts: Facts, read: _Read, roles: Roles
 
     if candidate.root in candidate.cores:
         return "pairs"
-    biggest = max((_elements(n) for n in candidate.interior - {candidate.root} if is_tensor(n)), default=0)
+    biggest = max((elements(n) for n in candidate.interior - {candidate.root} if is_tensor(n)), default=0)
     rows = [a for a in read.free if a != roles.query and a not in roles.value]
     pairs = min(count((*rows, roles.query, roles.key)), count((roles.query, roles.key)))
     if any(op_name(n) == "cumsum" for n in candidate.interior):
@@ -353,13 +372,6 @@ def _holds_pairs(candidate: LinearCandidate, roles: Roles) -> bool:
     return any(
         is_tensor(n) and not wanted - Counter(shape_of(n)) for n in candidate.interior - {candidate.root}
     )
-
-
-def _elements(node: fx.Node) -> int:
-    total = 1
-    for size in node.meta["val"].shape:
-        total *= hint(size)
-    return total
 
 
 def _no_writes(

@@ -18,24 +18,17 @@ from refocus.codegen import linear_operator
 from refocus.codegen.linear_form import LinearForm
 from refocus.codegen.plan import Plan
 from refocus.evaluate import arange_env, evaluate, size_of
-from refocus.facts import Facts
 from refocus.hoist import Hoisted
 from refocus.ir import Axis, Expr, Load, Sym
 from refocus.linear_ir import LinearRegion
-from refocus.recognize_linear import LinearSite
+from refocus.recognize_linear import LinearSite, sources_of
 from refocus.sizes import shape_of
-from refocus.splice import Splicer, laid_out, loads_of
+from refocus.splice import Splicer, laid_out
 
 
 def form_of(region: LinearRegion) -> LinearForm:
     """What the kernels are asked for."""
     return LinearForm(causal=region.causal, strict=region.strict, gate=region.gate, sums=region.sums)
-
-
-def sources_of(site: LinearSite, facts: Facts) -> list[fx.Node]:
-    """The nodes that stand in for a site is computed from."""
-    exprs = [*(b.value for b in site.bindings), *(o.value for o in site.outputs)]
-    return list(dict.fromkeys(n for e in exprs for n in loads_of(e, facts)))
 
 
 def replace_linear(splicer: Splicer, site: LinearSite, plan: Plan) -> None:
