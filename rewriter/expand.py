@@ -18,10 +18,15 @@ from refocus.lift import Index, Lifter, arguments, op_name
 
 @dataclass
 class Expander(Lifter):
-    """`interior`: the nodes that are expanded wherever they are read."""
+    """`interior`: the nodes that are expanded wherever they are read. `root`: the contraction with values or states,
+    which sums over its own axes."""
 
     interior: frozenset[fx.Node] = frozenset()
+    root: fx.Node | None = None
     expands: bool = True
+
+    def sums_keys(self, node: fx.Node) -> bool:
+        return node is not self.root
 
     def within(self, node: fx.Node, index: Index) -> bool:
         return node in self.interior or self.inside(index)

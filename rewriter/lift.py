@@ -197,6 +197,10 @@ class Lifter:
             return self.inside(index)
         return self.tainted(node) and any(entry.axes & self.key_axes for entry in index)
 
+    def sums_keys(self, node: fx.Node) -> bool:
+        """Whether a reduction whose result has no key axis runs over one."""
+        return True
+
     def leaf(self, node: fx.Node, index: Index) -> Load:
         """Stop here: the region loads this value."""
         dtype = kind_of(dtype_of(node)) if kind_of(dtype_of(node)) == BOOL else dtype_of(node)

@@ -87,10 +87,10 @@ def _cores(start: fx.Node, data: set[fx.Node], closed: set[fx.Node]) -> frozense
         if op_name(node) in CONTRACTIONS:
             if _product(node, data) is not None:
                 found.add(node)
-        elif _sums_pairs(node, data):
-            found.add(node)
         elif op_name(node) == "cumsum" and (outer := _outer(arguments(node)[0], data)) is not None:
             running.add(outer)
+        else:
+            found |= _summed_pairs(node, data)
     return frozenset(found or running)
 
 
@@ -105,25 +105,31 @@ def upstream(start: fx.Node, data: set[fx.Node], closed: Container[fx.Node] = ()
         seen.add(node)
         yield node
         name = op_name(node)
-        if name in CONTRACTIONS or node in closed or _sums_pairs(node, data):
+        if name in CONTRACTIONS or node in closed or _summed_pairs(node, data):
             continue
         if name in MOVES or name in OPERATIONS or name in _SPLITS:
             stack.extend(node.all_input_nodes)
 
 
-def _sums_pairs(node: fx.Node, data: set[fx.Node]) -> bool:
-    """Whether a node sums a product of tensors that were spread over one another's axes: a contraction written out."""
+def _summed_pairs(node: fx.Node, data: set[fx.Node]) -> set[fx.Node]:
+    """The multiplications under a sum, of tensors that were spread over one another's axes: a contraction written out.
+    Empty where a node is none."""
     source = arguments(node)[0] if op_name(node) == "sum" and is_tensor(node) else None
     if not isinstance(source, fx.Node) or op_name(source) != "mul":
-        return False
+        return set()
     factors: list[fx.Node] = []
+    products = {source}
     stack = [source]
     while stack:
         for a in arguments(stack.pop())[:2]:
             if isinstance(a, fx.Node) and is_tensor(a):
-                (stack if op_name(a) == "mul" else factors).append(a)
-    size = elements(source)
-    return sum(n in data and elements(n) < size for n in factors) > 1
+                if op_name(a) == "mul" and elements(a) == elements(source):
+                    products.add(a)
+                    stack.append(a)
+                else:
+                    factors.append(a)
+    spread = sum(n in data and elements(n) < elements(source) for n in factors) > 1
+    return products if spread else set()
 
 
 def elements(node: fx.Node) -> int:

@@ -145,7 +145,7 @@ class _Read:
 
 def _expand(candidate: LinearCandidate, facts: Facts, node: fx.Node, pair: Pair | None) -> _Read:
     dims = tuple(None if d == Const(1) else Axis(f"o{k}", d) for k, d in enumerate(shape_of(node)))
-    lifter = Expander(facts, interior=candidate.interior | {node})
+    lifter = Expander(facts, interior=candidate.interior | {node}, root=node)
     if pair is not None:
         lifter.query_axes.add(pair[0])
         lifter.key_axes.add(pair[1])
