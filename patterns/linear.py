@@ -59,7 +59,7 @@ def product_of(e: Expr, pair: Pair | None = None) -> Product:
         if e.op == "mul":
             out = product_of(args[0], pair)
             for a in args[1:]:
-                out = out.times(product_of(a, pair))
+                out = _multiplied(out, product_of(a, pair))
             return out
         if e.op == "div":
             if holds_sum(args[1]):
@@ -92,6 +92,15 @@ def product_of(e: Expr, pair: Pair | None = None) -> Product:
     return Product(factors=(e,))
 
 
+def _multiplied(a: Product, b: Product) -> Product:
+    """The product of two products: a sum times a sum is one sum only where neither holds the other's axis."""
+    for one, other in ((a, b), (b, a)):
+        parts = (*other.factors, *other.divisors, *other.conditions, *(e for _, e in other.exponents))
+        if any(axis in other.summed or any(axis in x.axes for x in parts) for axis in one.summed):
+            raise Stop(Declined("the weights are not linear in the scores, which are multiplied with each other"))
+    return a.times(b)
+
+
 def settled(product: Product, pair: Pair) -> Product:
     """The product, its pairs simplified where the mask holds: with j <= i known, max(i - j, 0) is i - j."""
     held = set(pair)
@@ -99,7 +108,7 @@ def settled(product: Product, pair: Pair) -> Product:
     out = Product(product.summed, (), product.divisors, product.exponents, ())
     for factor in product.factors:
         if held <= factor.axes:
-            out = out.times(product_of(s.under(factor, known), pair))
+            out = _multiplied(out, product_of(s.under(factor, known), pair))
         else:
             out = out.times(Product(factors=(factor,)))
     conditions = tuple(c for c in product.conditions if not _always(c, known))

@@ -52,11 +52,12 @@ def step_of(value: Expr, axis: Axis, facts: Facts) -> Expr:
         below = _Viewer(facts).at(facts.nodes[value.tensor], value.index)
         if isinstance(below, Load) and below.tensor in facts.nodes:
             node = facts.nodes[below.tensor]
-            if op_name(node) == "cumsum" and node not in facts.opaque:
+            source = node.args[0] if node.args else None
+            if op_name(node) == "cumsum" and not {node, source} & facts.opaque:
                 dim = arguments(node)[1] if len(arguments(node)) > 1 else node.kwargs["dim"]
                 dim %= len(below.index)
                 others = (e for k, e in enumerate(below.index) if k != dim)
                 if below.index[dim] == axis and not any(axis in e.axes for e in others):
-                    return Lifter(facts).at(arguments(node)[0], below.index)
+                    return Lifter(facts).at(source, below.index)  # type: ignore[arg-type]
     before = s.substitute(value, {axis: s.maximum(s.sub(axis, 1), Const(0))})
     return s.call("sub", value, before, dtype=value.dtype)

@@ -169,6 +169,8 @@ def _attempt(candidate: LinearCandidate, facts: Facts) -> LinearSite | None:
     if roles is None:
         return None
     weight = weight_of(read.product, pair, lambda value, axis: step_of(value, axis, facts))
+    if weight.causal and roles.query.size != roles.key.size:
+        raise Stop(Declined("the mask is causal, and there are not as many keys as queries"))
     for side in (*roles.queries, *roles.keys, *roles.values):
         if holds_sum(side):
             raise Stop(Declined("a factor of the weights is itself a sum over positions"))
@@ -214,7 +216,7 @@ def _close(candidate: LinearCandidate, facts: Facts, read: _Read, roles: Roles, 
             raise Stop(Declined("the weights are summed in two ways"))
         shared, besides[total] = common, rest
     parts = _parts(read.product, roles, shared)
-    dtype = dtype_of(root)
+    dtype = _widest([dtype_of(root), *(x.dtype for f in (*parts.queries, *parts.keys, *parts.values) for x in _loads(f))])
     if dtype == "float16" and read_sums:
         dtype = "float32"  # before it is normalised, a sum over all keys may be larger than half precision holds
     names, region, bindings = _region(read, roles, weight, parts, dtype, bool(read_sums))
@@ -234,6 +236,14 @@ def _close(candidate: LinearCandidate, facts: Facts, read: _Read, roles: Roles, 
     interior = frozenset(candidate.interior - {o.node for o in outputs})
     _no_writes(facts, outputs, bindings, interior | read.lifter.visited)
     return LinearSite(root, region, bindings, tuple(outputs), _spelled(candidate, facts, read, roles), interior)
+
+
+def _widest(dtypes: list[str]) -> str:
+    """The dtype that holds all of these: what eager code multiplies in float32 must not be rounded first."""
+    floats = dict.fromkeys(d for d in dtypes if d.startswith(("float", "bfloat")))
+    if len(floats) == 1:
+        return next(iter(floats))
+    return "float64" if "float64" in floats else "float32"
 
 
 def _times(factors: tuple[Expr, ...], value: Expr) -> Expr:

@@ -46,6 +46,7 @@ class Splicer:
     mode: Any
     _bodies: dict[Any, fx.GraphModule] = field(default_factory=dict)
     _constants: dict[fx.Node, str | None] = field(default_factory=dict)
+    _replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     def replace(self, site: Site, plans: Sequence[Plan], trained: bool = False) -> None:
         """Put the fused form of `site` in place of its root; with `trained`, one that has a gradient. Raises
@@ -118,6 +119,7 @@ class Splicer:
         """Put a body where the first of `roots` stands; its results replace them, in order."""
         root = roots[0]
         graph = self.gm.graph
+        inputs = [self._replaced.get(n, n) for n in inputs]  # of a site before this one, the result that is fused
         env: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
         trace = root.meta.get("stack_trace")
         results: list[fx.Node] = []
@@ -139,6 +141,7 @@ class Splicer:
         for old, result in zip(roots, results, strict=True):
             result.meta["val"] = result.meta.get("val", old.meta["val"])
             old.replace_all_uses_with(result)
+            self._replaced[old] = result
 
     def _attribute(self, body: fx.GraphModule, target: str) -> str:
         value: Any = body
