@@ -134,5 +134,7 @@ def _flow_of_states(
     for t in reversed(range(read.shape[1])):
         after[:, t] = carried
         du[:, t] += added[:, t] @ carried
-        carried = torch.baddbmm(torch.addcmul(read[:, t], whole[:, t], carried), chunks.seen[:, t].mT, du[:, t], alpha=-1)
+        carried = torch.baddbmm(
+            torch.addcmul(read[:, t], whole[:, t], carried), chunks.seen[:, t].mT, du[:, t], alpha=-1
+        )
     return after, carried

@@ -78,7 +78,9 @@ def product_of(e: Expr, pair: Pair | None = None) -> Product:
                     return Product(conditions=tuple(s.conjuncts(condition))).times(product_of(kept, pair))
         if pair is not None and e.axes.issuperset(pair):
             if e.op in ("exp", "exp2"):
-                inner = args[0] if e.op == "exp" else s.call("mul", args[0], Const(math.log(2.0), e.dtype), dtype=e.dtype)
+                inner = (
+                    args[0] if e.op == "exp" else s.call("mul", args[0], Const(math.log(2.0), e.dtype), dtype=e.dtype)
+                )
                 found = list(_summands(inner, 1))
                 whole = [s.call("exp", x if sign > 0 else s.call("neg", x, dtype=e.dtype), dtype=e.dtype)
                          for sign, x, _ in found if not x.axes & set(pair)]  # fmt: skip
@@ -108,7 +110,9 @@ def settled(product: Product, pair: Pair) -> Product:
     out = Product(product.summed, (), product.divisors, product.exponents, ())
     for factor in product.factors:
         if held <= factor.axes:
-            out = _multiplied(out, product_of(s.under(factor, known), pair))
+            simple = s.under(factor, known)
+            inner = product_of(simple, pair)
+            out = out.times(Product(factors=(simple,)) if inner.summed else inner)
         else:
             out = out.times(Product(factors=(factor,)))
     conditions = tuple(c for c in product.conditions if not _always(c, known))
@@ -188,9 +192,7 @@ def _power(base: Expr, exponent: Expr, pair: Pair) -> Product:
     if _positive(base):
         return gate
     minus = s.call("lt", base, Const(0.0, dtype), dtype=BOOL)
-    signs = [
-        s.where(s.and_(minus, s.eq(s.mod(axis, 2), 1)), Const(-1.0, dtype), Const(1.0, dtype)) for axis in pair
-    ]
+    signs = [s.where(s.and_(minus, s.eq(s.mod(axis, 2), 1)), Const(-1.0, dtype), Const(1.0, dtype)) for axis in pair]
     return gate.times(Product(factors=tuple(signs)))
 
 
@@ -264,6 +266,8 @@ def obstacle(product: Product, free: tuple[Axis, ...]) -> Declined | None:
                 theirs = [f.axes & set(free) for f in product.factors if key in f.axes and f is not factor]
                 if any(mine - other and other - mine for other in theirs):
                     return Declined(_why_not(factor), _blamed(factor))
+    if any(holds_sum(d) and d.axes & set(product.summed) for d in product.divisors):
+        return Declined("the normaliser depends on the key")
     return None
 
 

@@ -216,7 +216,9 @@ def _close(candidate: LinearCandidate, facts: Facts, read: _Read, roles: Roles, 
             raise Stop(Declined("the weights are summed in two ways"))
         shared, besides[total] = common, rest
     parts = _parts(read.product, roles, shared)
-    dtype = _widest([dtype_of(root), *(x.dtype for f in (*parts.queries, *parts.keys, *parts.values) for x in _loads(f))])
+    dtype = _widest(
+        [dtype_of(root), *(x.dtype for f in (*parts.queries, *parts.keys, *parts.values) for x in _loads(f))]
+    )
     if dtype == "float16" and read_sums:
         dtype = "float32"  # before it is normalised, a sum over all keys may be larger than half precision holds
     names, region, bindings = _region(read, roles, weight, parts, dtype, bool(read_sums))
@@ -317,7 +319,9 @@ def _region(
     batch = [a for a in rows if a in k.axes | v.axes | gate_axes]
     share = [a for a in rows if a not in batch]
     channel = bool(gate_axes & set(roles.dot))
-    names = {a: Axis(BATCH_NAMES[n] if n < len(BATCH_NAMES) else f"b{n}", a.size) for n, a in enumerate((*batch, *share))}
+    names = {
+        a: Axis(BATCH_NAMES[n] if n < len(BATCH_NAMES) else f"b{n}", a.size) for n, a in enumerate((*batch, *share))
+    }
     names |= {roles.query: Axis("i", roles.query.size), roles.key: Axis("j", roles.key.size)}
     for letter, axes in (("d", roles.dot), ("e", roles.value)):
         names |= {a: Axis(letter + (str(n) if n else ""), a.size) for n, a in enumerate(axes)}
@@ -379,9 +383,7 @@ def _spelled(candidate: LinearCandidate, facts: Facts, read: _Read, roles: Roles
 def _holds_pairs(candidate: LinearCandidate, roles: Roles) -> bool:
     """Whether a tensor inside has the sizes of both the query and the key axis."""
     wanted = Counter((roles.query.size, roles.key.size))
-    return any(
-        is_tensor(n) and not wanted - Counter(shape_of(n)) for n in candidate.interior - {candidate.root}
-    )
+    return any(is_tensor(n) and not wanted - Counter(shape_of(n)) for n in candidate.interior - {candidate.root})
 
 
 def _no_writes(

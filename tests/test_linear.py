@@ -101,7 +101,9 @@ def test_gradcheck(gate: str, erase: bool) -> None:
     assert torch.autograd.gradcheck(run, [x for x in given if x is not None], fast_mode=True)
 
 
-@pytest.mark.parametrize("form", [LinearForm(gate=g, erase=e, sums=not e) for g in GATES for e in (False, True)], ids=str)
+@pytest.mark.parametrize(
+    "form", [LinearForm(gate=g, erase=e, sums=not e) for g in GATES for e in (False, True)], ids=str
+)
 def test_operator_is_well_formed(form: LinearForm) -> None:
     given = tensors(form, 20, 2)
     torch.library.opcheck(linear_operator.linear, (*given, repr(form), repr(PLAN)))

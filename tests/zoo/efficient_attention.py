@@ -44,5 +44,9 @@ VARIANTS = {"quadratic": _maker(Quadratic)}
 
 
 def reference(module: EfficientAttention, x: Tensor) -> Tensor:
-    q, k, v = module.queries(x).flatten(2).softmax(1), module.keys(x).flatten(2).softmax(-1), module.values(x).flatten(2)
+    q, k, v = (
+        module.queries(x).flatten(2).softmax(1),
+        module.keys(x).flatten(2).softmax(-1),
+        module.values(x).flatten(2),
+    )
     return module.reprojection((v @ (q.mT @ k).mT).view_as(x)) + x
