@@ -3,8 +3,8 @@
 An exponent is always a sum of gates that stand next to each other, never the difference of two long sums: nothing is
 divided by a product of decays, however small, and nothing grows where gates are at most 0.
 
-With a gate for each channel the weights of a chunk are no one matrix product: of a pair of halves, the decay is split at
-the middle, and each half is taken apart again (Yang et al. 2024 call it secondary chunking).
+With a gate for each channel the weights of a chunk are no one matrix product: of a pair of halves, the decay is split
+at the middle, and each half is taken apart again (Yang et al. 2024 call it secondary chunking).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NEAR = 4
 
 
 def gate_flow(form: LinearForm, moved: Tensor, gate: Tensor, flow_final: Tensor | None, final: Tensor) -> Tensor:
-    """The gradient of the gates from that of their running sums, `moved` (C, N, D): a gate is part of all later sums."""
+    """The gradient of the gates from that of their running sums, `moved` (C, N, D). A gate is in all later sums."""
     length = gate.shape[1]
     if flow_final is not None:
         moved[:, length - 1] += (flow_final * final).sum(-1)

@@ -65,8 +65,8 @@ def product_of(e: Expr, pair: Pair | None = None) -> Product:
             if holds_sum(args[1]):
                 return product_of(args[0], pair).times(Product(divisors=(args[1],)))
             by = s.cast(args[1], e.dtype)
-            number = isinstance(by, Const) and by.value
-            inverse = Const(1 / by.value, e.dtype) if number else s.call("reciprocal", by, dtype=e.dtype)
+            known = isinstance(by, Const) and by.value
+            inverse = Const(1 / by.value, e.dtype) if known else s.call("reciprocal", by, dtype=e.dtype)  # type: ignore[attr-defined]
             return product_of(args[0], pair).times(Product(factors=(inverse,)))
         if e.op == "reciprocal" and holds_sum(args[0]):
             return Product(divisors=(args[0],))
@@ -257,7 +257,7 @@ def as_number(condition: Expr) -> Expr:
 
 
 def obstacle(product: Product, free: tuple[Axis, ...]) -> Declined | None:
-    """Why a product that has no roles is none, where it looks like an attention: a function of scores, summed over a key
+    """Why a product without roles is none, where it looks like an attention: a function of scores, summed over a key
     axis together with values."""
     for factor in product.factors:
         for key in product.summed:
@@ -325,15 +325,15 @@ def _gate(exponents: list[Signed], pair: Pair, step_of: Callable[[Expr, Axis], E
     slopes: dict[tuple[Expr, ...], Expr] = {}  # factors -> the sum of what they multiply, in positions
     open_: list[tuple[int, Counter[Expr], Expr]] = []  # sign, factors, a value of one position or summed between
     for sign, e in exponents:
-        positions, cores, rest = _sorted_factors(e, pair)
+        positions, cores, given = _sorted_factors(e, pair)
         if len(cores) > 1 or (cores and positions != Const(1)):
             raise Stop(Declined("a decay is no multiple of a distance and no difference of summed gates", _blamed(e)))
         if cores:
-            open_.append((sign, Counter(rest), cores[0]))
+            open_.append((sign, Counter(given), cores[0]))
         else:
-            tag = tuple(sorted(rest, key=repr))
+            tag = tuple(sorted(given, key=repr))
             slopes[tag] = s.add(slopes.get(tag, Const(0)), s.mul(sign, positions))
-    gates = [_scaled(rest, Const(float(_slope(p, pair)), "float32")) for rest, p in slopes.items() if p != Const(0)]
+    gates = [_scaled(tag, Const(float(_slope(p, pair)), "float32")) for tag, p in slopes.items() if p != Const(0)]
     while open_:
         sign, rest, core = open_.pop(0)
         if {query, key} <= core.axes:
@@ -437,7 +437,7 @@ def shared_by(total: Reduce, roles: Roles, product: Product) -> tuple[Shared, tu
     for factor in found.factors:
         if {roles.query, own[0]} <= factor.axes:
             raise Stop(Declined(f"the normaliser is not linear in the scores (`{_blamed(factor)}` of them)"))
-    here = {own[0]: roles.key}
+    here: dict[Expr, Expr] = {own[0]: roles.key}
     factors, conditions = (Counter(s.substitute(x, here) for x in xs) for xs in (found.factors, found.conditions))
     exponents = Counter((sign, s.substitute(e, here)) for sign, e in found.exponents)
     mine = Counter(product.factors)

@@ -7,6 +7,7 @@ query and a key axis, once these are known. Everything else is loaded, as the ru
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx
 
@@ -46,18 +47,18 @@ class _Viewer(Lifter):
 
 
 def step_of(value: Expr, axis: Axis, facts: Facts) -> Expr:
-    """value[t] - value[t-1], where the value is a load at t = `axis`: of a running sum, what it adds at t. (A difference
-    of two long sums would have lost what they have in common.) At t = 0 it is anything."""
+    """value[t] - value[t-1], where the value is a load at t = `axis`: of a running sum, what it adds at t. (A difference of
+    two long sums would have lost what they have in common.) At t = 0 it is anything."""
     if isinstance(value, Load) and value.tensor in facts.nodes:
         below = _Viewer(facts).at(facts.nodes[value.tensor], value.index)
         if isinstance(below, Load) and below.tensor in facts.nodes:
             node = facts.nodes[below.tensor]
-            source = node.args[0] if node.args else None
+            source: Any = arguments(node)[0] if node.args else None
             if op_name(node) == "cumsum" and not {node, source} & facts.opaque:
-                dim = arguments(node)[1] if len(arguments(node)) > 1 else node.kwargs["dim"]
-                dim %= len(below.index)
+                given: Any = arguments(node)[1] if len(arguments(node)) > 1 else node.kwargs["dim"]
+                dim = int(given) % len(below.index)
                 others = (e for k, e in enumerate(below.index) if k != dim)
                 if below.index[dim] == axis and not any(axis in e.axes for e in others):
-                    return Lifter(facts).at(source, below.index)  # type: ignore[arg-type]
+                    return Lifter(facts).at(source, below.index)
     before = s.substitute(value, {axis: s.maximum(s.sub(axis, 1), Const(0))})
     return s.call("sub", value, before, dtype=value.dtype)

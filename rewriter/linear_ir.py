@@ -5,7 +5,7 @@
     out[batch, share, i, value] = sum over j of W * v[batch, j, value]
     sums[batch, share, i]       = sum over j of W                                  (what a normaliser divides by)
 
-Unlike a softmax region, its operands hold no expressions: what has no query and key axes together stays outside, feature
+Unlike those of a softmax region, its operands are plain: what has no query and key axes together stays outside, feature
 maps, gates and all, and keeps its own gradient. What is done with `out` and `sums` afterwards stays outside as well.
 """
 

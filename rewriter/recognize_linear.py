@@ -225,7 +225,7 @@ def _close(candidate: LinearCandidate, facts: Facts, read: _Read, roles: Roles, 
     back = {new: old for old, new in names.items()}
     out: Expr = Load("out", tuple(back[a] for a in region.out_axes), dtype)
     sums = Load("sums", tuple(back[a] for a in region.sums_axes), "float32")
-    known = {t: _times(rest, sums) for t, rest in besides.items()}
+    known: dict[Expr, Expr] = {t: _times(rest, sums) for t, rest in besides.items()}
     for row in parts.rows:
         out = s.call("mul", out, s.substitute(row, known), dtype=dtype)
     for divisor in read.product.divisors:
@@ -299,7 +299,8 @@ def _parts(product: Product, roles: Roles, shared: Shared | None) -> _Parts:
     for factor in roles.keys:
         inside = common is None or common[factor] > 0
         (keys if inside or factor.axes & set(roles.dot) else values).append(factor)
-    queries, rows = list(roles.queries), []
+    queries: list[Expr] = list(roles.queries)
+    rows: list[Expr] = []
     for factor in roles.rows:
         scale = not holds_sum(factor) and roles.query not in factor.axes
         inside = scale if common is None else common[factor] > 0

@@ -1,4 +1,4 @@
-"""The chunked engine against the definition of its form, step by step in float64: every form, hard lengths, hard decays."""
+"""The chunked engine against the definition of its form, step by step in float64: every form, lengths, decays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention by kernels instead of softmax: the product of feature maps, masked after it, normalised by its sum or not."""
+"""Attention by kernels instead of softmax: a product of feature maps, masked after it, normalised by its sum or not."""
 
 from __future__ import annotations
 

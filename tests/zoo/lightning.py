@@ -1,4 +1,4 @@
-"""Lightning attention: a fixed decay for each head, no softmax, no denominator, no scale; its mask in several spellings."""
+"""Lightning attention: a fixed decay for each head, no softmax, no denominator; its mask in several spellings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear transformers: softmax replaced by elu + 1 on both sides, normalised by the sum; both associations, all lengths."""
+"""Linear transformers: elu + 1 of queries and keys instead of softmax, normalised by the sum; both associations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Performer: positive random features of queries and keys, drawn once and kept; causal by running sums, or not causal."""
+"""Performer: positive random features of queries and keys, drawn once and kept; causal by running sums, or not."""
 
 from __future__ import annotations
 
