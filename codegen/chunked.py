@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from refocus.codegen import delta
-from refocus.codegen.chunks import flow_into, flow_of_states, gate_flow, pairs_of, prepare, results, states
+from refocus.codegen.chunks import GateFlows, flow_into, flow_of_states, gate_flow, pairs_of, prepare, results, states
 from refocus.codegen.linear_form import Grads, LinearForm
 
 
@@ -58,21 +58,23 @@ def backward(
         into = into if flow_final is None else into + flow_final
         dq, dk, dv = flow @ state[:, None].mT, work.v @ into.mT, work.k @ into
         return results(form, work, (q, k, v), (dq, dk, dv, None, into if initial is not None else None))
-    before, final = states(work)
+    before, _ = states(work)
     decays, (q_, k_, v_), flows = work.decays, work.chunks, work.chunked(flow)
     pairs = pairs_of(form, work, form.strict)
     weights = pairs.scores(q_, k_)
     dv = (weights.mT @ flows).sum(1)
-    dq, dk = pairs.backward(flows @ v_.mT, q_, k_)
+    into_weights = flows @ v_.mT
+    dq, dk = pairs.backward(into_weights, q_, k_)
     # A state is read by its chunk, and carried on to the next.
     into = decays.into.unsqueeze(1)
     after, carried = flow_of_states(((q_ * into).mT @ flows).sum(1), decays, flow_final)
-    dq = (dq + (flows @ before.unsqueeze(1).mT) * into).flatten(2, 3)
-    dk = (dk.squeeze(1) + (v_.squeeze(1) @ after.mT) * decays.out_of).flatten(1, 2)
-    dv = (dv + (k_.squeeze(1) * decays.out_of) @ after).flatten(1, 2)
+    keys, values = k_.squeeze(1), v_.squeeze(1)
+    read, written = (flows @ before.unsqueeze(1).mT) * into, (values @ after.mT) * decays.out_of
     dgate = None
     if gate is not None:
-        # d/d(gates up to i): every weight of row i grows with it, every weight of column i shrinks.
-        moved = (work.q * dq).sum(1) - work.k * dk
-        dgate = gate_flow(form, moved, gate, flow_final, final)
+        passing = (decays.whole * before * after).sum(-1)
+        inside = pairs.gates(into_weights, q_, k_)
+        dgate = gate_flow(form, work, GateFlows(inside, (q_ * read).sum(1), keys * written, passing), gate)
+    dq, dk = (dq + read).flatten(2, 3), (dk.squeeze(1) + written).flatten(1, 2)
+    dv = (dv + (keys * decays.out_of) @ after).flatten(1, 2)
     return results(form, work, (q, k, v), (dq, dk, dv, dgate, carried if initial is not None else None))

@@ -22,14 +22,25 @@ from refocus.codegen.linear_form import Grads, LinearForm
 _NEAR = 4
 
 
-def gate_flow(form: LinearForm, moved: Tensor, gate: Tensor, flow_final: Tensor | None, final: Tensor) -> Tensor:
-    """The gradient of the gates from that of their running sums, `moved` (C, N, D). A gate is in all later sums."""
-    length = gate.shape[1]
-    if flow_final is not None:
-        moved[:, length - 1] += (flow_final * final).sum(-1)
-    moved = moved[:, :length].double()
-    moved = moved.sum(-1) if form.gate == "head" else moved
-    return moved.flip(1).cumsum(1).flip(1).to(gate.dtype)
+def gate_flow(form: LinearForm, work: Work, flows: GateFlows, gate: Tensor) -> Tensor:
+    """The gradient of the gates: a gate is in the weight of every pair on both sides of it. Summed as such, chunk by
+    chunk, and not as the difference of what flows to queries and to keys, which all but cancels."""
+    reads, writes, passing = flows.reads, flows.writes, flows.passing
+    if form.gate == "head":
+        reads, writes, passing = reads.sum(-1), writes.sum(-1), passing.sum(-1)
+    found = flows.inside + reads.flip(2).cumsum(2).flip(2) + (writes.cumsum(2) - writes) + passing.unsqueeze(2)
+    return found.flatten(1, 2)[:, : gate.shape[1]].to(gate.dtype).contiguous()
+
+
+@dataclass(frozen=True)
+class GateFlows:
+    """What the gates of a chunk are in: weights of pairs `inside` it, (C, T, L) or (C, T, L, D), by gate; what queries
+    read of the state before it and keys write to the one after it, (C, T, L, D), by step; what passes, (C, T, D)."""
+
+    inside: Tensor
+    reads: Tensor
+    writes: Tensor
+    passing: Tensor
 
 
 # ---------------------------------------------------------------------------------------------------- preparing
@@ -193,8 +204,14 @@ class Pairs:
         return (q @ k.mT).mul_(self.decays)
 
     def backward(self, grad: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """What flows into the queries and keys."""
         grad = grad * self.decays
         return grad @ k, (grad.mT @ q).sum(1, keepdim=True)
+
+    def gates(self, grad: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """What flows into the gates: for each, the pairs with the key before it and the query not."""
+        weights = (grad * self.scores(q, k)).sum(1)
+        return weights.flip(2).cumsum(2).flip(2).tril(-1).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -228,6 +245,21 @@ class ChannelPairs:
         near = torch.einsum("cgtmij,cgtmid,cztmijd->ctmjd", block, queries, decays)
         dk.unflatten(3, (-1, _NEAR)).add_(near.unsqueeze(1))
         return dq, dk
+
+    def gates(self, grad: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """As `Pairs.gates`, for each channel."""
+        out = torch.zeros_like(k.squeeze(1))
+        for half, later, earlier in self._levels():
+            queries, keys, found = (x.unflatten(-2, (-1, 2, half)) for x in (q, k, out))
+            after, before = queries[..., 1, :, :] * later, keys[..., 0, :, :] * earlier
+            block = _blocks(grad, 2 * half)[..., half:, :half]
+            found[..., 1, :, :] += ((block @ before) * after).sum(1).flip(3).cumsum(3).flip(3)
+            written = ((block.mT @ after).sum(1) * before.squeeze(1))
+            found[..., 0, :, :] += written.cumsum(3) - written
+        queries, keys, decays = self._near(q, k)
+        near = torch.einsum("cgtmij,cgtmid,cztmjd,cztmijd->ctmijd", _blocks(grad, _NEAR), queries, keys, decays)
+        near = near.flip(3).cumsum(3).flip(3) * keeps(_NEAR, True, near.device)[..., None]
+        return out + near.sum(4).flatten(2, 3)
 
     def _levels(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Halves of blocks: their length, decays from the middle on, decays up to the middle."""

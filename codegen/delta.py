@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from refocus.codegen.chunks import ChannelPairs, Pairs, Work, flow_into, gate_flow, pairs_of, prepare, results
+from refocus.codegen.chunks import (
+    ChannelPairs,
+    GateFlows,
+    Pairs,
+    Work,
+    flow_into,
+    gate_flow,
+    pairs_of,
+    prepare,
+    results,
+)
 from refocus.codegen.linear_form import Grads, LinearForm
 
 
@@ -91,16 +101,17 @@ def backward(
     assert erase is not None
     work = prepare(form, chunk, q, k, v, gate, initial)
     chunks = _chunks(form, work, erase)
-    before, u, final = _states(work, chunks)
+    before, u, _ = _states(work, chunks)
     flow, flow_final = flow_into(form, work, grads)
     flows, decays, (queries, keys_, _) = work.chunked(flow), work.decays, work.chunks
     keys, into = chunks.keys, decays.into.unsqueeze(1)
     pairs = pairs_of(form, work, form.strict)
     du = (pairs.scores(queries, keys_).mT @ flows).sum(1)
-    dq, dk = pairs.backward(flows @ u.unsqueeze(1).mT, queries, keys_)
-    dq = dq + (flows @ before.unsqueeze(1).mT) * into
+    into_weights = flows @ u.unsqueeze(1).mT
+    dq, dk = pairs.backward(into_weights, queries, keys_)
+    read = (flows @ before.unsqueeze(1).mT) * into
     after, first = _flow_of_states(work, chunks, ((queries * into).mT @ flows).sum(1), du, flow_final)
-    as_key = dk.squeeze(1) + (u @ after.mT) * decays.out_of
+    written = (u @ after.mT) * decays.out_of
     # u = own - seen @ S, both out of one solve: its transpose takes the gradients back.
     known = torch.cat((du, -du @ before.mT), -1)
     back = torch.linalg.solve_triangular(chunks.system.mT, known, upper=True, unitriangular=True)
@@ -108,18 +119,18 @@ def backward(
     back_v, back_k = back.split((u.shape[-1], keys.shape[-1]), -1)
     dbetween = (chunks.erase * dsystem).unsqueeze(1)
     first_key, second_key = chunks.among.backward(dbetween, keys_, keys_)
-    as_query = first_key.squeeze(1) + chunks.erase * decays.into * back_k
-    as_key = as_key + second_key.squeeze(1)
+    seen = chunks.erase * decays.into * back_k
+    dk = (dk + first_key + second_key).squeeze(1) + written + seen
     derase = (dsystem.tril(-1) * chunks.between).sum(-1) + (back_v * chunks.values).sum(-1)
     derase = (derase + (back_k * decays.into * keys).sum(-1)).flatten(1, 2)[:, : k.shape[1]]
-    dq, dv = dq.flatten(2, 3), (chunks.erase * back_v).flatten(1, 2)
-    as_query, as_key = as_query.flatten(1, 2), as_key.flatten(1, 2)
     dgate = None
     if gate is not None:
-        moved = (work.q * dq).sum(1) + work.k * (as_query - as_key)
-        dgate = gate_flow(form, moved, gate, flow_final, final)
-    found = results(form, work, (q, k, v), (dq, as_query + as_key, dv, dgate, first if initial is not None else None))
-    return (*found[:4], derase.to(erase.dtype), found[5])
+        inside = pairs.gates(into_weights, queries, keys_) + chunks.among.gates(dbetween, keys_, keys_)
+        reads, passing = (queries * read).sum(1) + keys * seen, (decays.whole * before * after).sum(-1)
+        dgate = gate_flow(form, work, GateFlows(inside, reads, keys * written, passing), gate)
+    dq, dk, dv = (dq + read).flatten(2, 3), dk.flatten(1, 2), (chunks.erase * back_v).flatten(1, 2)
+    found = results(form, work, (q, k, v), (dq, dk, dv, dgate, first if initial is not None else None))
+    return (*found[:4], derase.to(erase.dtype).contiguous(), found[5])
 
 
 def _flow_of_states(

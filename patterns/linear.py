@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -266,8 +266,11 @@ def obstacle(product: Product, free: tuple[Axis, ...]) -> Declined | None:
                 theirs = [f.axes & set(free) for f in product.factors if key in f.axes and f is not factor]
                 if any(mine - other and other - mine for other in theirs):
                     return Declined(_why_not(factor), _blamed(factor))
-    if any(holds_sum(d) and d.axes & set(product.summed) for d in product.divisors):
-        return Declined("the normaliser depends on the key")
+    plain = replace(product, divisors=())
+    for key in product.summed:
+        keyed = any(holds_sum(d) and key in d.axes for d in product.divisors)
+        if keyed and any(sort(plain, free, query, key) is not None for query in free):
+            return Declined("the normaliser depends on the key")
     return None
 
 

@@ -47,8 +47,8 @@ class _Viewer(Lifter):
 
 
 def step_of(value: Expr, axis: Axis, facts: Facts) -> Expr:
-    """value[t] - value[t-1], where the value is a load at t = `axis`: of a running sum, what it adds at t. (A difference of
-    two long sums would have lost what they have in common.) At t = 0 it is anything."""
+    """value[t] - value[t-1], where the value is a load at t = `axis`; of a running sum, what it adds at t: a difference
+    of long sums would have lost what they have in common. At t = 0 it is anything."""
     if isinstance(value, Load) and value.tensor in facts.nodes:
         below = _Viewer(facts).at(facts.nodes[value.tensor], value.index)
         if isinstance(below, Load) and below.tensor in facts.nodes:
