@@ -13,7 +13,7 @@ from torch import fx
 
 from refocus import simplify as s
 from refocus.facts import Facts
-from refocus.ir import Axis, Const, Expr, Load
+from refocus.ir import Axis, Const, Expr, Load, rewrite
 from refocus.lift import Index, Lifter, arguments, op_name
 
 
@@ -44,6 +44,18 @@ class _Viewer(Lifter):
 
     def _choose(self, node: fx.Node, index: Index, below: Expr) -> Expr:
         return below
+
+
+def viewed(value: Expr, facts: Facts) -> Expr:
+    """The value, every load through views replaced by one of what is viewed: then equal values are equal."""
+
+    def visit(node: Expr) -> Expr | None:
+        if isinstance(node, Load) and node.tensor in facts.nodes:
+            below = _Viewer(facts).at(facts.nodes[node.tensor], node.index)
+            return below if isinstance(below, Load) else node
+        return None
+
+    return rewrite(value, visit, s.rebuild)
 
 
 def step_of(value: Expr, axis: Axis, facts: Facts) -> Expr:

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
 from refocus import simplify as s
-from refocus.expand import Expander, step_of
+from refocus.expand import Expander, step_of, viewed
 from refocus.facts import Facts
 from refocus.hoist import Hoisted
 from refocus.ir import Axis, Const, Expr, Load, Operand, Reduce
 from refocus.lift import Unliftable, dtype_of, is_tensor, op_name
-from refocus.linear_candidates import LinearCandidate, data_of, elements, linear_candidates, upstream
+from refocus.linear_candidates import LinearCandidate, data_of, linear_candidates, upstream
 from refocus.linear_ir import LinearRegion, notation
 from refocus.normal_form import BATCH_NAMES
 from refocus.patterns.declined import Declined, Stop
@@ -168,7 +168,9 @@ def _attempt(candidate: LinearCandidate, facts: Facts) -> LinearSite | None:
     roles = sort(read.product, read.free, *pair)
     if roles is None:
         return None
-    weight = weight_of(read.product, pair, lambda value, axis: step_of(value, axis, facts))
+    exponents = tuple((sign, viewed(e, facts)) for sign, e in read.product.exponents)
+    product = replace(read.product, exponents=exponents)
+    weight = weight_of(product, pair, lambda value, axis: step_of(value, axis, facts))
     if weight.causal and roles.query.size != roles.key.size:
         raise Stop(Declined("the mask is causal, and there are not as many keys as queries"))
     for side in (*roles.queries, *roles.keys, *roles.values):
@@ -237,7 +239,7 @@ def _close(candidate: LinearCandidate, facts: Facts, read: _Read, roles: Roles, 
     outputs.sort(key=lambda o: facts.order[o.node])
     interior = frozenset(candidate.interior - {o.node for o in outputs})
     _no_writes(facts, outputs, bindings, interior | read.lifter.visited)
-    return LinearSite(root, region, bindings, tuple(outputs), _spelled(candidate, facts, read, roles), interior)
+    return LinearSite(root, region, bindings, tuple(outputs), _spelled(candidate, roles), interior)
 
 
 def _widest(dtypes: list[str]) -> str:
@@ -362,29 +364,14 @@ def _product(factors: tuple[Expr, ...], read: _Read, dtype: str) -> Expr:
     return out
 
 
-def _spelled(candidate: LinearCandidate, facts: Facts, read: _Read, roles: Roles) -> str:
-    """How large a tensor the model makes: by its number of elements, compared with what the axes say."""
-
-    def count(axes: Sequence[Axis]) -> int:
-        total = 1
-        for a in axes:
-            total *= int(a.size.value) if isinstance(a.size, Const) else 1 << 12
-        return total
-
-    if candidate.root in candidate.cores:
-        return "pairs"
-    biggest = max((elements(n) for n in candidate.interior - {candidate.root} if is_tensor(n)), default=0)
-    rows = [a for a in read.free if a != roles.query and a not in roles.value]
-    pairs = min(count((*rows, roles.query, roles.key)), count((roles.query, roles.key)))
-    if any(op_name(n) == "cumsum" for n in candidate.interior):
+def _spelled(candidate: LinearCandidate, roles: Roles) -> str:
+    """What the model makes: a tensor of all pairs, a state for each position, or neither."""
+    inside = [n for n in candidate.interior - {candidate.root} if is_tensor(n)]
+    if any(op_name(n) == "cumsum" for n in inside):
         return "states"
-    return "pairs" if biggest >= pairs and _holds_pairs(candidate, roles) else "linear"
-
-
-def _holds_pairs(candidate: LinearCandidate, roles: Roles) -> bool:
-    """Whether a tensor inside has the sizes of both the query and the key axis."""
     wanted = Counter((roles.query.size, roles.key.size))
-    return any(is_tensor(n) and not wanted - Counter(shape_of(n)) for n in candidate.interior - {candidate.root})
+    pairs = candidate.root in candidate.cores or any(not wanted - Counter(shape_of(n)) for n in inside)
+    return "pairs" if pairs else "linear"
 
 
 def _no_writes(

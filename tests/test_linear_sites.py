@@ -314,12 +314,21 @@ def test_half_precision(function: Function, dtype: torch.dtype) -> None:
     check(Module(function), given, family="linear", lower=False, gradients=True)
 
 
-def test_symbolic_lengths() -> None:
-    run = refocus.optimize(Module(by_where), engine="tiled", dynamic=True, require=True)
+@pytest.mark.parametrize("function", [by_where, by_sums_beside, base_two, two_decays, channels])
+def test_symbolic_lengths(function: Function) -> None:
+    run = refocus.optimize(Module(function), engine="tiled", dynamic=True, require=True)
     with torch.no_grad():
-        for length in (48, 70, 131):
-            given = inputs(length)[:3]
-            torch.testing.assert_close(run(*given), by_where(*given))
+        for length in (48, 131):
+            given = inputs(length)[: function.__code__.co_argcount]
+            torch.testing.assert_close(run(*given), function(*given), atol=1e-4, rtol=1e-5)
+
+
+def test_what_is_quadratic_is_known_for_symbolic_lengths() -> None:
+    (site,) = refocus.explain(Module(base_two), *inputs(2048)[:3]).sites
+    run = refocus.optimize(Module(base_two), dynamic=True, require=True)  # an error, unless it is planned in chunks
+    with torch.no_grad():
+        run(*inputs(2048)[:3])
+    assert site.fused
 
 
 def test_all_pairs_are_never_stored() -> None:
