@@ -93,7 +93,8 @@ class Lifter:
     axes. `tainted(node)` says whether a node may hold scores of this site. `visited` collects every node lifted
     through, `blame` is the first operation that stopped a value which may hold scores. With `far`, what an operation
     has copied or repeated (a roll, a gather, overlapping windows) is read where it was before; and while `joining`
-    parts of one tensor, so are its parts.
+    parts of one tensor, so are its parts. `expands`: contractions
+    are written out as sums, running sums too, and what is made of literals is followed like anything else.
     """
 
     known: Known
@@ -105,6 +106,7 @@ class Lifter:
     far: bool = False
     joining: bool = False
     budget: int = 20_000
+    expands: bool = False
     _memo: dict[tuple[fx.Node, Index, bool], Expr] = field(default_factory=dict)
 
     # ------------------------------------------------------------------------------------------------ the entry
@@ -112,9 +114,10 @@ class Lifter:
     def at(self, node: fx.Node, index: Iterable[Expr]) -> Expr:
         """The value of a tensor node at a position (one integer expression for each dimension)."""
         index = tuple(index)
-        key: Any = (node, index) if node in self.known.pure else (node, index, self.joining)
+        shared = node in self.known.pure and not self.expands
+        key: Any = (node, index) if shared else (node, index, self.joining)
         memo: dict[Any, Expr] = (
-            self.known.lifted if node in self.known.pure else self._memo
+            self.known.lifted if shared else self._memo
         )  # what is made of integers reads the same at every site
         if key not in memo:
             self.budget -= 1
@@ -156,7 +159,10 @@ class Lifter:
             if value is not None and not (floating and any(x.is_float for x in _loads(value))):
                 self.visited.add(node)
                 return self.leaf(node, index) if _is_table(node, index, value) else value
-            return self.constant(node, index) or self.leaf(node, index)
+            if value is None or not floating or not self.expands or not self.within(node, index):
+                return self.constant(node, index) or self.leaf(node, index)
+            self.visited.add(node)
+            return value
         inside = self.within(node, index)
         if not inside and (not self.tainted(node) or name in CONTRACTIONS):
             return self.leaf(node, index)
@@ -190,6 +196,10 @@ class Lifter:
         if self.query_axes:
             return self.inside(index)
         return self.tainted(node) and any(entry.axes & self.key_axes for entry in index)
+
+    def sums_keys(self, node: fx.Node) -> bool:
+        """Whether a reduction whose result has no key axis runs over one."""
+        return True
 
     def leaf(self, node: fx.Node, index: Index) -> Load:
         """Stop here: the region loads this value."""
@@ -351,6 +361,8 @@ def contract(axes: tuple[Axis, ...], factors: list[Expr], lifter: Lifter, dtype:
     A mixture of scores over heads (talking heads: one factor has no key, the other holds scores) is again one Dot
     over both axes, for sum_c w_c * sum_d q_cd k_cd = sum_(c,d) (w_c q_cd) k_cd.
     """
+    if lifter.expands:
+        return _summed(axes, _product(factors, dtype), dtype)
     scores = [f for f in factors if holds_scores(f)]
     if scores:
         weight = _product([f for f in factors if not holds_scores(f)], dtype)

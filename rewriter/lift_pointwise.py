@@ -10,7 +10,7 @@ from torch import fx
 
 from refocus import simplify as s
 from refocus.dropout import keep
-from refocus.ir import BOOL, INT, Const, Expr
+from refocus.ir import BOOL, INT, Const, Expr, Reduce
 from refocus.lift import Handler, Index, Lifter, arguments, dtype_of, is_tensor, kind_of
 from refocus.sizes import shape_of
 
@@ -223,12 +223,18 @@ def _square(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
 
 
 def _cumsum(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
-    """A running sum of something that does not change along the way is a multiple of the position."""
+    """A running sum of something that does not change along the way is a multiple of the position. Where sums are
+    written out, it is the sum over all steps up to this one."""
     source, dim = arguments(node)[0], _argument(node, 1, "dim")
     rank = len(index)
     dim = dim + rank if dim < 0 else dim
     step = lift.bound(node, 0, shape_of(source)[dim])
+    if lift.expands and index[dim].axes & lift.query_axes and step not in lift.key_axes:
+        lift.query_axes.add(step)  # what is summed for a query is still of queries
     body = lift.at(source, (*index[:dim], step, *index[dim + 1 :]))
+    if body.is_float and lift.expands:
+        kind = _kind(node)
+        return Reduce("sum", step, s.where(s.le(step, index[dim]), body, Const(0.0, kind)), kind)
     if step in body.axes or body.is_float:
         return None
     return s.mul(s.cast(body, INT), s.add(index[dim], 1))

@@ -26,7 +26,7 @@ def reduced_axis(lift: Lifter, node: fx.Node, which: int, size: Expr, index: Ind
     """The axis a reduction runs over. At a position without key axis it is a key axis itself (row maximum, row sum);
     at one that has a key it is the width of a dot product written as multiply and sum."""
     axis = lift.bound(node, which, size)
-    if not any(entry.axes & lift.key_axes for entry in index):
+    if not any(entry.axes & lift.key_axes for entry in index) and lift.sums_keys(node):
         lift.key_axes.add(axis)
     return axis
 

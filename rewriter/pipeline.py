@@ -26,15 +26,19 @@ from refocus.attention import Left, Site
 from refocus.bodies import with_bodies
 from refocus.capture import CaptureFailed, capture
 from refocus.codegen.choose import plan_part
-from refocus.codegen.plan import Leave, Plan
+from refocus.codegen.plan import Chosen, Leave, Plan
 from refocus.codegen.readings import prefers_tokens
 from refocus.errors import RegionNotFused
 from refocus.facts import Facts, gather_facts
+from refocus.linear_sites import describe_linear, plan_linear
 from refocus.options import Options
 from refocus.recognize import recognize
+from refocus.recognize_linear import LinearSite, recognize_linear
 from refocus.report import Report, joined
+from refocus.report import Site as Row
 from refocus.sites import describe_left, describe_site, numbers_of
 from refocus.splice import IN_GRAPH, CannotSplice, Splicer
+from refocus.splice_linear import replace_linear
 from refocus.training import trained_operands, with_cancelled
 
 
@@ -78,25 +82,19 @@ def _rewrite_outer(gm: fx.GraphModule, options: Options, inputs: Sequence[Any]) 
     debug.dump("capture", traced)
     placeholders = traced.graph.find_nodes(op="placeholder")
     facts = gather_facts(traced, model_buffers(placeholders, inputs))
-    found = recognize(facts)
+    found = recognize_linear(facts, recognize(facts))
     debug.dump("recognize", found)
     splicer = Splicer(traced, facts, _mode(traced))
     rows = []
-    fused = 0
     for k, site in enumerate(found):
         name = f"attention{k}"
         if isinstance(site, Left):
             rows.append(describe_left(name, site))
-            continue
-        site, plans, reason = _plan(site, facts, options)
-        trained = trained_operands(site, facts)
-        if plans is not None:
-            try:
-                splicer.replace(site, plans, any(trained))
-                fused += 1
-            except CannotSplice as problem:
-                plans, reason = None, str(problem)
-        rows.append(describe_site(name, site, plans, reason, facts.inferred))
+        elif isinstance(site, LinearSite):
+            rows.append(_replace_linear(name, site, splicer, facts, options))
+        else:
+            rows.append(_replace(name, site, splicer, facts, options))
+    fused = any(row.fused for row in rows)
     report = Report(tuple(rows), 1, time.perf_counter() - started)
     debug.dump("report", report)
     if options.require:
@@ -109,6 +107,30 @@ def _rewrite_outer(gm: fx.GraphModule, options: Options, inputs: Sequence[Any]) 
     debug.dump("splice", traced)
     assumed = [Assumption(k, facts.assumed[n]) for k, n in enumerate(placeholders) if n in facts.assumed]
     return Rewritten(traced, report, tuple(assumed))
+
+
+def _replace(name: str, site: Site, splicer: Splicer, facts: Facts, options: Options) -> Row:
+    """Plan one site and splice it in; its row of the report."""
+    site, plans, reason = _plan(site, facts, options)
+    trained = trained_operands(site, facts)
+    if plans is not None:
+        try:
+            splicer.replace(site, plans, any(trained))
+        except CannotSplice as problem:
+            plans, reason = None, str(problem)
+    return describe_site(name, site, plans, reason, facts.inferred)
+
+
+def _replace_linear(name: str, site: LinearSite, splicer: Splicer, facts: Facts, options: Options) -> Row:
+    """The same for a linear attention."""
+    outcome = plan_linear(site, facts, options.engine)
+    plan, reason = (outcome.plan if isinstance(outcome, Chosen) else None), outcome.reason
+    if plan is not None:
+        try:
+            replace_linear(splicer, site, plan)
+        except CannotSplice as problem:
+            plan, reason = None, str(problem)
+    return describe_linear(name, site, plan, reason, facts)
 
 
 def _plan(site: Site, facts: Facts, options: Options) -> tuple[Site, list[Plan] | None, str]:

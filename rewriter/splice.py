@@ -46,6 +46,7 @@ class Splicer:
     mode: Any
     _bodies: dict[Any, fx.GraphModule] = field(default_factory=dict)
     _constants: dict[fx.Node, str | None] = field(default_factory=dict)
+    _replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     def replace(self, site: Site, plans: Sequence[Plan], trained: bool = False) -> None:
         """Put the fused form of `site` in place of its root; with `trained`, one that has a gradient. Raises
@@ -53,17 +54,24 @@ class Splicer:
         inputs = list(dict.fromkeys(n for p in site.parts for b in p.bindings for n in sources(b, self.facts)))
         inputs += [n for n in loads_of(site.epilogue, self.facts) if n not in inputs]
         syms = _syms_of(site)
-        sym_nodes = [self._sym_node(sym, site.root) for sym in syms]
+        sym_nodes = [self.sym_node(sym, site.root) for sym in syms]
         values = [n.meta["val"] for n in inputs]
         key = (_body_key(site, plans, inputs), trained)
+        function = _function(site, plans, inputs, syms, trained)
+        body = self.traced(key, function, values, [n.meta["val"] for n in sym_nodes])
+        self.inline(body, [*(self._kept(n, site.root) for n in inputs), *sym_nodes], [site.root])
+
+    def traced(
+        self, key: Any, function: Callable[[list[Tensor], list[int]], Any], values: list[Tensor], sizes: list[Any]
+    ) -> fx.GraphModule:
+        """The graph of a function of these tensors and sizes; the one traced before for an equal `key`."""
         body = self._bodies.get(key)
         if body is None:
-            function = _function(site, plans, inputs, syms, trained)
             with self.mode, torch.fx.traceback.preserve_node_meta(False), torch.no_grad():
-                body = make_fx(function, pre_dispatch=True)(values, [n.meta["val"] for n in sym_nodes])
+                body = make_fx(function, pre_dispatch=True)(values, sizes)
             _drop_grad_switches(body)
             self._bodies[key] = body
-        self._inline(body, [*(self._kept(n, site.root) for n in inputs), *sym_nodes], site.root)
+        return body
 
     def _kept(self, node: fx.Node, root: fx.Node) -> fx.Node:
         """A constant mask that follows no rule is computed now, once: then it is the same tensor on every call, and
@@ -86,7 +94,7 @@ class Splicer:
         kept.meta["val"] = fake
         return kept
 
-    def _sym_node(self, sym: Sym, root: fx.Node) -> fx.Node:
+    def sym_node(self, sym: Sym, root: fx.Node) -> fx.Node:
         """A node of the graph that holds a symbolic size: an input, or the size of an earlier tensor."""
         for node in self.gm.graph.nodes:
             if node is root:
@@ -107,17 +115,21 @@ class Splicer:
                         return new
         raise CannotSplice(f"the size {sym.name} is not at hand in the graph")
 
-    def _inline(self, body: fx.GraphModule, inputs: list[fx.Node], root: fx.Node) -> None:
+    def inline(self, body: fx.GraphModule, inputs: list[fx.Node], roots: Sequence[fx.Node]) -> None:
+        """Put a body where the first of `roots` stands; its results replace them, in order."""
+        root = roots[0]
         graph = self.gm.graph
+        inputs = [self._replaced.get(n, n) for n in inputs]  # of a site before this one, the result that is fused
         env: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
         trace = root.meta.get("stack_trace")
-        result: Any = None
+        results: list[fx.Node] = []
         with graph.inserting_before(root):
             for node in body.graph.nodes:
                 if node.op == "placeholder":
                     continue
                 if node.op == "output":
-                    result = env[_only(node.args[0])]
+                    found = node.args[0] if isinstance(node.args[0], list | tuple) else [node.args[0]]
+                    results = [env[n] for n in found]
                     continue
                 if node.op == "get_attr":
                     env[node] = graph.get_attr(self._attribute(body, str(node.target)))
@@ -126,10 +138,10 @@ class Splicer:
                 env[node].meta = dict(node.meta)
                 if trace:
                     env[node].meta["stack_trace"] = trace
-        assert isinstance(result, fx.Node)
-        old = root.meta["val"]
-        result.meta["val"] = result.meta.get("val", old)
-        root.replace_all_uses_with(result)
+        for old, result in zip(roots, results, strict=True):
+            result.meta["val"] = result.meta.get("val", old.meta["val"])
+            old.replace_all_uses_with(result)
+            self._replaced[old] = result
 
     def _attribute(self, body: fx.GraphModule, target: str) -> str:
         value: Any = body
@@ -154,10 +166,6 @@ class Splicer:
         else:
             setattr(self.gm, name, value)
         return name
-
-
-def _only(value: Any) -> fx.Node:
-    return value[0] if isinstance(value, list | tuple) else value
 
 
 def _drop_grad_switches(body: fx.GraphModule) -> None:
@@ -233,8 +241,6 @@ def _function(
 ) -> Callable[[list[Tensor], list[int]], Tensor]:
     """What stands in for the root, as a function of the tensors that it reads and the symbolic sizes."""
     root = site.root.meta["val"]
-    shape = shape_of(site.root)
-    order = sorted(range(root.dim()), key=lambda d: (-hint(root.stride(d), 1), d))
     flat = [a for group in site.dims for a in group]
 
     def replacement(tensors: list[Tensor], numbers: list[int]) -> Tensor:
@@ -251,10 +257,17 @@ def _function(
         else:
             value = evaluate(site.epilogue, arange_env(flat, sizes), {**named, **results}, sizes)
             value = value.expand([size_of(a.size, sizes) for a in flat])
-        value = value.to(root.dtype).reshape([size_of(d, sizes) for d in shape])
-        return value.permute(order).contiguous().permute(sorted(range(len(order)), key=order.__getitem__))
+        return laid_out(value, site.root, sizes)
 
     return replacement
+
+
+def laid_out(value: Tensor, root: fx.Node, sizes: dict[Sym, int]) -> Tensor:
+    """A value with the shape, dtype and order of strides of the node that it replaces."""
+    old = root.meta["val"]
+    order = sorted(range(old.dim()), key=lambda d: (-hint(old.stride(d), 1), d))
+    value = value.to(old.dtype).reshape([size_of(d, sizes) for d in shape_of(root)])
+    return value.permute(order).contiguous().permute(sorted(range(len(order)), key=order.__getitem__))
 
 
 def _without_dummy(out: Tensor, region: Any, axes: Sequence[Axis]) -> Tensor:

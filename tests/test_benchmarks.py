@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import cpu, masks, models, recognition
+from benchmarks import cpu, linear, masks, models, recognition
 from benchmarks.isolation import run_isolated
 from benchmarks.measure import geometric_mean, largest_difference, peak_memory, time_peers
 from benchmarks.peers import COMPILE, EAGER, REFOCUS, Row
@@ -163,3 +163,12 @@ def test_both_languages_say_the_same(name: str) -> None:
     ours = evaluate(mask.expr, arange_env((h, i, j), {}), mask.tensors, {}).expand(masks.HEADS, n, n)
     heads, rows, columns = torch.arange(masks.HEADS)[:, None, None], torch.arange(n)[:, None], torch.arange(n)
     assert torch.equal(ours, mask.mod(torch.zeros(()), heads, rows, columns).expand(masks.HEADS, n, n))
+
+
+@pytest.mark.parametrize("kind", linear.KINDS)
+def test_linear_attention_is_measured(kind: str) -> None:
+    """Each spelling, forced into chunks at a small size, agrees with eager code."""
+    measured = linear.run(linear.Task(kind, 96, False, "tiled", 1, 0.1, torch.get_num_threads(), 1.0))
+    assert set(measured.timings) == {EAGER, COMPILE, REFOCUS}
+    assert measured.difference < 1e-4
+    assert linear.straightness([1, 2, 3], [1.0, 2.0, 3.0]) == pytest.approx(1.0)

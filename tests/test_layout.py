@@ -19,7 +19,7 @@ LONGEST = 500
 # `refocus`. A new module is given its layer here.
 LAYERS: dict[str, tuple[str, ...]] = {
     "base": ("errors", "debug", "options", "tolerances", "pictures", "report", "inductor", "identity", "bits"),
-    "ir": ("ir", "notation"),
+    "ir": ("ir", "notation", "linear_ir"),
     "algebra": ("polynomial", "proofs", "division", "comparisons", "constants", "simplify", "steps"),
     "meaning": (
         "counter", "dropout", "differentiate", "hoist", "intervals", "key_bounds", "grid", "operations", "evaluate",
@@ -28,9 +28,14 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "lift": ("blank", "bodies", "capture", "functional", "fold", "sizes", "lift", "lift_*", "facts", "gathers"),
     "patterns": ("patterns", "patterns.*"),
-    "recognize": ("attention", "bands", "closure", "joint", "merge", "products", "normal_form", "recognize"),
+    "recognize": (
+        "attention", "bands", "closure", "joint", "merge", "products", "normal_form", "recognize", "expand",
+        "linear_candidates", "recognize_linear",
+    ),
     "codegen": ("codegen", "codegen.*"),
-    "pipeline": ("mask_report", "sites", "splice", "training", "pipeline", "emit"),
+    "pipeline": (
+        "mask_report", "sites", "splice", "training", "pipeline", "emit", "linear_sites", "splice_linear",
+    ),
     "backend": ("backend",),
     "front": ("", "api", "__main__", "testing"),
 }

@@ -1,0 +1,171 @@
+"""The operators that stand in a graph for one linear attention.
+
+    refocus::linear(Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? erase, Tensor? initial, str form, str plan)
+        -> (Tensor out, Tensor sums, Tensor final)
+    refocus::linear_backward(the same, Tensor? out, Tensor? sums, Tensor? final, bool[] needs) -> Tensor[]
+
+The tensors are those of `linear_form`; `form` and `plan` are the `repr` of a `LinearForm` and a `Plan`. A result that
+the form does not ask for is an empty tensor. Gradients come for the tensors that require one, and only for those.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refocus.codegen import plan as plans
+from refocus.codegen.linear_form import LinearForm
+from refocus.codegen.plan import Plan
+from refocus.errors import BadRegion, EngineUnavailable, NeedsGradient
+
+# engine -> module with `forward` and `backward` as `linear_form` describes them
+ENGINES: dict[str, str] = {"tiled": "refocus.codegen.chunked"}
+
+_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? erase, Tensor? initial, str form, str plan"
+
+
+@lru_cache(maxsize=512)
+def parse_form(text: str) -> LinearForm:
+    """Rebuild a form from its `repr`. The text only ever comes from `repr` of our own values."""
+    form = eval(text, {"LinearForm": LinearForm, "__builtins__": {}})
+    assert isinstance(form, LinearForm)
+    return form
+
+
+def engine_named(name: str) -> ModuleType:
+    """The engine's module. Raises `EngineUnavailable` where there is none."""
+    if name not in ENGINES:
+        raise EngineUnavailable(
+            f"the engine {name!r} has no linear attention",
+            expected=", ".join(ENGINES),
+            got=name,
+            todo="name one of these engines",
+        )
+    return importlib.import_module(ENGINES[name])
+
+
+def call(form: LinearForm, plan: Plan, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
+    """Run by the operator, as a graph would. `tensors`: q, k, v, gate, erase, initial."""
+    result: tuple[Tensor, Tensor, Tensor] = linear(*tensors, repr(form), repr(plan))
+    return result
+
+
+@torch.library.custom_op("refocus::linear", mutates_args=(), schema=f"({_TENSORS}) -> (Tensor, Tensor, Tensor)")
+def linear(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, erase: Tensor | None, initial: Tensor | None,
+    form: str, plan: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Dispatch to the plan's engine. Raises `BadRegion` for tensors that the form does not describe."""
+    what, how = parse_form(form), plans.parse(plan)
+    _check(what, q, k, v, gate, erase, initial)
+    out, sums, final = engine_named(how.engine).forward(what, how.block_k, q, k, v, gate, erase, initial)
+    return out, _none(q) if sums is None else sums, _none(q) if final is None or not what.final else final
+
+
+def _none(like: Tensor) -> Tensor:
+    return like.new_empty(0)
+
+
+def _wide(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+@linear.register_fake
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, erase: Tensor | None, initial: Tensor | None,
+    form: str, plan: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    what, wide = parse_form(form), _wide(q, k, v)
+    out = v.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    sums = q.new_empty(q.shape[0], q.shape[1], dtype=wide) if what.sums else _none(q)
+    final = q.new_empty(k.shape[0], k.shape[2], v.shape[2], dtype=wide) if what.final else _none(q)
+    return out, sums, final
+
+
+@torch.library.custom_op(
+    "refocus::linear_backward",
+    mutates_args=(),
+    schema=f"({_TENSORS}, Tensor? out, Tensor? sums, Tensor? final, bool[] needs) -> Tensor[]",
+)
+def linear_backward(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, erase: Tensor | None, initial: Tensor | None,
+    form: str, plan: str, out: Tensor | None, sums: Tensor | None, final: Tensor | None, needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of those of (q, k, v, gate, erase, initial) for which `needs` holds."""
+    what, how = parse_form(form), plans.parse(plan)
+    tensors = (q, k, v, gate, erase, initial)
+    found = engine_named(how.engine).backward(what, how.block_k, *tensors, (out, sums, final))
+    return [g for g, need in zip(found, needs, strict=True) if need]
+
+
+@linear_backward.register_fake
+def _fake_backward(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, erase: Tensor | None, initial: Tensor | None,
+    form: str, plan: str, out: Tensor | None, sums: Tensor | None, final: Tensor | None, needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    tensors = (q, k, v, gate, erase, initial)
+    return [t.new_empty(t.shape) for t, need in zip(tensors, needs, strict=True) if need and t is not None]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, form, plan = inputs
+    what = parse_form(form)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*(x for x, asked in zip(output[1:], (what.sums, what.final)) if not asked))
+    ctx.save_for_backward(*tensors)
+    ctx.form, ctx.plan = form, plan
+    ctx.needs = [t is not None and bool(t.requires_grad) for t in tensors]
+
+
+def _backward(ctx: Any, out: Tensor | None, sums: Tensor | None, final: Tensor | None) -> tuple[Tensor | None, ...]:
+    what = parse_form(ctx.form)
+    grads = (out, sums if what.sums else None, final if what.final else None)
+    if all(g is None for g in grads):
+        return (None,) * 8
+    found = iter(linear_backward(*ctx.saved_tensors, ctx.form, ctx.plan, *grads, ctx.needs))
+    return (*(next(found) if need else None for need in ctx.needs), None, None)
+
+
+linear.register_autograd(_backward, setup_context=_save)
+
+
+def _no_second(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    raise NeedsGradient(
+        "a fused attention has no second derivative",
+        expected="backward() without create_graph=True",
+        todo="run the model without refocus where a gradient is differentiated again",
+    )
+
+
+def _no_second_backward(ctx: Any, *grads: Any) -> Any:
+    raise NeedsGradient("a fused attention has no second derivative")
+
+
+linear_backward.register_autograd(_no_second_backward, setup_context=_no_second)
+
+
+def _check(form: LinearForm, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> None:
+    gate, erase, initial = rest
+    heads, length, width = k.shape
+    wanted = {
+        "q": (q, (q.shape[0], length if form.causal else q.shape[1], width)),
+        "v": (v, (heads, length, v.shape[2])),
+        "gate": (gate, {"none": None, "head": (heads, length), "channel": (heads, length, width)}[form.gate]),
+        "erase": (erase, (heads, length) if form.erase else None),
+        "initial": (initial, (heads, width, v.shape[2]) if form.initial else None),
+    }
+    for name, (tensor, shape) in wanted.items():
+        got = None if tensor is None else tuple(tensor.shape)
+        if got != shape or (name == "q" and q.shape[0] % heads):
+            raise BadRegion(
+                f"operand {name!r} does not fit its form",
+                expected=str(shape),
+                got=str(got),
+                todo="pass tensors as linear_form describes them",
+            )

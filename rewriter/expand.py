@@ -1,0 +1,76 @@
+"""Lifting with contractions written out: for forms whose sums are to be taken apart and put together anew.
+
+What lies between a product of queries and keys and its use is expanded, whatever its axes; so is what holds both a
+query and a key axis, once these are known. Everything else is loaded, as the rule of the cut has it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from refocus import simplify as s
+from refocus.facts import Facts
+from refocus.ir import Axis, Const, Expr, Load, rewrite
+from refocus.lift import Index, Lifter, arguments, op_name
+
+
+@dataclass
+class Expander(Lifter):
+    """`interior`: the nodes that are expanded wherever they are read. `root`: the contraction with values or states,
+    which sums over its own axes."""
+
+    interior: frozenset[fx.Node] = frozenset()
+    root: fx.Node | None = None
+    expands: bool = True
+
+    def sums_keys(self, node: fx.Node) -> bool:
+        return node is not self.root
+
+    def within(self, node: fx.Node, index: Index) -> bool:
+        return node in self.interior or self.inside(index)
+
+    def _choose(self, node: fx.Node, index: Index, below: Expr) -> Expr:
+        return below if node in self.interior else super()._choose(node, index, below)
+
+
+@dataclass
+class _Viewer(Lifter):
+    """Looks through whatever only moves values, down to the node that computed them."""
+
+    found: list[fx.Node] = field(default_factory=list)
+
+    def _choose(self, node: fx.Node, index: Index, below: Expr) -> Expr:
+        return below
+
+
+def viewed(value: Expr, facts: Facts) -> Expr:
+    """The value, every load through views replaced by one of what is viewed: then equal values are equal."""
+
+    def visit(node: Expr) -> Expr | None:
+        if isinstance(node, Load) and node.tensor in facts.nodes:
+            below = _Viewer(facts).at(facts.nodes[node.tensor], node.index)
+            return below if isinstance(below, Load) else node
+        return None
+
+    return rewrite(value, visit, s.rebuild)
+
+
+def step_of(value: Expr, axis: Axis, facts: Facts) -> Expr:
+    """value[t] - value[t-1], where the value is a load at t = `axis`; of a running sum, what it adds at t: a difference
+    of long sums would have lost what they have in common. At t = 0 it is anything."""
+    if isinstance(value, Load) and value.tensor in facts.nodes:
+        below = _Viewer(facts).at(facts.nodes[value.tensor], value.index)
+        if isinstance(below, Load) and below.tensor in facts.nodes:
+            node = facts.nodes[below.tensor]
+            source: Any = arguments(node)[0] if node.args else None
+            if op_name(node) == "cumsum" and not {node, source} & facts.opaque:
+                given: Any = arguments(node)[1] if len(arguments(node)) > 1 else node.kwargs["dim"]
+                dim = int(given) % len(below.index)
+                others = (e for k, e in enumerate(below.index) if k != dim)
+                if below.index[dim] == axis and not any(axis in e.axes for e in others):
+                    return Lifter(facts).at(source, below.index)
+    before = s.substitute(value, {axis: s.maximum(s.sub(axis, 1), Const(0))})
+    return s.call("sub", value, before, dtype=value.dtype)

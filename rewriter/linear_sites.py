@@ -1,0 +1,109 @@
+"""What the pipeline does with a recognised linear attention: a plan, a row of the report."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from refocus import notation as notes
+from refocus.codegen.linear_policy import LinearWork, choose_linear
+from refocus.codegen.plan import Chosen, Leave, Plan
+from refocus.evaluate import size_of
+from refocus.facts import Facts
+from refocus.ir import Axis, Expr, Load, Sym, rewrite
+from refocus.linear_ir import mask_of, notation
+from refocus.recognize_linear import LinearSite, sources_of
+from refocus.report import Cost
+from refocus.report import Site as Row
+from refocus.simplify import rebuild
+from refocus.sites import location_of
+from refocus.sizes import hint
+
+
+def plan_linear(site: LinearSite, facts: Facts, engine: str | None) -> Chosen | Leave:
+    """The plan of a site, or the reason to leave it."""
+    trained = facts.grad_enabled[site.root] and any(n in facts.needs_grad for n in sources_of(site, facts))
+    return choose_linear(work_of(site, facts), site.root.meta["val"].device, engine, trained)
+
+
+def numbers_of(site: LinearSite, facts: Facts) -> dict[Sym, int]:
+    """Representative values of the symbolic sizes."""
+    found: dict[str, int] = {}
+    for node in sources_of(site, facts):
+        for size in node.meta["val"].shape:
+            if isinstance(size, torch.SymInt):
+                found[str(size.node.expr)] = hint(size)
+    return {sym: found.get(sym.name, 1024) for sym in site.region.syms}
+
+
+def work_of(site: LinearSite, facts: Facts) -> LinearWork:
+    """The sizes that decide about a site."""
+    region, numbers = site.region, numbers_of(site, facts)
+
+    def count(*axes: Axis) -> int:
+        return math.prod(size_of(a.size, numbers) for a in axes)
+
+    return LinearWork(
+        heads=count(*region.batch, *region.share),
+        key_heads=count(*region.batch),
+        queries=count(region.query),
+        keys=count(region.key),
+        width=count(*region.dot),
+        value_width=count(*region.value),
+        gate=region.gate,
+        spelled=site.spelled,
+    )
+
+
+def describe_linear(name: str, site: LinearSite, plan: Plan | None, reason: str, facts: Facts) -> Row:
+    """The report's row of a site; `plan` is None where it was left as it is."""
+    before, after = _costs(site, facts)
+    return Row(
+        name,
+        location_of(site.root),
+        recognized=True,
+        fused=plan is not None,
+        reason=reason,
+        family=site.family,
+        notation="\n".join((notation(site.region), *_epilogues(site))),
+        mask=mask_of(site.region),
+        mask_source="closed form" if site.region.causal else "",
+        engine=plan.engine if plan else "",
+        before=before,
+        after=after if plan else None,
+    )
+
+
+def _epilogues(site: LinearSite) -> list[str]:
+    """What becomes of the sums, where it is more than the site's own results."""
+    region = site.region
+    names = {"out": "O", "sums": "Z"}
+    back: dict[Axis, Axis] = {}
+    for binding, operand in zip(site.bindings, region.operands):
+        back |= dict(zip(binding.axes, region.axes_of(operand.name)))
+
+    def visit(node: Expr) -> Expr | None:
+        if isinstance(node, Axis):
+            return back.get(node, node)
+        if isinstance(node, Load) and node.tensor in names:
+            return Load(names[node.tensor], tuple(back.get(x, x) for x in node.index), node.dtype)  # type: ignore[call-overload]
+        return None
+
+    values = [rewrite(o.value, visit, rebuild) for o in site.outputs if not isinstance(o.value, Load)]
+    return [f"result = {notes.notation(value)}" for value in values]
+
+
+def _costs(site: LinearSite, facts: Facts) -> tuple[Cost, Cost]:
+    """Work as the model spells it, and in chunks."""
+    work = work_of(site, facts)
+    size = site.root.meta["val"].element_size()
+    rows, widths = work.heads * work.queries, work.width + work.value_width
+    io = (rows * widths + work.key_heads * work.keys * widths) * size
+    state = 4 * rows * work.width * work.value_width
+    chunked = Cost(state + 2 * rows * min(64, work.keys) * widths, io)
+    if site.spelled == "pairs":
+        return Cost(2 * rows * work.keys * widths, io + 4 * rows * work.keys * size), chunked
+    if site.spelled == "states":
+        return Cost(state, io + 3 * rows * work.width * work.value_width * size), chunked
+    return Cost(state, io), chunked

@@ -1,0 +1,398 @@
+"""Find linear attention: expand a candidate, sort its factors by the axes they hold, name the axes, build the region.
+
+candidate   a contraction that ends in two products of data                      (refocus.linear_candidates)
+expand      root[free] = sum over d, j of factors, first without, then with the knowledge of what i and j are
+sort        queries, keys, values, mask, decay                                    (refocus.patterns.linear)
+normaliser  sums of the weights, inside the weights or beside the root, become a second result
+close       operands are computed outside, from what the factors load
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from refocus import simplify as s
+from refocus.expand import Expander, step_of, viewed
+from refocus.facts import Facts
+from refocus.hoist import Hoisted
+from refocus.ir import Axis, Const, Expr, Load, Operand, Reduce
+from refocus.lift import Unliftable, dtype_of, is_tensor, op_name
+from refocus.linear_candidates import LinearCandidate, data_of, linear_candidates, upstream
+from refocus.linear_ir import LinearRegion, notation
+from refocus.normal_form import BATCH_NAMES
+from refocus.patterns.declined import Declined, Stop
+from refocus.patterns.linear import (
+    Pair,
+    Product,
+    Roles,
+    Shared,
+    Weight,
+    as_number,
+    holds_sum,
+    obstacle,
+    product_of,
+    settled,
+    shared_by,
+    sort,
+    sums_in,
+    weight_of,
+)
+from refocus.recognize import Left, Site
+from refocus.sizes import shape_of
+
+
+@dataclass(frozen=True)
+class Output:
+    """A node that is replaced: `value` over `dims` (its dimensions), from loads of "out", "sums" and other nodes."""
+
+    node: fx.Node
+    dims: tuple[Axis | None, ...]
+    value: Expr
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """A recognised linear attention. `bindings` are what the operands of `region` are computed from, over the site's
+    own axes in the order of their dimensions. `spelled`: "pairs" where the model makes an N x N tensor, "states" where
+    it makes a state for each position, "linear" where it does neither."""
+
+    root: fx.Node
+    region: LinearRegion
+    bindings: tuple[Hoisted, ...]
+    outputs: tuple[Output, ...]
+    spelled: str
+    interior: frozenset[fx.Node]
+    family: str = "linear"
+
+    def __str__(self) -> str:
+        return f"{self.root}:\n{notation(self.region)}"
+
+
+def recognize_linear(facts: Facts, found: Sequence[Site | Left]) -> list[Site | Left | LinearSite]:
+    """The sites of a graph with its linear attentions among them, in graph order."""
+    sites = [x for x in found if isinstance(x, Site)]
+    kept = {x.root: x for x in found if isinstance(x, Left)}
+    data = data_of(facts)
+    # A softmax over features that parameters name, not over positions, may be a feature map.
+    closed = {n for site in sites if not _keys_are_kept(site, data) for n in (site.root, *site.interior)}
+    linear: list[LinearSite] = []
+    lefts: dict[fx.Node, Left] = {}
+    for root in facts.order:
+        if root in closed:
+            continue
+        outcome = _first(root, facts, data, closed)
+        if isinstance(outcome, LinearSite):
+            linear.append(outcome)
+            closed.update((*(o.node for o in outcome.outputs), *outcome.interior))
+        elif outcome is not None and root not in kept:
+            lefts[root] = outcome
+    inside = {n for site in linear for n in (site.root, *site.interior)}
+    sites = [x for x in sites if x.root not in inside]
+    gone = inside.union(*((x.root, *x.interior) for x in sites))
+    features = {n for site in linear for x in sources_of(site, facts) for n in upstream(x, data)}
+    reported = [x for x in kept.values() if x.root not in gone and x.normaliser not in gone | features]
+    spoken = {n for x in reported for n in (x.root, x.normaliser)}
+    new = [x for root, x in lefts.items() if root not in gone and not spoken & {root, *root.all_input_nodes}]
+    return sorted([*sites, *linear, *reported, *new], key=lambda x: facts.order[x.root])
+
+
+def sources_of(site: LinearSite, facts: Facts) -> list[fx.Node]:
+    """The nodes that stand in for a site is computed from."""
+    exprs = [*(b.value for b in site.bindings), *(o.value for o in site.outputs)]
+    return list(dict.fromkeys(facts.nodes[x.tensor] for e in exprs for x in _loads(e) if x.tensor in facts.nodes))
+
+
+def _keys_are_kept(site: Site, data: set[fx.Node]) -> bool:
+    for part in site.parts:
+        bound = {o.name: b for o, b in zip(part.region.operands, part.bindings)}
+        for dot in part.region.dots:
+            for load in dot.key.loads:
+                if load.tensor in bound and (not isinstance(n := bound[load.tensor], fx.Node) or n in data):
+                    return False
+    return True
+
+
+def _first(root: fx.Node, facts: Facts, data: set[fx.Node], closed: set[fx.Node]) -> LinearSite | Left | None:
+    """The first candidate that is one, or why the first that looked like one is not."""
+    declined: Left | None = None
+    for candidate in linear_candidates(root, facts, data, closed):
+        try:
+            site = _attempt(candidate, facts)
+        except Unliftable:
+            continue
+        except Stop as stop:
+            core = min(candidate.cores, key=facts.order.__getitem__)
+            declined = declined or Left(root, core, stop.declined)
+            continue
+        if site is not None:
+            return site
+    return declined
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A candidate's root at its free axes, taken apart."""
+
+    free: tuple[Axis, ...]
+    dims: tuple[Axis | None, ...]
+    product: Product
+    lifter: Expander
+
+
+def _expand(candidate: LinearCandidate, facts: Facts, node: fx.Node, pair: Pair | None) -> _Read:
+    dims = tuple(None if d == Const(1) else Axis(f"o{k}", d) for k, d in enumerate(shape_of(node)))
+    lifter = Expander(facts, interior=candidate.interior | {node}, root=node)
+    if pair is not None:
+        lifter.query_axes.add(pair[0])
+        lifter.key_axes.add(pair[1])
+    value = lifter.at(node, [Const(0) if a is None else a for a in dims])
+    product = product_of(value, pair)
+    product = product if pair is None else settled(product, pair)
+    return _Read(tuple(a for a in dims if a is not None), dims, product, lifter)
+
+
+def _attempt(candidate: LinearCandidate, facts: Facts) -> LinearSite | None:
+    """The site of a candidate; None where it has nothing of an attention. Raises Stop with what it lacks."""
+    first = _expand(candidate, facts, candidate.root, None)
+    pair = _pair_of(first)
+    if pair is None:
+        reason = obstacle(first.product, first.free)
+        if reason is not None:
+            raise Stop(reason)
+        return None
+    read = _expand(candidate, facts, candidate.root, pair)
+    roles = sort(read.product, read.free, *pair)
+    if roles is None:
+        return None
+    exponents = tuple((sign, viewed(e, facts)) for sign, e in read.product.exponents)
+    product = replace(read.product, exponents=exponents)
+    weight = weight_of(product, pair, lambda value, axis: step_of(value, axis, facts))
+    if weight.causal and roles.query.size != roles.key.size:
+        raise Stop(Declined("the mask is causal, and there are not as many keys as queries"))
+    for side in (*roles.queries, *roles.keys, *roles.values):
+        if holds_sum(side):
+            raise Stop(Declined("a factor of the weights is itself a sum over positions"))
+    return _close(candidate, facts, read, roles, weight)
+
+
+def _pair_of(read: _Read) -> Pair | None:
+    """The query and key axis: those that come apart as such, the longest where several do (a chain of three matrices
+    can be read from both ends)."""
+
+    def length(axis: Axis) -> int:
+        return int(axis.size.value) if isinstance(axis.size, Const) else 1 << 40
+
+    pairs = [(i, j) for j in read.product.summed for i in read.free if sort(read.product, read.free, i, j) is not None]
+    return max(pairs, key=lambda pair: length(pair[0]) * length(pair[1]), default=None)
+
+
+# ---------------------------------------------------------------------------------------------------- closing a site
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The factors of each operand, and what whole rows are multiplied with afterwards."""
+
+    queries: tuple[Expr, ...]
+    keys: tuple[Expr, ...]
+    values: tuple[Expr, ...]
+    rows: tuple[Expr, ...]
+
+
+def _close(candidate: LinearCandidate, facts: Facts, read: _Read, roles: Roles, weight: Weight) -> LinearSite:
+    root = candidate.root
+    inner = [*(t for d in (*read.product.divisors, *roles.rows) for t in sums_in(d, roles.query))]
+    beside = _sums_beside(candidate, facts, read, roles)
+    read_sums = [*inner, *(total for _, _, total in beside)]
+    shared: Shared | None = None
+    besides: dict[Reduce, tuple[Expr, ...]] = {}
+    for total in read_sums:
+        common, rest = shared_by(total, roles, read.product)
+        if shared is not None and (Counter(common.factors), set(common.conditions)) != (
+            Counter(shared.factors), set(shared.conditions),
+        ):  # fmt: skip
+            raise Stop(Declined("the weights are summed in two ways"))
+        shared, besides[total] = common, rest
+    parts = _parts(read.product, roles, shared)
+    dtype = _widest(
+        [dtype_of(root), *(x.dtype for f in (*parts.queries, *parts.keys, *parts.values) for x in _loads(f))]
+    )
+    if dtype == "float16" and read_sums:
+        dtype = "float32"  # before it is normalised, a sum over all keys may be larger than half precision holds
+    names, region, bindings = _region(read, roles, weight, parts, dtype, bool(read_sums))
+    back = {new: old for old, new in names.items()}
+    out: Expr = Load("out", tuple(back[a] for a in region.out_axes), dtype)
+    sums = Load("sums", tuple(back[a] for a in region.sums_axes), "float32")
+    known: dict[Expr, Expr] = {t: _times(rest, sums) for t, rest in besides.items()}
+    for row in parts.rows:
+        out = s.call("mul", out, s.substitute(row, known), dtype=dtype)
+    for divisor in read.product.divisors:
+        out = s.call("div", out, s.substitute(divisor, known), dtype=dtype)
+    outputs = [Output(root, read.dims, out)]
+    outputs += [Output(node, dims, known[total]) for node, dims, total in beside]
+    if any(holds_sum(o.value) for o in outputs):
+        raise Stop(Declined("what the weights are normalised by is no function of their sums"))
+    outputs.sort(key=lambda o: facts.order[o.node])
+    interior = frozenset(candidate.interior - {o.node for o in outputs})
+    _no_writes(facts, outputs, bindings, interior | read.lifter.visited)
+    return LinearSite(root, region, bindings, tuple(outputs), _spelled(candidate, roles), interior)
+
+
+def _widest(dtypes: list[str]) -> str:
+    """The dtype that holds all of these: what eager code multiplies in float32 must not be rounded first."""
+    floats = dict.fromkeys(d for d in dtypes if d.startswith(("float", "bfloat")))
+    if len(floats) == 1:
+        return next(iter(floats))
+    return "float64" if "float64" in floats else "float32"
+
+
+def _times(factors: tuple[Expr, ...], value: Expr) -> Expr:
+    for factor in factors:
+        value = s.call("mul", value, factor, dtype="float32")
+    return value
+
+
+def _sums_beside(
+    candidate: LinearCandidate, facts: Facts, read: _Read, roles: Roles
+) -> list[tuple[fx.Node, tuple[Axis | None, ...], Reduce]]:
+    """Sums of the weights over the keys that the model takes besides the root. Raises Stop where it reads a weight in
+    any other way."""
+    found = []
+    for node in candidate.interior - {candidate.root}:
+        for user in node.users:
+            if user in candidate.interior or op_name(user) in ("sym_size", "sym_numel", "sym_stride"):
+                continue
+            total = _total_at(candidate, facts, user, read, roles) if op_name(user) == "sum" else None
+            if total is None:
+                raise Stop(Declined(f"a score is read elsewhere (by `{op_name(user)}`)", node.name))
+            found.append((user, *total))
+    return found
+
+
+def _total_at(
+    candidate: LinearCandidate, facts: Facts, node: fx.Node, read: _Read, roles: Roles
+) -> tuple[tuple[Axis | None, ...], Reduce] | None:
+    """A sum beside the root, at the positions of the root's own axes."""
+    if not is_tensor(node):
+        return None
+    shape = shape_of(node)
+    rows = [a for a in read.dims if a is None or a not in roles.value]
+    dims: list[Axis | None] = []
+    for size in shape:
+        fits = next((k for k, a in enumerate(rows) if (Const(1) if a is None else a.size) == size), None)
+        if fits is None and size != Const(1):
+            return None
+        dims.append(None if fits is None else rows[fits])
+        rows = rows if fits is None else rows[fits + 1 :]
+    lifter = Expander(facts, interior=candidate.interior | {node}, query_axes={roles.query}, key_axes={roles.key})
+    value = lifter.at(node, [Const(0) if a is None else a for a in dims])
+    return (tuple(dims), value) if isinstance(value, Reduce) and roles.query in value.axes else None
+
+
+def _parts(product: Product, roles: Roles, shared: Shared | None) -> _Parts:
+    """Which operand each factor goes to. What the sums of the weights do not have is no part of the weights."""
+    common = Counter((*shared.factors, *map(as_number, shared.conditions))) if shared is not None else None
+    keys: list[Expr] = []
+    values = list(roles.values)
+    for factor in roles.keys:
+        inside = common is None or common[factor] > 0
+        (keys if inside or factor.axes & set(roles.dot) else values).append(factor)
+    queries: list[Expr] = list(roles.queries)
+    rows: list[Expr] = []
+    for factor in roles.rows:
+        scale = not holds_sum(factor) and roles.query not in factor.axes
+        inside = scale if common is None else common[factor] > 0
+        (queries if inside else rows).append(factor)
+    return _Parts(tuple(queries), tuple(keys), tuple(values), tuple(rows))
+
+
+def _region(
+    read: _Read, roles: Roles, weight: Weight, parts: _Parts, dtype: str, sums: bool
+) -> tuple[dict[Axis, Axis], LinearRegion, tuple[Hoisted, ...]]:
+    """The axes' names, the region, and its operands."""
+    q, k, v = (_product(f, read, dtype) for f in (parts.queries, parts.keys, parts.values))
+    rows = [a for a in read.free if a != roles.query and a not in roles.value]
+    gate_axes = frozenset() if weight.gate is None else weight.gate.axes
+    if gate_axes & set(roles.value):
+        raise Stop(Declined("a decay for each value channel"))
+    batch = [a for a in rows if a in k.axes | v.axes | gate_axes]
+    share = [a for a in rows if a not in batch]
+    channel = bool(gate_axes & set(roles.dot))
+    names = {
+        a: Axis(BATCH_NAMES[n] if n < len(BATCH_NAMES) else f"b{n}", a.size) for n, a in enumerate((*batch, *share))
+    }
+    names |= {roles.query: Axis("i", roles.query.size), roles.key: Axis("j", roles.key.size)}
+    for letter, axes in (("d", roles.dot), ("e", roles.value)):
+        names |= {a: Axis(letter + (str(n) if n else ""), a.size) for n, a in enumerate(axes)}
+    values: dict[str, tuple[Expr, tuple[Axis, ...]]] = {
+        "q": (q, (*batch, *share, roles.query, *roles.dot)),
+        "k": (k, (*batch, roles.key, *roles.dot)),
+        "v": (v, (*batch, roles.key, *roles.value)),
+    }
+    if weight.gate is not None:
+        values["gate"] = (weight.gate, (*batch, roles.key, *(roles.dot if channel else ())))
+    wide = "float64" if dtype == "float64" else "float32"
+    operands = tuple(
+        Operand(name, wide if name == "gate" else dtype, tuple(a.size for a in axes))
+        for name, (_, axes) in values.items()
+    )
+    region = LinearRegion(
+        batch=tuple(names[a] for a in batch),
+        share=tuple(names[a] for a in share),
+        query=names[roles.query],
+        key=names[roles.key],
+        dot=tuple(names[a] for a in roles.dot),
+        value=tuple(names[a] for a in roles.value),
+        operands=operands,
+        out_dtype=dtype,
+        causal=weight.causal,
+        strict=weight.strict,
+        gate="none" if weight.gate is None else "channel" if channel else "head",
+        sums=sums,
+    )
+    return names, region, tuple(Hoisted(value, axes) for value, axes in values.values())
+
+
+def _product(factors: tuple[Expr, ...], read: _Read, dtype: str) -> Expr:
+    out: Expr = Const(1.0, dtype)
+    for factor in factors:
+        out = s.call("mul", out, factor, dtype=dtype)
+    return out
+
+
+def _spelled(candidate: LinearCandidate, roles: Roles) -> str:
+    """What the model makes: a tensor of all pairs, a state for each position, or neither."""
+    inside = [n for n in candidate.interior - {candidate.root} if is_tensor(n)]
+    if any(op_name(n) == "cumsum" for n in inside):
+        return "states"
+    wanted = Counter((roles.query.size, roles.key.size))
+    pairs = candidate.root in candidate.cores or any(not wanted - Counter(shape_of(n)) for n in inside)
+    return "pairs" if pairs else "linear"
+
+
+def _no_writes(
+    facts: Facts, outputs: list[Output], bindings: tuple[Hoisted, ...], readers: frozenset[fx.Node] | set[fx.Node]
+) -> None:
+    """Everything is read where the first output stands: it must be there, and nothing may be written to it since."""
+    first, last = facts.order[outputs[0].node], facts.order[outputs[-1].node]
+    loaded = [x.tensor for e in (*(b.value for b in bindings), *(o.value for o in outputs)) for x in _loads(e)]
+    for name in loaded:
+        if name in facts.nodes and facts.order[facts.nodes[name]] >= first:
+            raise Stop(Declined("what it is multiplied with comes after its first result"))
+    read: dict[int, int] = {}
+    for reader in readers:
+        for source in reader.all_input_nodes:
+            storage = facts.storage.get(source, -1)
+            if facts.storage[reader] != storage:
+                read[storage] = min(read.get(storage, facts.order[reader]), facts.order[reader])
+    for position, storage in facts.writes:
+        if read.get(storage, last) < position < last:
+            raise Stop(Declined("a tensor it reads is written in place before it is used"))
+
+
+def _loads(e: Expr) -> tuple[Load, ...]:
+    return (e,) if isinstance(e, Load) and not e.loads else e.loads

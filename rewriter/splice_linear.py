@@ -1,0 +1,134 @@
+"""Splice a linear attention: operands are computed in the graph, one operator call stands for the sums of products,
+and what the model did with them afterwards follows.
+
+Feature maps, gates and normalisers thus stay operations of the graph, with their own gradients, for Inductor to fuse.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from refocus import grid
+from refocus.codegen import linear_operator
+from refocus.codegen.linear_form import LinearForm
+from refocus.codegen.plan import Plan
+from refocus.evaluate import arange_env, evaluate, size_of
+from refocus.hoist import Hoisted
+from refocus.ir import Axis, Expr, Load, Sym
+from refocus.linear_ir import LinearRegion
+from refocus.recognize_linear import LinearSite, sources_of
+from refocus.sizes import shape_of
+from refocus.splice import Splicer, laid_out
+
+
+def form_of(region: LinearRegion) -> LinearForm:
+    """What the kernels are asked for."""
+    return LinearForm(causal=region.causal, strict=region.strict, gate=region.gate, sums=region.sums)
+
+
+def replace_linear(splicer: Splicer, site: LinearSite, plan: Plan) -> None:
+    """Put the fused form in place of the site's outputs. Raises CannotSplice before anything is changed."""
+    inputs = sources_of(site, splicer.facts)
+    first = site.outputs[0].node
+    syms = _syms_of(site)
+    sym_nodes = [splicer.sym_node(sym, first) for sym in syms]
+    function = _function(site, plan, inputs, syms)
+    values = [n.meta["val"] for n in inputs]
+    body = splicer.traced(_key(site, plan, inputs), function, values, [n.meta["val"] for n in sym_nodes])
+    splicer.inline(body, [*inputs, *sym_nodes], [o.node for o in site.outputs])
+
+
+def _syms_of(site: LinearSite) -> list[Sym]:
+    exprs: list[Expr] = [*(b.value for b in site.bindings), *(o.value for o in site.outputs)]
+    exprs += [d for o in site.outputs for d in shape_of(o.node)]
+    found = set(site.region.syms)
+    for e in exprs:
+        for node in e.walk():
+            if isinstance(node, Sym):
+                found.add(node)
+            elif isinstance(node, Axis):
+                found.update(n for n in node.size.walk() if isinstance(n, Sym))
+    return sorted(found, key=lambda x: x.name)
+
+
+def _key(site: LinearSite, plan: Plan, inputs: list[fx.Node]) -> Any:
+    """Sites with equal keys have equal bodies: inputs by position, summed axes by place."""
+    names = {n.name: f"<{k}>" for k, n in enumerate(inputs)}
+    axes = [a for b in site.bindings for a in b.axes]
+    names |= {a.name: f"<axis {k}>" for k, a in enumerate(dict.fromkeys(axes))}
+
+    def text(value: Any) -> str:
+        out = repr(value)
+        for name in sorted(names, key=len, reverse=True):
+            out = out.replace(f"'{name}'", names[name])
+        return out
+
+    def meta(node: fx.Node) -> Any:
+        value = node.meta["val"]
+        return tuple(map(str, value.shape)), tuple(map(str, value.stride())), value.dtype, str(value.device)
+
+    bindings = tuple(text((b.value, b.axes)) for b in site.bindings)
+    outputs = tuple((text((o.value, o.dims)), meta(o.node)) for o in site.outputs)
+    return site.region, plan, bindings, outputs, tuple(meta(n) for n in inputs)
+
+
+def _function(
+    site: LinearSite, plan: Plan, inputs: list[fx.Node], syms: list[Sym]
+) -> Callable[[list[Tensor], list[int]], list[Tensor]]:
+    """What stands in for the outputs, as a function of the tensors that are read and the symbolic sizes."""
+    region, form = site.region, form_of(site.region)
+
+    def replacement(tensors: list[Tensor], numbers: list[int]) -> list[Tensor]:
+        named = {n.name: t for n, t in zip(inputs, tensors)}
+        sizes = dict(zip(syms, numbers))
+        device = tensors[0].device
+        operands = [
+            _operand(region, o.name, getattr(torch, o.dtype), b, named, sizes, device)
+            for o, b in zip(region.operands, site.bindings)
+        ]
+        gate = operands[3] if len(operands) > 3 else None
+        out, sums, _ = linear_operator.call(form, plan, (*operands[:3], gate, None, None))
+        results = {"out": out.reshape([size_of(a.size, sizes) for a in region.out_axes])}
+        if form.sums:
+            results["sums"] = sums.reshape([size_of(a.size, sizes) for a in region.sums_axes])
+        found = []
+        for output in site.outputs:
+            flat = [a for a in output.dims if a is not None]
+            value = _valued(output.value, flat, {**named, **results}, sizes)
+            found.append(laid_out(value.expand([size_of(a.size, sizes) for a in flat]), output.node, sizes))
+        return found
+
+    return replacement
+
+
+def _valued(value: Expr, axes: list[Axis], tensors: dict[str, Tensor], sizes: dict[Sym, int]) -> Tensor:
+    """An expression over whole axes; what only loads keeps its dtype."""
+    env = arange_env(axes, sizes)
+    if isinstance(value, Load) and all(isinstance(x, Axis) for x in value.index):
+        tensor = tensors[value.tensor]
+        found: Tensor = grid.read(tensor, [env[x] for x in value.index], tensor.device)  # type: ignore[index]
+    else:
+        found = evaluate(value, env, tensors, sizes)
+    return found.reshape((1,) * (len(axes) - found.dim()) + tuple(found.shape))
+
+
+def _operand(
+    region: LinearRegion, name: str, dtype: torch.dtype, binding: Hoisted, named: dict[str, Tensor],
+    sizes: dict[Sym, int], device: torch.device,
+) -> Tensor:  # fmt: skip
+    """An operand as the operator takes it: all heads, positions, features."""
+    value = _valued(binding.value, list(binding.axes), named, sizes).to(device=device, dtype=dtype)
+    lengths = [size_of(a.size, sizes) for a in binding.axes]
+    heads = len(region.batch) + (len(region.share) if name == "q" else 0)
+    # A decay that is the same at every step stays one number a head.
+    steady = name == "gate" and value.shape[heads] == 1 and lengths[heads] != 1
+    given = [*lengths[:heads], 1 if steady else lengths[heads], *lengths[heads + 1 :]]
+    shape = [math.prod(lengths[:heads]), given[heads]]
+    shape += [math.prod(lengths[heads + 1 :])] if name != "gate" or region.gate == "channel" else []
+    value = value.expand(given).reshape(shape)
+    return value.expand(shape[0], lengths[heads], *shape[2:]) if steady else value

@@ -1,0 +1,224 @@
+"""The chunked engine against the definition of its form, step by step in float64: every form, lengths, decays."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from refocus.codegen import chunked, linear_form, linear_operator
+from refocus.codegen.linear_form import GATES, LinearForm
+from refocus.codegen.plan import Plan
+from refocus.errors import BadRegion, EngineUnavailable, NeedsGradient
+
+PLAN = Plan("tiled", schedule="chunked", block_q=16, block_k=16)
+Tensors = list[Tensor | None]
+
+
+def forms() -> list[LinearForm]:
+    """Every form that there is."""
+    found = []
+    for causal, strict, gate, erase, sums, initial, final in itertools.product(
+        (True, False), (False, True), GATES, *((False, True),) * 4
+    ):
+        if (causal or not (strict or erase or gate != "none")) and not (erase and sums):
+            found.append(LinearForm(causal, strict, gate, erase, sums, initial, final))
+    return found
+
+
+def tensors(
+    form: LinearForm, length: int, share: int = 1, heads: int = 3, widths: tuple[int, int] = (6, 5),
+    log_decay: float = -3.0, dtype: torch.dtype = torch.float64,
+) -> Tensors:  # fmt: skip
+    """Random operands; gates between 0 and `log_decay`."""
+    drawn = torch.Generator().manual_seed(length)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=drawn, dtype=torch.float64).to(dtype)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=drawn, dtype=torch.float64).to(dtype)
+
+    width, value_width = widths
+    keys = length if form.causal else length + 3
+    k = normal(heads, keys, width)
+    k = torch.nn.functional.normalize(k, dim=-1) if form.erase else k
+    gate = None
+    if form.gate != "none":
+        gate = log_decay * uniform(heads, keys, *((width,) if form.gate == "channel" else ()))
+    return [
+        normal(heads * share, length, width),
+        k,
+        normal(heads, keys, value_width),
+        gate,
+        uniform(heads, keys) if form.erase else None,
+        normal(heads, width, value_width) if form.initial else None,
+    ]
+
+
+def asked(form: LinearForm, results: tuple[Tensor | None, ...]) -> list[Tensor]:
+    """The results that a form asks for."""
+    return [x for x, wanted in zip(results, (True, form.sums, form.final)) if wanted and x is not None]
+
+
+@pytest.mark.parametrize("form", forms(), ids=str)
+def test_forward_and_backward_are_those_of_the_definition(form: LinearForm) -> None:
+    for length, share in ((1, 1), (5, 2), (37, 1), (48, 2)):
+        given = [x if x is None else x.requires_grad_() for x in tensors(form, length, share)]
+        expected = asked(form, linear_form.forward(form, *given))
+        grads = [torch.randn_like(x) for x in expected]
+        leaves = [x for x in given if x is not None]
+        wanted = torch.autograd.grad(expected, leaves, grads, allow_unused=True)
+        with torch.no_grad():
+            got = asked(form, chunked.forward(form, 16, *given))
+            flows = iter(grads)
+            flow = [next(flows) if wants else None for wants in (True, form.sums, form.final)]
+            found = chunked.backward(form, 16, *given, flow)
+        for mine, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-10, rtol=1e-10)
+        mine_by_leaf = [g for g, x in zip(found, given) if x is not None]
+        for mine, theirs, leaf in zip(mine_by_leaf, wanted, leaves, strict=True):
+            theirs = torch.zeros_like(leaf) if theirs is None else theirs
+            torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("erase", [False, True], ids=["", "erase"])
+def test_gradcheck(gate: str, erase: bool) -> None:
+    form = LinearForm(gate=gate, erase=erase, sums=not erase, initial=True, final=True)
+    given = [x if x is None else x.requires_grad_() for x in tensors(form, 9, heads=2, widths=(3, 2), log_decay=-1.0)]
+    plan = replace(PLAN, block_q=4, block_k=4)
+
+    def run(*leaves: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(leaves)
+        return tuple(asked(form, linear_operator.call(form, plan, [x if x is None else next(rest) for x in given])))
+
+    assert torch.autograd.gradcheck(run, [x for x in given if x is not None], fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    "form", [LinearForm(gate=g, erase=e, sums=not e) for g in GATES for e in (False, True)], ids=str
+)
+def test_operator_is_well_formed(form: LinearForm) -> None:
+    given = tensors(form, 20, 2)
+    torch.library.opcheck(linear_operator.linear, (*given, repr(form), repr(PLAN)))
+
+
+def weights_by_pairs(form: LinearForm, q: Tensor, k: Tensor, gate: Tensor | None) -> Tensor:
+    """What eager code makes: all pairs, decays as differences of running sums."""
+    weights = torch.einsum("bid,bjd->bij", q, k)
+    if gate is not None and gate.dim() == 3:
+        c = gate.cumsum(1)
+        decay = (c[:, :, None] - c[:, None]).masked_fill(c.new_ones(c.shape[1], c.shape[1]).triu(1)[..., None] > 0, 0)
+        weights = torch.einsum("bid,bjd,bijd->bij", q, k, decay.exp())
+    elif gate is not None:
+        c = gate.cumsum(1)
+        weights = weights * (c[:, :, None] - c[:, None]).tril().exp()
+    return weights.tril()
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.999, 1 - 1e-5])
+@pytest.mark.parametrize("gate", ["head", "channel"])
+def test_no_worse_than_all_pairs(gate: str, decay: float) -> None:
+    """In float32, with decays from strong to hardly any: against float64, no error above that of the eager spelling."""
+    form = LinearForm(gate=gate)
+    length = 1024 if gate == "head" else 300
+    given = tensors(form, length, widths=(8, 8), heads=2, log_decay=0.0, dtype=torch.float32)
+    assert given[3] is not None
+    given[3] = torch.full_like(given[3], torch.tensor(decay).log().item())
+    exact = linear_form.forward(form, *given)[0]
+    q, k, v, steps = (x for x in given[:4] if x is not None)
+    eager = (weights_by_pairs(form, q, k, steps) @ v - exact).abs().max()
+    mine = (chunked.forward(form, 64, *given)[0] - exact).abs().max()
+    assert mine <= 1.5 * eager + 1e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("gate", ["head", "channel"])
+def test_gates_that_forget_at_once(gate: str) -> None:
+    """exp(-60) a step: products of decays vanish within two steps, and nothing may be divided by them."""
+    form = LinearForm(gate=gate, initial=True, final=True)
+    given = tensors(form, 70, log_decay=-60.0, dtype=torch.float32)
+    for mine, theirs in zip(chunked.forward(form, 16, *given), linear_form.forward(form, *given)):
+        if theirs is not None:
+            torch.testing.assert_close(mine.double(), theirs, atol=1e-4, rtol=1e-4)
+    found = chunked.backward(form, 16, *given, (torch.ones(3, 70, 5), None, torch.ones(3, 6, 5)))
+    assert all(bool(g.isfinite().all()) for g in found if g is not None)
+
+
+@pytest.mark.parametrize("erase", [False, True], ids=["", "erase"])
+def test_thousands_of_steps(erase: bool) -> None:
+    form = LinearForm(gate="head", erase=erase, sums=not erase)
+    given = tensors(form, 3000, heads=2, widths=(8, 8), log_decay=-0.02, dtype=torch.float32)
+    for mine, theirs in zip(chunked.forward(form, 64, *given)[:2], linear_form.forward(form, *given)[:2]):
+        if theirs is not None:
+            assert (mine - theirs).abs().max() <= 3e-6 * theirs.abs().max()
+
+
+def test_a_decay_that_never_changes_may_have_stride_zero() -> None:
+    form = LinearForm(gate="head", final=True)
+    given = tensors(form, 50)
+    slope = torch.tensor([-0.1, -0.5, -2.0], dtype=torch.float64)
+    for steady in (slope[:, None].expand(3, 50), slope[:, None].repeat(1, 50)):
+        given[3] = steady
+        for mine, theirs in zip(chunked.forward(form, 16, *given), linear_form.forward(form, *given)):
+            if theirs is not None:
+                torch.testing.assert_close(mine, theirs, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_its_state_in_float32(dtype: torch.dtype) -> None:
+    form = LinearForm(gate="head", sums=True, final=True)
+    given = tensors(form, 200, widths=(8, 8), log_decay=-0.1, dtype=dtype)
+    out, sums, final = chunked.forward(form, 64, *given)
+    exact = linear_form.forward(form, *given)
+    assert sums is not None and final is not None and exact[1] is not None and exact[2] is not None
+    assert (out.dtype, sums.dtype, final.dtype) == (dtype, torch.float32, torch.float32)
+    assert (out - exact[0]).abs().max() <= torch.finfo(dtype).eps * exact[0].abs().max()
+    assert (final - exact[2]).abs().max() <= 1e-5 * exact[2].abs().max()
+
+
+def largest_allocation(run: Callable[[], None]) -> int:
+    """Bytes of the largest tensor that is made meanwhile."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        run()
+    assert trace.profiler is not None and trace.profiler.kineto_results is not None
+    return max(e.nbytes() for e in trace.profiler.kineto_results.events() if e.name() == "[memory]")
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("erase", [False, True], ids=["", "erase"])
+def test_no_tensor_of_all_pairs(gate: str, erase: bool) -> None:
+    """Forward and backward: at 4096 steps, nothing is larger than a few times the operands."""
+    form = LinearForm(gate=gate, erase=erase)
+    length, width = 4096, 16
+    given = [x if x is None else x.requires_grad_() for x in tensors(
+        form, length, heads=1, widths=(width, width), log_decay=-0.1, dtype=torch.float32
+    )]  # fmt: skip
+
+    def run() -> None:
+        linear_operator.call(form, replace(PLAN, block_k=128), given)[0].sum().backward()
+
+    assert largest_allocation(run) <= 5 * length * 128 * 4 < length * length * 4 / 6
+
+
+def test_no_second_derivative() -> None:
+    form = LinearForm()
+    q, k, v, *rest = tensors(form, 8)
+    assert q is not None
+    q.requires_grad_()
+    out = linear_operator.call(form, PLAN, (q, k, v, *rest))[0]
+    with pytest.raises(NeedsGradient, match="no second derivative"):
+        torch.autograd.grad(out.sum(), q, create_graph=True)
+
+
+def test_operands_must_fit() -> None:
+    q, k, v, *rest = tensors(LinearForm(), 8)
+    with pytest.raises(BadRegion, match="'gate'"):
+        linear_operator.call(LinearForm(gate="head"), PLAN, (q, k, v, *rest))
+    with pytest.raises(EngineUnavailable, match="no linear attention"):
+        linear_operator.call(LinearForm(), Plan("cpp"), (q, k, v, *rest))

@@ -1,0 +1,80 @@
+"""Lightning attention: a fixed decay for each head, no softmax, no denominator; its mask in several spellings."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tests.zoo.expect import Expect, Variant
+
+EXPECT = Expect(family="linear", mask="j <= i")
+
+
+def slopes(heads: int) -> list[float]:
+    return [2 ** (-8 * (h + 1) / heads) for h in range(heads)]
+
+
+class Lightning(nn.Module):
+    """exp of the index difference, -inf above the diagonal."""
+
+    slope: Tensor
+
+    def __init__(self, width: int = 64, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.register_buffer("slope", torch.tensor(slopes(heads)).view(heads, 1, 1))
+
+    def decay(self, n: int, x: Tensor) -> Tensor:
+        index = torch.arange(n, device=x.device)
+        distance = (index[:, None] - index[None, :]).to(x.dtype)
+        mask = torch.where(distance >= 0, -self.slope * distance, float("-inf"))
+        return torch.exp(mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = nn.functional.silu(self.qkv(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = torch.matmul(q, k.transpose(2, 3)).float() * self.decay(x.shape[1], x)
+        return self.out(torch.matmul(weights.to(v.dtype), v).transpose(1, 2).flatten(2))
+
+
+class Triangle(Lightning):
+    """-inf by triu, added."""
+
+    def decay(self, n: int, x: Tensor) -> Tensor:
+        index = torch.arange(n, device=x.device)
+        distance = -torch.abs(index[None, :] - index[:, None]) * self.slope
+        return torch.exp(distance + torch.triu(torch.full((n, n), float("-inf"), device=x.device), diagonal=1))
+
+
+class Multiplied(Lightning):
+    """exp times a triangle of ones."""
+
+    def decay(self, n: int, x: Tensor) -> Tensor:
+        index = torch.arange(n, device=x.device)
+        difference = (index[:, None] - index[None, :]).clamp(min=0)
+        return torch.exp(-self.slope * difference) * torch.tril(torch.ones(n, n, device=x.device))
+
+
+class Undecayed(Lightning):
+    """The variant without decay."""
+
+    def decay(self, n: int, x: Tensor) -> Tensor:
+        return torch.tril(torch.ones(n, n, device=x.device))
+
+
+def _maker(build: type[Lightning]) -> Variant:
+    return Variant(lambda: (build(), (torch.randn(2, 100, 64),)))
+
+
+make = _maker(Lightning).make
+VARIANTS = {"triangle": _maker(Triangle), "multiplied": _maker(Multiplied), "undecayed": _maker(Undecayed)}
+
+
+def reference(module: Lightning, x: Tensor) -> Tensor:
+    q, k, v = nn.functional.silu(module.qkv(x)).unflatten(-1, (3, module.heads, -1)).unbind(2)
+    decay = torch.exp(-module.slope.flatten()) ** (0 if isinstance(module, Undecayed) else 1)
+    state, rows = torch.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None]), []
+    for t in range(x.shape[1]):
+        state = decay[:, None, None] * state + k[:, t, :, :, None] * v[:, t, :, None]
+        rows.append(torch.einsum("bhd,bhde->bhe", q[:, t], state))
+    return module.out(torch.stack(rows, 1).flatten(2))
