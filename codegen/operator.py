@@ -14,6 +14,7 @@ are (2, *batch, query), float32 or float64. Gradients come for operands that req
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -76,6 +77,7 @@ def result_shape(region: Region, numbers: Mapping[Sym, int]) -> list[int]:
 
 def call(region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[int] = ()) -> Tensor:
     """Run a region by the operator, as a graph would."""
+    _know_dtensors()
     result: Tensor = attend(list(operands), list(sizes), repr(region), repr(plan))
     return result
 
@@ -124,6 +126,7 @@ attend.register_autograd(_no_backward, setup_context=lambda ctx, inputs, output:
 
 def call_saving(region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[int] = ()) -> Tensor:
     """Run a region by the operator that can be differentiated, as a graph would."""
+    _know_dtensors()
     result: Tensor = attend_saving(list(operands), list(sizes), repr(region), repr(plan))[0]
     return result
 
@@ -238,7 +241,17 @@ def _check(region: Region, syms: tuple[Sym, ...], operands: Sequence[Tensor], si
             )
 
 
-if torch.distributed.is_available():
+@lru_cache(maxsize=1)
+def _register_dtensors() -> None:
     from refocus.codegen import sharding
 
     sharding.register(attend, attend_saving, attend_backward, parse_region)
+
+
+def _know_dtensors() -> None:
+    """Rules for DTensors, once there can be any: their package takes long to import."""
+    if "torch.distributed.tensor" in sys.modules:
+        _register_dtensors()
+
+
+_know_dtensors()

@@ -9,13 +9,12 @@ traced on a plain one in its place, and do the same when the graph runs on DTens
 
 from __future__ import annotations
 
-import importlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
-from torch.distributed import is_available
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, track_tensor_tree
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -68,7 +67,7 @@ class Retrace(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
         values = {n: n.meta.get("example_value", n.meta.get("val")) for n in gm.graph.nodes}
-        self.values = {n: pytree.tree_map_only(DTensor, _plain, value) for n, value in values.items()}
+        self.values = {n: pytree.tree_map_only(_dtensors(), _plain, value) for n, value in values.items()}
 
     def run_node(self, n: fx.Node) -> Any:
         mode = get_proxy_mode()
@@ -92,8 +91,10 @@ class Retrace(fx.Interpreter):
         return any(_subclasses(n.meta.get("example_value")) for n in nodes) and not _every_tensor_has(node)
 
 
-# The type that tensor parallelism makes; nothing is one where this torch has no distributed package.
-DTensor: Any = importlib.import_module("torch.distributed.tensor").DTensor if is_available() else ()
+def _dtensors() -> Any:
+    """The type that tensor parallelism makes, once its package was imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return () if module is None else module.DTensor
 
 
 def _plain(value: Any) -> torch.Tensor:
