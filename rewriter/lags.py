@@ -54,6 +54,8 @@ def lags(form: Expr, row: Axis, column: Axis) -> Lags | None:
 
 
 def _again(node: Expr, children: tuple[Expr, ...]) -> Expr:
+    if isinstance(node, Load):
+        return Load(node.tensor, children, node.dtype)
     assert isinstance(node, Call)
     return Call(node.op, children, node.dtype)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from refocus import simplify as s
 from refocus.evaluate import evaluate
 from refocus.infer import agrees
-from refocus.ir import Axis, Const, Expr, Load
+from refocus.ir import BOOL, INT, Axis, Call, Const, Expr, Load
 from refocus.lags import lags
 
 ROW, COLUMN = Axis("i", Const(37)), Axis("j", Const(50))
@@ -51,6 +53,13 @@ def test_blocks_hold_what_the_form_is(name: str, rows: int) -> None:
 )
 def test_other_parts_are_left(form: Expr) -> None:
     assert lags(form, ROW, COLUMN) is None
+
+
+def test_an_axis_that_is_equal_but_another_object() -> None:
+    twin = replace(COLUMN)
+    read = Load("t", (twin,), "int64")
+    below = Call("le", (s.mul(2, COLUMN), Call("add", (ROW, read), INT)), BOOL)
+    assert lags(below, ROW, COLUMN) is None
 
 
 def test_a_proof_by_lags_fails_for_one_element() -> None:

@@ -20,9 +20,9 @@ class Attention(nn.Module):
         return (q @ k.mT * scale).softmax(-1) @ v
 
 
-class Linear(nn.Module):
+class Gated(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return q @ (k.mT @ v)
+        return (q * k).sigmoid() * v
 
 
 def tensors(length: int = 32) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,8 +42,8 @@ def test_the_fixture(refocus_check: Callable[..., Checked]) -> None:  # noqa: F8
 
 def test_what_is_not_attention_fails() -> None:
     with pytest.raises(CheckFailed, match="no attention was found"):
-        check(Linear(), tensors(), lower=False)
-    assert check(Linear(), tensors(), fused=False, lower=False).errors["tiled"] < 1e-5
+        check(Gated(), tensors(), lower=False)
+    assert check(Gated(), tensors(), fused=False, lower=False).errors["tiled"] < 1e-5
 
 
 def test_another_family_or_count_fails() -> None:
