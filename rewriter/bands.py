@@ -22,6 +22,7 @@ from itertools import pairwise
 
 from refocus import simplify as s
 from refocus.ir import Axis, Call, Const, Dot, Expr, Load, rewrite
+from refocus.lift_joins import clamped
 from refocus.patterns.declined import Declined
 from refocus.patterns.softmax import Softmax
 from refocus.polynomial import from_poly, isolate, to_poly
@@ -137,6 +138,7 @@ _MOST_CHOICES = 16
 def to_tokens(reading: Reading, query_axes: frozenset[Axis], tensors: Tensors) -> Banded | Declined:
     """The reading over tokens, or why it has none. `query_axes`: what was taken for queries so far (the positions in
     a block)."""
+    reading, conditional = _unguarded(reading)
     key, free = reading.key, reading.free
     loads = _key_loads(reading)
     indices = {_places_of(x, key, tensors.shape_of) for x in loads}
@@ -159,7 +161,6 @@ def to_tokens(reading: Reading, query_axes: frozenset[Axis], tensors: Tensors) -
     # Padding that was written out is a condition on the place: then tokens run past both ends.
     low: list[Expr] = []
     sizes: list[Expr] = []
-    conditional = any(isinstance(n, Call) and n.op == "where" for side in _sides(reading) for n in side.walk())
     for entry, extent in index:
         first, last = s.bounds(entry) if conditional else (0, 0)
         if first is None or last is None:
@@ -174,9 +175,9 @@ def to_tokens(reading: Reading, query_axes: frozenset[Axis], tensors: Tensors) -
     if len(queries) > 1:
         to_query.update(zip(queries, unflatten(query, [a.size for a in queries])))
     at = tuple(s.add(x, first) for x, first in zip(unflatten(token, sizes), low))
-    change = _Change(
-        key, whole, index, at, tuple((p.over(to_query), x) for ps, x in zip(places, at) for p in ps), to_query, tensors
-    )
+    read_at = tuple(clamped(x, extent) for x, (_, extent) in zip(at, index)) if conditional else at
+    placed = tuple((p.over(to_query), x) for ps, x in zip(places, at) for p in ps)
+    change = _Change(key, whole, index, read_at, placed, to_query, tensors)
     keep = s.and_(*(place.reached(x) for place, x in change.places))
     values = change(reading.values)
     softs = tuple(_masked(soft, change, keep) for soft in reading.softs)
@@ -184,6 +185,31 @@ def to_tokens(reading: Reading, query_axes: frozenset[Axis], tensors: Tensors) -
     if any(not side.axes.isdisjoint((key, query, *queries)) for side in _sides(over)):
         return Declined("keys depend on the query by more than their place")
     return Banded(over, {} if len(queries) == 1 else {query: _flatten(queries)})
+
+
+def _unguarded(reading: Reading) -> tuple[Reading, bool]:
+    """Places as they are where a condition holds, for a load under it is kept in range where it does not; and whether
+    there is one."""
+    found: list[Expr] = []
+
+    def visit(node: Expr) -> Expr | None:
+        if not (isinstance(node, Call) and node.op == "where" and isinstance(node.args[1], Load)):
+            return None
+        condition, load, other = node.args
+        facts = s.assume(condition)
+        index = tuple(s.under(e, facts) if reading.key in e.axes else e for e in load.index)  # type: ignore[attr-defined]
+        found.append(condition)
+        return s.where(condition, Load(load.tensor, index, load.dtype), other)  # type: ignore[attr-defined]
+
+    def side(value: Expr) -> Expr:
+        return rewrite(value, visit, s.rebuild)
+
+    def products(value: Expr) -> Expr:
+        dots: dict[Expr, Expr] = {n: replace(n, key=side(n.key)) for n in value.walk() if isinstance(n, Dot)}
+        return s.substitute(value, dots)
+
+    softs = tuple(replace(soft, logits=products(soft.logits)) for soft in reading.softs)
+    return replace(reading, values=side(reading.values), softs=softs), bool(found)
 
 
 @dataclass(frozen=True)
@@ -199,12 +225,15 @@ class _Change:
     tensors: Tensors
 
     def __call__(self, value: Expr) -> Expr:
-        plain = {**self.to_query, self.key: self._offset(clamped=False)}
-        safe = {**self.to_query, self.key: self._offset(clamped=True)}
+        digits: dict[Expr, Expr] = {p.digit: p.digit_at(token) for p, token in self.places}
+        kept: dict[Expr, Expr] = {
+            p.digit: s.minimum(s.maximum(digits[p.digit], 0), s.sub(p.digit.size, 1)) for p, _ in self.places
+        }
+        safe = {**self.to_query, self.key: s.substitute(self.whole, kept)}
 
         def visit(node: Expr) -> Expr | None:
             if isinstance(node, Axis):
-                return plain.get(node, node)
+                return self.whole if node == self.key else self.to_query.get(node, node)
             if isinstance(node, Load) and self.key in node.axes:
                 if _places_of(node, self.key, self.tensors.shape_of) == self.index:
                     there = iter(self.at)
@@ -214,14 +243,8 @@ class _Change:
                 return Load(node.tensor, tuple(index), node.dtype)
             return None
 
-        return rewrite(value, visit, s.rebuild)
-
-    def _offset(self, clamped: bool) -> Expr:
-        digits: dict[Expr, Expr] = {}
-        for place, token in self.places:
-            digit = place.digit_at(token)
-            digits[place.digit] = s.minimum(s.maximum(digit, 0), s.sub(place.digit.size, 1)) if clamped else digit
-        return s.substitute(self.whole, digits)
+        # First in digits, whose ranges are known: what is asked of one of them is then asked of it alone.
+        return s.substitute(rewrite(value, visit, s.rebuild), digits)
 
 
 def _masked(soft: Softmax, change: _Change, keep: Expr) -> Softmax:

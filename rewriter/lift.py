@@ -235,6 +235,10 @@ class Lifter:
             return below if smaller else self.leaf(node, index)
         if holds_scores(below) or node in self.known.pure or isinstance(below, Const):
             return below
+        if self.far and isinstance(below, Call) and below.op == "where" and len(below.loads) == 1:
+            # Windows with zeros past the border are many times their source; a padded tensor is not.
+            if _numel(node) >= 2 * _numel(self.known.nodes[below.loads[0].tensor]):
+                return below
         return self.leaf(node, index)
 
     # ------------------------------------------------------------------------------------------------ for handlers

@@ -5,6 +5,7 @@ from refocus.lift_joins import JOINS
 from refocus.lift_pointwise import POINTWISE
 from refocus.lift_reductions import REDUCTIONS
 from refocus.lift_views import CREATIONS, VIEWS
+from refocus.lift_windows import WINDOWS
 
-MOVES: dict[str, Handler] = {**VIEWS, **JOINS}
+MOVES: dict[str, Handler] = {**VIEWS, **JOINS, **WINDOWS}
 OPERATIONS: dict[str, Handler] = {**POINTWISE, **REDUCTIONS, **CREATIONS}

@@ -357,14 +357,6 @@ def _diagonal(lift: Lifter, node: fx.Node, index: Index) -> Expr:
     return lift.at(source, position)
 
 
-def _unfold(lift: Lifter, node: fx.Node, index: Index) -> Expr:
-    source, dim, _, step = arguments_of(node, "self", "dimension", "size", "step")
-    dim = dimension(dim, len(index) - 1)
-    return lift.at(
-        source, [s.add(s.mul(x, size_expr(step)), index[-1]) if k == dim else x for k, x in enumerate(index[:-1])]
-    )
-
-
 def _as_typed(lift: Lifter, node: fx.Node, index: Index) -> Expr:
     """A cast moves nothing either; between floats it is the identity over the reals."""
     return s.cast(lift.at(arguments(node)[0], index), kind_of(dtype_of(node)))
@@ -384,7 +376,7 @@ VIEWS: dict[str, Handler] = {
     **dict.fromkeys(PARTS, _part), "permute": _permute, "repeat_interleave": _repeat_interleave, "getitem": _getitem,
     "index": _advanced, "index_select": _index_select,
     "gather": _gather, "take_along_dim": _take_along_dim, "embedding": _embedding, "flip": _flip, "roll": _roll,
-    "diagonal": _diagonal, "unfold": _unfold,
+    "diagonal": _diagonal,
 }  # fmt: skip
 
 

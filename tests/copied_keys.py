@@ -72,6 +72,23 @@ def in_rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return torch.einsum("bhyxuv,bhyxduv->bhyxd", weights, v).flatten(2, 3)
 
 
+def columns(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """3 x 3 neighbours of an image of 8 x 6 by torch's unfold of images, which pads with zeros."""
+    k, v = (F.unfold(t.mT.flatten(0, 1).unflatten(-1, (8, 6)), 3, padding=1) for t in (k, v))
+    k, v = (t.unflatten(0, (-1, HEADS)).unflatten(2, (WIDTH, 9)) for t in (k, v))
+    weights = (torch.einsum("bhnd,bhdwn->bhnw", q, k) / math.sqrt(WIDTH) + 0 * bias.sum()).softmax(-1)
+    return torch.einsum("bhnw,bhdwn->bhnd", weights, v)
+
+
+def strided(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Overlapping windows as strides over memory (Longformer's chunks)."""
+    k, v = (F.pad(t, (0, 0, REACH, REACH)) for t in (k, v))
+    size, row = (*q.shape[:3], WINDOW, WIDTH), k.shape[2] * WIDTH
+    k, v = (t.as_strided(size, (HEADS * row, row, WIDTH, WIDTH, 1)) for t in (k, v))
+    weights = softmax_of(torch.einsum("bhnd,bhnwd->bhnw", q, k), bias)
+    return torch.einsum("bhnw,bhnwd->bhnd", weights, v)
+
+
 def clamped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """Near miss: the border token is reached several times, and counts as often."""
     place = (torch.arange(q.shape[2])[:, None] + torch.arange(-REACH, REACH + 1)).clamp(0, q.shape[2] - 1)
