@@ -76,7 +76,8 @@ def measure(task: Task, subject: Subject) -> Measured:
                 return peer(**subject.inputs)
         out = peer(**subject.inputs)
         out = out if isinstance(out, Tensor) else out[0]
-        return torch.autograd.grad(out.square().mean(), list(subject.leaves), allow_unused=True)
+        found = torch.autograd.grad(out.square().mean(), list(subject.leaves), allow_unused=True)
+        return [g for g in found if g is not None]
 
     calls = {name: (lambda peer=peer: step(peer)) for name, peer in peers.items()}
     results = {name: _tensors(call()) for name, call in calls.items()}
@@ -95,6 +96,20 @@ def _tensors(result: Any) -> list[Tensor]:
     return [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
+def row(entry: dict[str, Any]) -> str:
+    """One line of the table."""
+    what = f"{entry['kind']}, backward" if entry["training"] else entry["kind"]
+    if "error" in entry:
+        return f"| {what} | {entry['tokens']} | {entry['error']} |"
+    times = [entry["seconds"].get(peer) for peer in PEERS]
+    peaks = [entry["memory"].get(peer) for peer in PEERS]
+    cells = [what, entry["tokens"]]
+    cells += ["-" if t is None else f"{t * 1e3:.1f}" for t in times]
+    cells += ["-" if t is None else f"{t / times[2]:.2f}" for t in times[:2]]
+    cells += ["-" if m is None else f"{m / 2**20:.1f}" for m in peaks]
+    return "| " + " | ".join(map(str, (*cells, f"{entry['difference']:.1e}"))) + " |"
+
+
 def markdown(title: str, note: str, entries: list[dict[str, Any]], where: dict[str, Any]) -> str:
     """The results as a page."""
     lines = [
@@ -108,19 +123,21 @@ def markdown(title: str, note: str, entries: list[dict[str, Any]], where: dict[s
         "| refocus MiB | difference |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for entry in entries:
-        what = f"{entry['kind']}, backward" if entry["training"] else entry["kind"]
-        if "error" in entry:
-            lines.append(f"| {what} | {entry['tokens']} | {entry['error']} |")
-            continue
-        times = [entry["seconds"].get(peer) for peer in PEERS]
-        peaks = [entry["memory"].get(peer) for peer in PEERS]
-        cells = [what, entry["tokens"]]
-        cells += ["-" if t is None else f"{t * 1e3:.1f}" for t in times]
-        cells += ["-" if t is None else f"{t / times[2]:.2f}" for t in times[:2]]
-        cells += ["-" if m is None else f"{m / 2**20:.1f}" for m in peaks]
-        lines.append("| " + " | ".join(map(str, (*cells, f"{entry['difference']:.1e}"))) + " |")
+    lines += [row(entry) for entry in entries]
+    fits = []
+    for kind in dict.fromkeys(entry["kind"] for entry in entries):
+        points = [(e["tokens"], e["seconds"][REFOCUS]) for e in entries if e["kind"] == kind and "seconds" in e]
+        if len(points) > 2:
+            fits.append(f"{kind} {straightness(*map(list, zip(*points))):.4f}")
+    if fits:
+        lines += ["", f"How well a line through the lengths fits the times of Refocus (R^2): {', '.join(fits)}."]
     return "\n".join(lines) + "\n"
+
+
+def straightness(lengths: Sequence[float], seconds: Sequence[float]) -> float:
+    """R^2 of the best line through the times."""
+    points = torch.tensor([lengths, seconds], dtype=torch.float64)
+    return float(torch.corrcoef(points)[0, 1] ** 2)
 
 
 def parser(name: str, about: str | None, kinds: Sequence[str], tokens: Sequence[int]) -> argparse.ArgumentParser:
@@ -162,7 +179,7 @@ def drive(
             entry["timings"] = {name: asdict(timing) for name, timing in measured.timings.items()}
             entry["memory"], entry["difference"] = measured.memory, measured.difference
         entries.append(entry)
-        print(markdown(title, note, [entry], where).splitlines()[-1], flush=True)
+        print(row(entry), flush=True)
         options.out.with_suffix(".json").write_text(json.dumps({"machine": where, "results": entries}, indent=1) + "\n")
         options.out.with_suffix(".md").write_text(markdown(title, note, entries, where))
     return int(any("error" in entry for entry in entries))

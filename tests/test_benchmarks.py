@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import cpu, linear, masks, models, recognition
+from benchmarks import cpu, linear, masks, models, recognition, suite, windows
 from benchmarks.isolation import run_isolated
 from benchmarks.measure import geometric_mean, largest_difference, peak_memory, time_peers
 from benchmarks.peers import COMPILE, EAGER, REFOCUS, Row
@@ -165,10 +165,20 @@ def test_both_languages_say_the_same(name: str) -> None:
     assert torch.equal(ours, mask.mod(torch.zeros(()), heads, rows, columns).expand(masks.HEADS, n, n))
 
 
+@pytest.mark.parametrize("kind", windows.ATTENTIONS)
+@pytest.mark.parametrize("training", [False, True], ids=["forward", "backward"])
+def test_windows_are_measured(kind: str, training: bool) -> None:
+    tokens = {"neighbours": 14 * 14, "routed": 28 * 28}.get(kind, 192)
+    task = suite.Task(kind, tokens, "tiled", 1, 0.1, torch.get_num_threads(), 1.0, training)
+    measured = windows.run(task)
+    assert set(measured.timings) == set(suite.PEERS)
+    assert measured.difference < 1e-4
+
+
 @pytest.mark.parametrize("kind", linear.KINDS)
 def test_linear_attention_is_measured(kind: str) -> None:
     """Each spelling, forced into chunks at a small size, agrees with eager code."""
-    measured = linear.run(linear.Task(kind, 96, False, "tiled", 1, 0.1, torch.get_num_threads(), 1.0))
+    measured = linear.run(suite.Task(kind, 96, "tiled", 1, 0.1, torch.get_num_threads(), 1.0))
     assert set(measured.timings) == {EAGER, COMPILE, REFOCUS}
     assert measured.difference < 1e-4
-    assert linear.straightness([1, 2, 3], [1.0, 2.0, 3.0]) == pytest.approx(1.0)
+    assert suite.straightness([1, 2, 3], [1.0, 2.0, 3.0]) == pytest.approx(1.0)
