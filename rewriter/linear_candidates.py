@@ -1,7 +1,8 @@
 """Where linear attention may be: a product of two contractions of data, with nothing that normalises over the keys.
 
 A product of data is one whose operands all depend on what the model is given, not on its parameters alone: so neither
-projections nor low-rank weights are taken for queries, keys and values.
+projections nor low-rank weights are taken for queries, keys and values. Of a matrix that is handed in as it is, and of a
+parameter read at places that data decide (an expert's weights), no more is known than of a weight.
 """
 
 from __future__ import annotations
@@ -51,9 +52,33 @@ def linear_candidates(root: fx.Node, facts: Facts, data: set[fx.Node], closed: s
 
 
 def data_of(facts: Facts) -> set[fx.Node]:
-    """The nodes that depend on what the model is called with."""
+    """The nodes that depend on what the model is called with, but for what may be weights."""
     starts = [n for n in facts.order if n.op == "placeholder" and not _is_kept(n)]
-    return set(starts).union(*(nx.descendants(facts.flow, n) for n in starts))
+    return set(starts).union(*(nx.descendants(facts.flow, n) for n in starts)) - _weights(facts)
+
+
+def _weights(facts: Facts) -> set[fx.Node]:
+    """Parameters, matrices that are inputs of the graph (where it broke, weights come in like that), and parts of them:
+    a table that tokens are looked up in is none."""
+    found: set[fx.Node] = set()
+    for node in facts.order:
+        if node.op == "placeholder":
+            matrix = _is_float(node) and (_is_kept(node) or node.meta["val"].dim() <= 2)
+            found.update((node,) if matrix else ())
+        elif op_name(node) in _READS:
+            sources = [n for n in node.all_input_nodes if _is_float(n)]
+            found.update((node,) if sources and found.issuperset(sources) else ())
+    return found
+
+
+def _is_float(node: fx.Node) -> bool:
+    """Whether a node is a tensor of floats, or several."""
+    value = node.meta.get("val")
+    first = value[0] if isinstance(value, list | tuple) and value else value
+    return isinstance(first, torch.Tensor) and first.is_floating_point()
+
+
+_READS = frozenset((*MOVES, "to", "_to_copy")) - {"embedding"}
 
 
 def _is_kept(node: fx.Node) -> bool:

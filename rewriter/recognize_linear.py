@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import networkx as nx
 from torch import fx
 
 from refocus import simplify as s
@@ -95,9 +96,17 @@ def recognize_linear(facts: Facts, found: Sequence[Site | Left]) -> list[Site | 
     gone = inside.union(*((x.root, *x.interior) for x in sites))
     features = {n for site in linear for x in sources_of(site, facts) for n in upstream(x, data)}
     reported = [x for x in kept.values() if x.root not in gone and x.normaliser not in gone | features]
-    spoken = {n for x in reported for n in (x.root, x.normaliser)}
-    new = [x for root, x in lefts.items() if root not in gone and not spoken & {root, *root.all_input_nodes}]
+    new = [x for root, x in lefts.items() if root not in gone and not _told(x, reported, facts)]
     return sorted([*sites, *linear, *reported, *new], key=lambda x: facts.order[x.root])
+
+
+def _told(left: Left, reported: list[Left], facts: Facts) -> bool:
+    """Whether the same attention is among those reported: it ends here, or one of its normalisers is on the way from
+    the scores (one of several products with parts of a softmax)."""
+    if any(n in (left.root, *left.root.all_input_nodes) for x in reported for n in (x.root, x.normaliser)):
+        return True
+    above = nx.ancestors(facts.flow, left.root)
+    return any(x.normaliser in above and nx.has_path(facts.flow, left.normaliser, x.normaliser) for x in reported)
 
 
 def sources_of(site: LinearSite, facts: Facts) -> list[fx.Node]:
