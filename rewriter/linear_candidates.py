@@ -17,6 +17,7 @@ from torch import fx
 
 from refocus.facts import Facts, contraction_operands
 from refocus.lift import arguments, is_tensor, op_name
+from refocus.lift_pointwise import POINTWISE
 from refocus.lift_reductions import CONTRACTIONS
 from refocus.lift_tables import MOVES, OPERATIONS
 from refocus.sizes import hint
@@ -43,12 +44,28 @@ def linear_candidates(root: fx.Node, facts: Facts, data: set[fx.Node], closed: s
     if operands is None:
         return []
     reached = [_cores(node, data, closed) for node in operands]
-    choices = [cores for cores in reached if cores]
+    choices = []
+    for k, cores in enumerate(reached):
+        others = [n for m, n in enumerate(operands) if m != k and n in data]
+        if cores and not any(_chained(n, cores, facts, data) for n in others):
+            choices.append(cores)
     if len(choices) > 1:
         choices.append(frozenset().union(*choices))
     if sum(n in data for n in operands) > 2:  # all in one product
         choices.append(frozenset((root,)))
     return [LinearCandidate(root, cores, _between(root, cores, facts)) for cores in choices]
+
+
+def _chained(other: fx.Node, cores: frozenset[fx.Node], facts: Facts, data: set[fx.Node]) -> bool:
+    """Whether an operand is made of the products that it is multiplied with, or they of it by way of other products:
+    links of a longer chain (an inverse by iteration), and no queries, keys and values."""
+    while len(other.all_input_nodes) == 1 and op_name(other) in _ALONE and other not in cores:
+        other = other.all_input_nodes[0]
+    below = nx.descendants(facts.flow, other) | {other}
+    if other in cores or any(nx.has_path(facts.flow, core, other) for core in cores):
+        return True
+    within = [core for core in cores if core in below]
+    return any(n in below and _product(n, data) is not None for core in within for n in nx.ancestors(facts.flow, core))
 
 
 def data_of(facts: Facts) -> set[fx.Node]:
@@ -78,6 +95,8 @@ def _is_float(node: fx.Node) -> bool:
     return isinstance(first, torch.Tensor) and first.is_floating_point()
 
 
+# What a value is still that value after, or a multiple of it, where it is the only tensor.
+_ALONE = frozenset((*MOVES, *POINTWISE))
 _READS = frozenset((*MOVES, "to", "_to_copy")) - {"embedding"}
 
 

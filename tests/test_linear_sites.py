@@ -183,6 +183,20 @@ def test_matrices_that_are_handed_in_may_be_weights() -> None:
     check(projected, [torch.randn(48, 8), torch.randn(8, 8)], sites=1, lower=False)
 
 
+def test_an_inverse_by_iteration_is_no_attention() -> None:
+    """Its products are links of one chain: what they are multiplied with, they are made of."""
+
+    def inverse(x: Tensor) -> Tensor:
+        matrix = torch.softmax(x @ x.mT, -1)
+        found, identity = matrix.mT / matrix.sum(-2).max(), torch.eye(48)
+        for _ in range(3):
+            step = matrix @ found
+            found = 0.25 * found @ (13 * identity - step @ (15 * identity - step @ (7 * identity - step)))
+        return found
+
+    check(Module(inverse), inputs()[:1], fused=False, sites=1, lower=False)  # the softmax, whose weights are no values'
+
+
 def test_a_softmax_in_parts_is_one_site() -> None:
     """It is reported where it is left alone, and not as a weight that is not linear for each of its parts."""
 
