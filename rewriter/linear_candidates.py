@@ -1,8 +1,8 @@
 """Where linear attention may be: a product of two contractions of data, with nothing that normalises over the keys.
 
 A product of data is one whose operands all depend on what the model is given, not on its parameters alone: so neither
-projections nor low-rank weights are taken for queries, keys and values. Of a matrix that is handed in as it is, and of a
-parameter read at places that data decide (an expert's weights), no more is known than of a weight.
+projections nor low-rank weights are taken for queries, keys and values. Of a matrix that is handed in as it is, and of
+a parameter read at places that data decide (the weights of an expert), no more is known than of a weight.
 """
 
 from __future__ import annotations
