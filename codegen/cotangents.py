@@ -13,12 +13,13 @@ softmax's own derivative is that of FlashAttention-2, arXiv:2307.08691, with the
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from refocus import simplify
 from refocus.differentiate import NotDifferentiable, Share, differentiate
-from refocus.ir import TRUE, Expr, Load, Region
+from refocus.ir import TRUE, Call, Const, Expr, Load, Region
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,7 @@ def cotangents(region: Region, wanted: frozenset[str]) -> Cotangents:
     extra = tuple(Load(f"@extra{k}", rows, "float32") for k in range(len(region.extra)))
     if not region.values.is_float:
         raise NotDifferentiable("the values are no floating-point numbers")
-    values: tuple[Share, ...] = ()
-    if any(load.tensor in wanted for load in region.values.loads):
-        if not isinstance(region.values, Load):
-            raise NotDifferentiable("the values are computed inside the region")
-        values = (Share(region.values, weight, out),)
+    values = tuple(_into_values(region.values, weight, out, wanted))
     emptied = region.empty_row == "logits" and region.mask != TRUE
     return Cotangents(
         weight, out, score, gate, extra, values,
@@ -60,6 +57,20 @@ def cotangents(region: Region, wanted: frozenset[str]) -> Cotangents:
         differentiate(region.gate, gate, wanted),
         tuple(differentiate(x, seed, wanted) for x, seed in zip(region.extra, extra)),
     )  # fmt: skip
+
+
+def _into_values(value: Expr, weight: Expr, out: Load, wanted: frozenset[str]) -> Iterator[Share]:
+    """What the tensors receive that the values are read from, each for the keys that are read there."""
+    if isinstance(value, Load):
+        if value.tensor in wanted:
+            yield Share(value, weight, out)
+    elif isinstance(value, Call) and value.op == "where" and not any(x.is_float for x in value.args[0].loads):
+        condition, first, second = value.args
+        nothing = Const(0.0, weight.dtype)
+        yield from _into_values(first, simplify.where(condition, weight, nothing), out, wanted)
+        yield from _into_values(second, simplify.where(condition, nothing, weight), out, wanted)
+    elif any(load.tensor in wanted for load in value.loads):
+        raise NotDifferentiable("the values are computed inside the region")
 
 
 def why_not_trainable(region: Region, wanted: Collection[str]) -> str | None:

@@ -48,12 +48,15 @@ class Site:
 class Readings:
     """The same attention read in other ways, where the model copies keys together before it uses them.
 
-    `in_place`: keys and values are read where they were copied from (rolled, gathered, in overlapping windows).
+    `in_place`: keys and values are read where they were copied from (rolled, gathered, in overlapping windows), and
+    values of several tensors in each of them.
     `over_tokens`: and the key axis, which counts offsets, is one over tokens under a mask (see `refocus.bands`).
+    `copies`: whether the model itself makes the copies.
     """
 
     in_place: Site | None = None
     over_tokens: Site | None = None
+    copies: bool = True
 
 
 @dataclass(frozen=True)

@@ -363,6 +363,7 @@ def taint_of(node: fx.Node, facts: Facts) -> frozenset[fx.Node]:
     """The contractions, and products that are summed, whose results reach `node` through operations the lift knows."""
     found: set[fx.Node] = set()
     seen: set[fx.Node] = set()
+    written: set[int] = set()  # memory whose writers were looked at: many views of it share them
     stack = [node]
     while stack:
         n = stack.pop()
@@ -381,6 +382,8 @@ def taint_of(node: fx.Node, facts: Facts) -> frozenset[fx.Node]:
                 for a in n.all_input_nodes
                 if is_tensor(a) or op_name(a) in (*SPLITS, "unbind", "max", "min", "topk", "sort")
             )
-        if n.op == "call_function" and n in facts.opaque:  # what was written there came from somewhere, too
+        if n.op == "call_function" and n in facts.opaque and facts.storage[n] not in written:
+            # What was written there came from somewhere, too.
+            written.add(facts.storage[n])
             stack.extend(a for w in facts.writers[facts.storage[n]] for a in w.all_input_nodes if is_tensor(a))
     return frozenset(found)

@@ -1,7 +1,8 @@
 """Where linear attention may be: a product of two contractions of data, with nothing that normalises over the keys.
 
 A product of data is one whose operands all depend on what the model is given, not on its parameters alone: so neither
-projections nor low-rank weights are taken for queries, keys and values.
+projections nor low-rank weights are taken for queries, keys and values. Of a matrix that is handed in as it is, and of
+a parameter read at places that data decide (the weights of an expert), no more is known than of a weight.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import fx
 
 from refocus.facts import Facts, contraction_operands
 from refocus.lift import arguments, is_tensor, op_name
+from refocus.lift_pointwise import POINTWISE
 from refocus.lift_reductions import CONTRACTIONS
 from refocus.lift_tables import MOVES, OPERATIONS
 from refocus.sizes import hint
@@ -42,7 +44,11 @@ def linear_candidates(root: fx.Node, facts: Facts, data: set[fx.Node], closed: s
     if operands is None:
         return []
     reached = [_cores(node, data, closed) for node in operands]
-    choices = [cores for cores in reached if cores]
+    choices = []
+    for k, cores in enumerate(reached):
+        others = [n for m, n in enumerate(operands) if m != k and n in data]
+        if cores and not any(_chained(n, cores, facts, data) for n in others):
+            choices.append(cores)
     if len(choices) > 1:
         choices.append(frozenset().union(*choices))
     if sum(n in data for n in operands) > 2:  # all in one product
@@ -50,10 +56,48 @@ def linear_candidates(root: fx.Node, facts: Facts, data: set[fx.Node], closed: s
     return [LinearCandidate(root, cores, _between(root, cores, facts)) for cores in choices]
 
 
+def _chained(other: fx.Node, cores: frozenset[fx.Node], facts: Facts, data: set[fx.Node]) -> bool:
+    """Whether an operand is made of the products that it is multiplied with, or they of it by way of other products:
+    links of a longer chain (an inverse by iteration), and no queries, keys and values."""
+    while len(other.all_input_nodes) == 1 and op_name(other) in _ALONE and other not in cores:
+        other = other.all_input_nodes[0]
+    below = nx.descendants(facts.flow, other) | {other}
+    if other in cores or any(nx.has_path(facts.flow, core, other) for core in cores):
+        return True
+    within = [core for core in cores if core in below]
+    return any(n in below and _product(n, data) is not None for core in within for n in nx.ancestors(facts.flow, core))
+
+
 def data_of(facts: Facts) -> set[fx.Node]:
-    """The nodes that depend on what the model is called with."""
+    """The nodes that depend on what the model is called with, but for what may be weights."""
     starts = [n for n in facts.order if n.op == "placeholder" and not _is_kept(n)]
-    return set(starts).union(*(nx.descendants(facts.flow, n) for n in starts))
+    return set(starts).union(*(nx.descendants(facts.flow, n) for n in starts)) - _weights(facts)
+
+
+def _weights(facts: Facts) -> set[fx.Node]:
+    """Parameters, matrices that are inputs of the graph (where it broke, weights come in like that), and parts of them:
+    a table that tokens are looked up in is none."""
+    found: set[fx.Node] = set()
+    for node in facts.order:
+        if node.op == "placeholder":
+            matrix = _is_float(node) and (_is_kept(node) or node.meta["val"].dim() <= 2)
+            found.update((node,) if matrix else ())
+        elif op_name(node) in _READS:
+            sources = [n for n in node.all_input_nodes if _is_float(n)]
+            found.update((node,) if sources and found.issuperset(sources) else ())
+    return found
+
+
+def _is_float(node: fx.Node) -> bool:
+    """Whether a node is a tensor of floats, or several."""
+    value = node.meta.get("val")
+    first = value[0] if isinstance(value, list | tuple) and value else value
+    return isinstance(first, torch.Tensor) and first.is_floating_point()
+
+
+# What a value is still that value after, or a multiple of it, where it is the only tensor.
+_ALONE = frozenset((*MOVES, *POINTWISE))
+_READS = frozenset((*MOVES, "to", "_to_copy")) - {"embedding"}
 
 
 def _is_kept(node: fx.Node) -> bool:

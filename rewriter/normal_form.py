@@ -33,13 +33,15 @@ Binding = fx.Node | Hoisted | Seed
 
 @dataclass(frozen=True)
 class Draft:
-    """A softmax with the axes of its site: `free` are the result's axes, `mixed` those summed after the region."""
+    """A softmax with the axes of its site: `free` are the result's axes, `mixed` those summed after the region.
+    `in_place`: values that are read from several tensors stay so, where one copy of all would be larger than these."""
 
     free: list[Axis]
     mixed: tuple[Axis, ...]
     key: Axis
     softmax: Softmax
     values: Expr
+    in_place: bool = False
 
 
 BATCH_NAMES = ("b", "h", "g", "r", "s", "t", "u", "w")
@@ -74,7 +76,7 @@ def finish(
     logits, hoisted = hoist_distances(soft.logits, query, key)
     score, mask = separate_mask(logits)
     builder = _Operands(facts, names, hoisted)
-    logits_, values_ = builder.canonical(logits), builder.values(draft.values)
+    logits_, values_ = builder.canonical(logits), builder.values(draft.values, draft.in_place)
     score_, mask_, gate_ = (builder.canonical(e) for e in (score, mask, soft.gate))
     extra_ = tuple(builder.canonical(e) for e in soft.extra)
     region = Region(
@@ -129,6 +131,13 @@ def _axis_names(batch: list[Axis], query: Axis, key: Axis, value: list[Axis], ex
     return names
 
 
+def in_pieces(value: Expr) -> bool:
+    """Whether a value is read from one tensor here, from another there, or is padding."""
+    if not isinstance(value, Call) or value.op != "where" or any(x.is_float for x in value.args[0].loads):
+        return False
+    return all(isinstance(x, Load | Const) or in_pieces(x) for x in value.args[1:])
+
+
 class _Operands:
     """Collects the tensors a region reads, renames them, and hoists products on one side of a dot."""
 
@@ -158,8 +167,23 @@ class _Operands:
 
         return rewrite(value, visit, s.rebuild)
 
-    def values(self, value: Expr) -> Expr:
+    def values(self, value: Expr, in_place: bool) -> Expr:
+        if in_place and in_pieces(value) and self._spreads(value):
+            return self._pieces(value)
         return self._side(value, "v")
+
+    def _pieces(self, value: Expr) -> Expr:
+        if not isinstance(value, Call):
+            return value if isinstance(value, Const) else self._side(value, "v")
+        condition, first, second = value.args
+        return s.where(self.canonical(condition), self._pieces(first), self._pieces(second))
+
+    def _spreads(self, value: Expr) -> bool:
+        """Whether a value has more than twice the elements of the tensors that it reads (each query has values of its
+        own among them). A copy that is only padded costs less than a condition on every read."""
+        tensors = {x.tensor: shape_of(self.facts.nodes[x.tensor]) for x in value.loads if x.is_float}
+        apart = s.add(*(s.mul(*shape) for shape in tensors.values()))
+        return s.is_nonneg(s.sub(s.mul(*(a.size for a in value.axes)), s.mul(2, apart)))
 
     def _in_rows(self, load: Load) -> bool:
         """Whether an axis is taken apart into dimensions of a tensor that the load reads all of, each element once."""

@@ -140,7 +140,7 @@ def _plan(site: Site, facts: Facts, options: Options) -> tuple[Site, list[Plan] 
     if debug.disabled(site.family):
         return site, None, debug.off(site.family)
     for reading in _readings(site, options):
-        copied = site if site.readings.in_place else None
+        copied = site if site.readings.in_place and site.readings.copies else None
         trained = trained_operands(reading, facts)
         if any(trained):
             reading = with_cancelled(reading, facts)

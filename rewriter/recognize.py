@@ -27,7 +27,7 @@ from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Reduce
 from refocus.joint import NOTHING, Joint, joints, lift_joint
 from refocus.lift import Lifter, Unliftable, complexity, dtype_of, op_name
 from refocus.merge import Merge, lift_merge, merges
-from refocus.normal_form import Draft, finish
+from refocus.normal_form import Draft, finish, in_pieces
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.sdpa import lift_sdpa
 from refocus.patterns.softmax import Softmax, holds_scores, match, terms_of
@@ -143,14 +143,15 @@ def _recognize(candidate: Candidate, facts: Facts, attempt: _Attempt) -> Site | 
 
 
 def _other_readings(candidate: Candidate, facts: Facts, axes: _Axes, near: _Lifted, attempt: _Attempt) -> Readings:
-    if not any(near.key in x.axes and gathered(facts.nodes[x.tensor]) for x in _all_loads(near) if x.is_float):
+    copies = any(near.key in x.axes and gathered(facts.nodes[x.tensor]) for x in _all_loads(near) if x.is_float)
+    if not copies and not in_pieces(near.values):
         return Readings()
     try:
         far = attempt(axes, True)
         if isinstance(far, Declined):
             return Readings()
         in_place = _close(candidate, facts, axes, far)
-        return Readings(in_place, _over_tokens(candidate, facts, axes, far, in_place))
+        return Readings(in_place, _over_tokens(candidate, facts, axes, far, in_place) if copies else None, copies)
     except (Unliftable, Stop):
         return Readings()
 
@@ -432,7 +433,8 @@ def _close(
                 raise Stop(Declined(f"the probabilities are read elsewhere (by `{op_name(user)}`)", node.name))
     check_no_writes(facts, interior | lifted.lifter.visited | {root}, root)
     result = list(free) or axes.flat()
-    drafts = [Draft(result, mixed, lifted.key, soft, lifted.values) for mixed, _, soft in lifted.terms]
+    far = lifted.lifter.far
+    drafts = [Draft(result, mixed, lifted.key, soft, lifted.values, far) for mixed, _, soft in lifted.terms]
     parts, orders = [], []
     epilogue: Expr | None = None
     dtype = dtype_of(root)

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import networkx as nx
 from torch import fx
 
 from refocus import simplify as s
@@ -95,9 +96,17 @@ def recognize_linear(facts: Facts, found: Sequence[Site | Left]) -> list[Site | 
     gone = inside.union(*((x.root, *x.interior) for x in sites))
     features = {n for site in linear for x in sources_of(site, facts) for n in upstream(x, data)}
     reported = [x for x in kept.values() if x.root not in gone and x.normaliser not in gone | features]
-    spoken = {n for x in reported for n in (x.root, x.normaliser)}
-    new = [x for root, x in lefts.items() if root not in gone and not spoken & {root, *root.all_input_nodes}]
+    new = [x for root, x in lefts.items() if root not in gone and not _told(x, reported, facts)]
     return sorted([*sites, *linear, *reported, *new], key=lambda x: facts.order[x.root])
+
+
+def _told(left: Left, reported: list[Left], facts: Facts) -> bool:
+    """Whether the same attention is among those reported: it ends here, or one of its normalisers is on the way from
+    the scores (one of several products with parts of a softmax)."""
+    if any(n in (left.root, *left.root.all_input_nodes) for x in reported for n in (x.root, x.normaliser)):
+        return True
+    above = nx.ancestors(facts.flow, left.root)
+    return any(x.normaliser in above and nx.has_path(facts.flow, left.normaliser, x.normaliser) for x in reported)
 
 
 def sources_of(site: LinearSite, facts: Facts) -> list[fx.Node]:
@@ -173,9 +182,8 @@ def _attempt(candidate: LinearCandidate, facts: Facts) -> LinearSite | None:
     weight = weight_of(product, pair, lambda value, axis: step_of(value, axis, facts))
     if weight.causal and roles.query.size != roles.key.size:
         raise Stop(Declined("the mask is causal, and there are not as many keys as queries"))
-    for side in (*roles.queries, *roles.keys, *roles.values):
-        if holds_sum(side):
-            raise Stop(Declined("a factor of the weights is itself a sum over positions"))
+    if any(holds_sum(side) for side in (*roles.queries, *roles.keys, *roles.values)):
+        return None  # a chain of more than three products (an inverse by iteration): none of them is an attention
     return _close(candidate, facts, read, roles, weight)
 
 

@@ -160,6 +160,54 @@ def test_projections_are_no_attention() -> None:
     check(Projections(), inputs()[:1], fused=False, sites=0, lower=False)
 
 
+class Experts(Projections):
+    """Weights of the experts that tokens chose."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = x.mean((1, 2, 3)).gt(0).long() + 1
+        up, down = self.experts[chosen], self.experts[chosen - 1]
+        return torch.relu(x.flatten(1, 2) @ up.transpose(1, 2)) @ down
+
+
+def test_weights_of_a_choice_are_no_keys() -> None:
+    check(Experts(), inputs()[:1], fused=False, sites=0, lower=False)
+
+
+def test_matrices_that_are_handed_in_may_be_weights() -> None:
+    """The middle of a feed-forward, where the graph broke before and after it."""
+    matrices = [torch.randn(n, 8) for n in (48, 32, 32)]
+    check(Module(lambda x, up, down: (x @ up.mT) @ down), matrices, fused=False, sites=0, lower=False)
+    check(Module(lambda x, up, down: torch.relu(x @ up.mT) @ down), matrices, fused=False, sites=0, lower=False)
+    # What is computed from tokens is none.
+    projected = Module(lambda x, w: (torch.relu(x @ w) @ torch.relu(x @ w.mT).mT) @ (x @ w))
+    check(projected, [torch.randn(48, 8), torch.randn(8, 8)], sites=1, lower=False)
+
+
+def test_an_inverse_by_iteration_is_no_attention() -> None:
+    """Its products are links of one chain: what they are multiplied with, they are made of."""
+
+    def inverse(x: Tensor) -> Tensor:
+        matrix = torch.softmax(x @ x.mT, -1)
+        found, identity = matrix.mT / matrix.sum(-2).max(), torch.eye(48)
+        for _ in range(3):
+            step = matrix @ found
+            found = 0.25 * found @ (13 * identity - step @ (15 * identity - step @ (7 * identity - step)))
+        return found
+
+    check(Module(inverse), inputs()[:1], fused=False, sites=1, lower=False)  # the softmax, whose weights are no values'
+
+
+def test_a_softmax_in_parts_is_one_site() -> None:
+    """It is reported where it is left alone, and not as a weight that is not linear for each of its parts."""
+
+    def parts(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        weights = torch.softmax(scores(q, k), -1)
+        return weights[..., :16] @ v[..., :16, :] + weights[..., 16:] @ v[..., 16:, :], weights
+
+    report = check(Module(parts), inputs()[:3], fused=False, sites=1, lower=False).report
+    assert "read elsewhere" in report.sites[0].reason
+
+
 # ---------------------------------------------------------------------------------------------------- spellings
 
 

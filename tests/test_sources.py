@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import refocus
 from refocus.testing import check
+from tests.attended import attending
 
 
 class Attention(nn.Module):
@@ -126,6 +127,21 @@ def rows_exchanged(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> T
 @pytest.mark.parametrize("function", [the_same_part_twice, a_part_left_out, returned_too, rows_exchanged])
 def test_parts_that_do_not_make_a_whole_stay(function: Callable[..., object]) -> None:
     stays(function, "", 10, 7)
+
+
+def crossed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every place of an image looks at its column and its row: it has keys and values of its own."""
+    column = torch.einsum("bhwd,bgwd->bhwg", q, k).masked_fill(torch.eye(6).bool()[:, None], -torch.inf)
+    row = torch.einsum("bhwd,bhud->bhwu", q, k)
+    p = torch.cat((column, row), -1).softmax(-1)
+    return torch.einsum("bhwg,bgwd->bhwd", p[..., :6], v) + torch.einsum("bhwu,bhud->bhwd", p[..., 6:], v)
+
+
+def test_values_of_each_query_are_not_copied_together() -> None:
+    image = tuple(torch.randn(2, 6, 7, 8) for _ in range(3))
+    with attending() as calls:
+        check(Attention(crossed), image, lower=False, gradients=True)
+    assert calls and all(t.numel() <= image[0].numel() for call in calls for t in call.operands)
 
 
 # ---------------------------------------------------------------------------------------------------- merges
