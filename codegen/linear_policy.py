@@ -3,7 +3,7 @@
 The figures are of one core with AVX-512, float32, torch 2.13, d = e = 16 and 64, in nanoseconds; only their ratios
 matter. A quadratic spelling, compiled, costs each pair of positions 1.1 and 3.1 while the weights fit into the caches,
 2 more beyond, 0.8 more with a decay, 0.35 more for each channel that decays by itself. A running sum of outer products
-costs 5 for each element of each state. The chunked engine costs each position 150 and 520, or 700 and 2700 with a
+costs 5 for each element of each state, and so does a loop over the steps, and 20000 for each step. The chunked engine costs each position 150 and 520, or 700 and 2700 with a
 decay for each channel, and each call a tenth of a millisecond, or four.
 
 On other devices the generated kernels run what they take: what is left to them is longer than a few chunks.
@@ -26,6 +26,7 @@ from refocus.codegen.plan import Chosen, Leave, Plan
 _GAIN = 0.9  # less than a tenth is noise
 _LEAST_GAIN = 0.1e6  # ns
 _LAUNCH, _LAUNCH_CHANNELS = 0.12e6, 0.4e6  # ns: the operations of one call, whatever the sizes
+_STEP = 20e3  # ns: the operations of one step of a loop
 _CACHED_PAIRS = 1 << 21
 _FEW_CHUNKS = 2  # no state is worth carrying between so few: the pairs are as cheap, in fewer kernels
 
@@ -135,6 +136,8 @@ def linear_plan(work: LinearWork, engine: str) -> Plan:
 def _left(work: LinearWork) -> float:
     if work.spelled == "states":  # a state for each position, written, summed up and read
         return work.heads * work.queries * work.width * work.value_width * 5.0
+    if work.spelled == "steps":  # the same, one after the other
+        return work.heads * work.queries * work.width * work.value_width * 5.0 + work.queries * _STEP
     pairs = work.heads * work.queries * work.keys
     each = 0.4 + (work.width + work.value_width) / 48 + (2.0 if pairs > _CACHED_PAIRS else 0.0)
     decays = {"none": 0.0, "head": 0.8, "channel": work.width * 0.35}[work.gate]

@@ -15,12 +15,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import permutations
 
 import torch
 
 from refocus import simplify as s
 from refocus.evaluate import arange_env, evaluate
-from refocus.ir import BOOL, TRUE, Axis, Call, Const, Expr, Load, Reduce
+from refocus.ir import BOOL, TRUE, Axis, Call, Const, Expr, Load, Reduce, rewrite
 from refocus.patterns.declined import Declined, Stop
 from refocus.polynomial import to_poly
 
@@ -429,9 +430,35 @@ class Shared:
     conditions: tuple[Expr, ...]
 
 
+def _same_dots(total: Reduce, roles: Roles) -> Reduce:
+    """A sum over features of its own, named as those of the weights, where these are what its queries are read at."""
+    summed = product_of(total).summed
+    wanted = Counter(x for x in roles.queries if x.axes & set(roles.dot))
+    if set(roles.dot) <= set(summed):
+        return total
+    for own in permutations(summed, len(roles.dot)):
+        if all(a.size == d.size for a, d in zip(own, roles.dot)):
+            named = _renamed(total, dict(zip(own, roles.dot)))
+            if not wanted - Counter(product_of(named).factors):
+                return named
+    return total
+
+
+def _renamed(total: Reduce, names: dict[Axis, Axis]) -> Reduce:
+    def visit(node: Expr) -> Expr | None:
+        if isinstance(node, Reduce) and node.axis in names:
+            return Reduce(node.op, names[node.axis], s.substitute(rewrite(node.body, visit, s.rebuild), names), node.dtype)
+        return None
+
+    found = rewrite(total, visit, s.rebuild)
+    assert isinstance(found, Reduce)
+    return found
+
+
 def shared_by(total: Reduce, roles: Roles, product: Product) -> tuple[Shared, tuple[Expr, ...]]:
     """Read `total` as a sum of the weights of `product` over the keys: what both have in common, and factors that the
     sum has besides. The product may have values and factors of whole rows besides. Raises `Stop` for any other sum."""
+    total = _same_dots(total, roles)
     plain = product_of(total)
     own = [a for a in plain.summed if a not in roles.dot]
     if len(own) != 1 or own[0].size != roles.key.size or len(plain.summed) != len(roles.dot) + 1:

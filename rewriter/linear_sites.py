@@ -42,6 +42,7 @@ def sample_of(site: LinearSite, facts: Facts) -> Sample:
         "k": (*steps, work.width),
         "v": (*steps, work.value_width),
         "gate": (*steps, *([work.width] if region.gate == "channel" else [])),
+        "erase": steps,
     }
     device = site.root.meta["val"].device
     with FakeTensorMode():
@@ -129,6 +130,6 @@ def _costs(site: LinearSite, facts: Facts) -> tuple[Cost, Cost]:
     chunked = Cost(state + 2 * rows * min(64, work.keys) * widths, io)
     if site.spelled == "pairs":
         return Cost(2 * rows * work.keys * widths, io + 4 * rows * work.keys * size), chunked
-    if site.spelled == "states":
+    if site.spelled in ("states", "steps"):
         return Cost(state, io + 3 * rows * work.width * work.value_width * size), chunked
     return Cost(state, io), chunked

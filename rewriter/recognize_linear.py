@@ -10,7 +10,7 @@ close       operands are computed outside, from what the factors load
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -23,6 +23,7 @@ from refocus.ir import Axis, Const, Expr, Load, Operand, Reduce
 from refocus.lift import Unliftable, dtype_of, is_tensor, op_name
 from refocus.linear_candidates import LinearCandidate, data_of, linear_candidates, upstream
 from refocus.linear_ir import LinearRegion, notation
+from refocus.loops import Loop, depends, loop_at
 from refocus.normal_form import BATCH_NAMES
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.linear import (
@@ -42,6 +43,7 @@ from refocus.patterns.linear import (
     weight_of,
 )
 from refocus.recognize import Left, Site
+from refocus.recognize_loops import Rolled, rolled
 from refocus.sizes import shape_of
 
 
@@ -58,7 +60,7 @@ class Output:
 class LinearSite:
     """A recognised linear attention. `bindings` are what the operands of `region` are computed from, over the site's
     own axes in the order of their dimensions. `spelled`: "pairs" where the model makes an N x N tensor, "states" where
-    it makes a state for each position, "linear" where it does neither."""
+    it makes a state for each position, "steps" where it loops over them, "linear" where it does none of these."""
 
     root: fx.Node
     region: LinearRegion
@@ -81,6 +83,15 @@ def recognize_linear(facts: Facts, found: Sequence[Site | Left]) -> list[Site | 
     closed = {n for site in sites if not _keys_are_kept(site, data) for n in (site.root, *site.interior)}
     linear: list[LinearSite] = []
     lefts: dict[fx.Node, Left] = {}
+    for gather, loop in _loops(facts):
+        try:
+            site = _of_loop(loop, facts)
+        except Stop as stop:
+            lefts[gather] = Left(gather, gather, stop.declined)
+            closed |= depends(loop, facts)
+            continue
+        linear.append(site)
+        closed.update((gather, *site.interior))
     for root in facts.order:
         if root in closed:
             continue
@@ -98,6 +109,12 @@ def recognize_linear(facts: Facts, found: Sequence[Site | Left]) -> list[Site | 
     spoken = {n for x in reported for n in (x.root, x.normaliser)}
     new = [x for root, x in lefts.items() if root not in gone and not spoken & {root, *root.all_input_nodes}]
     return sorted([*sites, *linear, *reported, *new], key=lambda x: facts.order[x.root])
+
+
+def _loops(facts: Facts) -> list[tuple[fx.Node, Loop]]:
+    """The unrolled loops that hand a matrix for each batch from step to step; others are no attention."""
+    found = [(node, loop) for node in facts.order if (loop := loop_at(node, facts)) is not None]
+    return [(node, loop) for node, loop in found if any(x[0].meta["val"].dim() > 2 for x in loop.states)]
 
 
 def sources_of(site: LinearSite, facts: Facts) -> list[fx.Node]:
@@ -140,7 +157,7 @@ class _Read:
     free: tuple[Axis, ...]
     dims: tuple[Axis | None, ...]
     product: Product
-    lifter: Expander
+    visited: Set[fx.Node]
 
 
 def _expand(candidate: LinearCandidate, facts: Facts, node: fx.Node, pair: Pair | None) -> _Read:
@@ -152,7 +169,7 @@ def _expand(candidate: LinearCandidate, facts: Facts, node: fx.Node, pair: Pair 
     value = lifter.at(node, [Const(0) if a is None else a for a in dims])
     product = product_of(value, pair)
     product = product if pair is None else settled(product, pair)
-    return _Read(tuple(a for a in dims if a is not None), dims, product, lifter)
+    return _Read(tuple(a for a in dims if a is not None), dims, product, lifter.visited)
 
 
 def _attempt(candidate: LinearCandidate, facts: Facts) -> LinearSite | None:
@@ -168,15 +185,35 @@ def _attempt(candidate: LinearCandidate, facts: Facts) -> LinearSite | None:
     roles = sort(read.product, read.free, *pair)
     if roles is None:
         return None
-    exponents = tuple((sign, viewed(e, facts)) for sign, e in read.product.exponents)
-    product = replace(read.product, exponents=exponents)
-    weight = weight_of(product, pair, lambda value, axis: step_of(value, axis, facts))
+    weight = _weight(read.product, pair, facts)
     if weight.causal and roles.query.size != roles.key.size:
         raise Stop(Declined("the mask is causal, and there are not as many keys as queries"))
     for side in (*roles.queries, *roles.keys, *roles.values):
         if holds_sum(side):
             raise Stop(Declined("a factor of the weights is itself a sum over positions"))
     return _close(candidate, facts, read, roles, weight)
+
+
+def _weight(product: Product, pair: Pair, facts: Facts) -> Weight:
+    exponents = tuple((sign, viewed(e, facts)) for sign, e in product.exponents)
+    return weight_of(replace(product, exponents=exponents), pair, lambda value, axis: step_of(value, axis, facts))
+
+
+def _of_loop(loop: Loop, facts: Facts) -> LinearSite:
+    """The site that a loop spells step by step. Raises Stop with what it lacks."""
+    outside = loop.read_elsewhere()
+    if outside is not None:
+        raise Stop(Declined("a value inside a loop is read after it", outside.name))
+    roll = rolled(loop, facts)
+    pair = roll.query, roll.key
+    product = settled(product_of(roll.value, pair), pair)
+    read = _Read(tuple(a for a in roll.dims if a is not None), roll.dims, product, roll.visited)
+    roles = sort(product, read.free, *pair)
+    if roles is None:
+        raise Stop(Declined("a loop's results are no products of queries with its state"))
+    weight = _weight(product, pair, facts)
+    candidate = LinearCandidate(loop.gather, frozenset(), loop.body | {loop.gather})
+    return _close(candidate, facts, read, roles, weight, roll)
 
 
 def _pair_of(read: _Read) -> Pair | None:
@@ -203,7 +240,10 @@ class _Parts:
     rows: tuple[Expr, ...]
 
 
-def _close(candidate: LinearCandidate, facts: Facts, read: _Read, roles: Roles, weight: Weight) -> LinearSite:
+def _close(
+    candidate: LinearCandidate, facts: Facts, read: _Read, roles: Roles, weight: Weight, roll: Rolled | None = None
+) -> LinearSite:
+    """`roll`: the loop that this was."""
     root = candidate.root
     inner = [*(t for d in (*read.product.divisors, *roles.rows) for t in sums_in(d, roles.query))]
     beside = _sums_beside(candidate, facts, read, roles)
@@ -218,12 +258,15 @@ def _close(candidate: LinearCandidate, facts: Facts, read: _Read, roles: Roles, 
             raise Stop(Declined("the weights are summed in two ways"))
         shared, besides[total] = common, rest
     parts = _parts(read.product, roles, shared)
+    erase = None if roll is None else roll.erase
+    if roll is not None and erase is not None:
+        parts = _looked_up(parts, roll.keys, read_sums)
     dtype = _widest(
         [dtype_of(root), *(x.dtype for f in (*parts.queries, *parts.keys, *parts.values) for x in _loads(f))]
     )
     if dtype == "float16" and read_sums:
         dtype = "float32"  # before it is normalised, a sum over all keys may be larger than half precision holds
-    names, region, bindings = _region(read, roles, weight, parts, dtype, bool(read_sums))
+    names, region, bindings = _region(read, roles, weight, parts, dtype, bool(read_sums), erase)
     back = {new: old for old, new in names.items()}
     out: Expr = Load("out", tuple(back[a] for a in region.out_axes), dtype)
     sums = Load("sums", tuple(back[a] for a in region.sums_axes), "float32")
@@ -238,8 +281,18 @@ def _close(candidate: LinearCandidate, facts: Facts, read: _Read, roles: Roles, 
         raise Stop(Declined("what the weights are normalised by is no function of their sums"))
     outputs.sort(key=lambda o: facts.order[o.node])
     interior = frozenset(candidate.interior - {o.node for o in outputs})
-    _no_writes(facts, outputs, bindings, interior | read.lifter.visited)
-    return LinearSite(root, region, bindings, tuple(outputs), _spelled(candidate, roles), interior)
+    _no_writes(facts, outputs, bindings, interior | read.visited)
+    spelled = "steps" if roll is not None else _spelled(candidate, roles)
+    return LinearSite(root, region, bindings, tuple(outputs), spelled, interior)
+
+
+def _looked_up(parts: _Parts, keys: tuple[Expr, ...], sums: list[Reduce]) -> _Parts:
+    """The delta rule's keys are what it looks up; whatever else a key has goes to the values."""
+    others = Counter(parts.keys)
+    others.subtract(Counter(keys))
+    if sums or any(count < 0 for count in others.values()):
+        raise Stop(Declined("the delta rule does not look up the keys that it writes"))
+    return replace(parts, keys=keys, values=(*parts.values, *others.elements()))
 
 
 def _widest(dtypes: list[str]) -> str:
@@ -311,15 +364,18 @@ def _parts(product: Product, roles: Roles, shared: Shared | None) -> _Parts:
 
 
 def _region(
-    read: _Read, roles: Roles, weight: Weight, parts: _Parts, dtype: str, sums: bool
+    read: _Read, roles: Roles, weight: Weight, parts: _Parts, dtype: str, sums: bool, erase: Expr | None
 ) -> tuple[dict[Axis, Axis], LinearRegion, tuple[Hoisted, ...]]:
     """The axes' names, the region, and its operands."""
     q, k, v = (_product(f, read, dtype) for f in (parts.queries, parts.keys, parts.values))
     rows = [a for a in read.free if a != roles.query and a not in roles.value]
     gate_axes = frozenset() if weight.gate is None else weight.gate.axes
-    if gate_axes & set(roles.value):
+    erase_axes = frozenset() if erase is None else erase.axes
+    if (gate_axes | erase_axes) & set(roles.value):
         raise Stop(Declined("a decay for each value channel"))
-    batch = [a for a in rows if a in k.axes | v.axes | gate_axes]
+    if erase_axes & set(roles.dot) or (erase is not None and gate_axes & set(roles.dot)):
+        raise Stop(Declined("the delta rule with a decay for each channel"))
+    batch = [a for a in rows if a in k.axes | v.axes | gate_axes | erase_axes]
     share = [a for a in rows if a not in batch]
     channel = bool(gate_axes & set(roles.dot))
     names = {
@@ -335,9 +391,11 @@ def _region(
     }
     if weight.gate is not None:
         values["gate"] = (weight.gate, (*batch, roles.key, *(roles.dot if channel else ())))
+    if erase is not None:
+        values["erase"] = (erase, (*batch, roles.key))
     wide = "float64" if dtype == "float64" else "float32"
     operands = tuple(
-        Operand(name, wide if name == "gate" else dtype, tuple(a.size for a in axes))
+        Operand(name, wide if name in ("gate", "erase") else dtype, tuple(a.size for a in axes))
         for name, (_, axes) in values.items()
     )
     region = LinearRegion(
@@ -353,6 +411,7 @@ def _region(
         strict=weight.strict,
         gate="none" if weight.gate is None else "channel" if channel else "head",
         sums=sums,
+        erase=erase is not None,
     )
     return names, region, tuple(Hoisted(value, axes) for value, axes in values.values())
 
