@@ -192,9 +192,10 @@ def _log(decay: Expr, facts: Facts) -> Expr | None:
             return inner
         decay = s.call("sigmoid", inner, dtype=dtype_of(node))
     if isinstance(decay, Call) and decay.op == "sigmoid":
-        # log(sigmoid(x)) = -softplus(-x), which is finite wherever x is.
+        # log(sigmoid(x)) = -log(1 + exp(-x)), which is finite wherever x is.
         x = s.call("neg", decay.args[0], dtype=decay.dtype)
-        return s.call("neg", s.call("softplus", x, dtype=decay.dtype), dtype=decay.dtype)
+        total = s.call("logaddexp", x, Const(0.0, decay.dtype), dtype=decay.dtype)
+        return s.call("neg", total, dtype=decay.dtype)
     return None
 
 
