@@ -3,8 +3,9 @@
 The figures are of one core with AVX-512, float32, torch 2.13, d = e = 16 and 64, in nanoseconds; only their ratios
 matter. A quadratic spelling, compiled, costs each pair of positions 1.1 and 3.1 while the weights fit into the caches,
 2 more beyond, 0.8 more with a decay, 0.35 more for each channel that decays by itself. A running sum of outer products
-costs 5 for each element of each state, and so does a loop over the steps, and 20000 for each step. The chunked engine costs each position 150 and 520, or 700 and 2700 with a
-decay for each channel, and each call a tenth of a millisecond, or four.
+costs 5 for each element of each state; a loop over the steps costs as much, and 20000 for each step. The chunked engine
+costs each position 150 and 520, or 700 and 2700 with a decay for each channel, and each call a tenth of a millisecond,
+or four.
 
 On other devices the generated kernels run what they take: what is left to them is longer than a few chunks.
 """

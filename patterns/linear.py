@@ -447,7 +447,8 @@ def _same_dots(total: Reduce, roles: Roles) -> Reduce:
 def _renamed(total: Reduce, names: dict[Axis, Axis]) -> Reduce:
     def visit(node: Expr) -> Expr | None:
         if isinstance(node, Reduce) and node.axis in names:
-            return Reduce(node.op, names[node.axis], s.substitute(rewrite(node.body, visit, s.rebuild), names), node.dtype)
+            body = s.substitute(rewrite(node.body, visit, s.rebuild), names)
+            return Reduce(node.op, names[node.axis], body, node.dtype)
         return None
 
     found = rewrite(total, visit, s.rebuild)

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import fx
 
 from refocus.facts import Facts
@@ -60,7 +60,7 @@ def loop_at(gather: fx.Node, facts: Facts) -> Loop | None:
         return None
     follows: dict[fx.Node, fx.Node] = {}
     starts: list[fx.Node] = []
-    for earlier, later in reversed(list(zip(parts, parts[1:]))):
+    for earlier, later in reversed(list(pairwise(parts))):
         if not _aligned(earlier, later, follows, starts):
             return None
     if not starts:
@@ -140,7 +140,7 @@ def _fits(a: Any, b: Any) -> bool:
 
 
 def _after(chain: list[fx.Node], follows: dict[fx.Node, fx.Node]) -> list[fx.Node]:
-    """What the last step leaves as the state, where no step reads it; it goes into `follows` with what it is made of."""
+    """The state after the last step, where no step reads it; it goes into `follows` with what it is made of."""
     last, seen, queue = chain[-1], set[fx.Node](), [chain[-1]]
     while queue and len(seen) < _NEAR:
         for user in queue.pop(0).users:
@@ -163,8 +163,3 @@ def depends(loop: Loop, facts: Facts) -> set[fx.Node]:
             found.add(node)
     return found & loop.body
 
-
-def zero(node: fx.Node, facts: Facts) -> bool:
-    """Whether a tensor is all zeros."""
-    value = facts.constant(node)
-    return isinstance(value, torch.Tensor) and not bool(value.any())

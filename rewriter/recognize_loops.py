@@ -10,7 +10,6 @@ sum; what is erased is read apart, and goes with the form of the rest.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,9 +18,9 @@ from torch import fx
 from refocus import simplify as s
 from refocus.expand import Expander
 from refocus.facts import Facts
-from refocus.ir import BOOL, Axis, Call, Const, Expr, Load, Reduce, rewrite
+from refocus.ir import BOOL, Axis, Call, Const, Expr, Load, rewrite
 from refocus.lift import Index, Lifter, arguments, dtype_of, op_name
-from refocus.loops import Loop, zero
+from refocus.loops import Loop
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.recurrence import Update, closed_form, read_update
 from refocus.sizes import shape_of
@@ -97,7 +96,8 @@ def rolled(loop: Loop, facts: Facts) -> Rolled:
     read: list[Update] = []
     for n, (values, axes) in enumerate(zip(updates, own)):
         update = _as_one(values, step)
-        if not zero(loop.states[n][0], facts):
+        start = Lifter(facts).at(loop.states[n][0], axes)
+        if not (isinstance(start, Const) and start.value == 0):
             raise Stop(Declined("a loop starts from a state that is not zero"))
         read.append(read_update(update, BEFORE.format(n), axes, step, lambda x: _log(x, facts)))
     erasing = [u for u in read if u.erase is not None]
@@ -166,8 +166,7 @@ def _between(earlier: Expr, later: Expr, number: int, step: Axis) -> Expr | None
     found = [_between(a, b, number, step) for a, b in zip(old, new)]
     if any(x is None for x in found):
         return None
-    one = s.rebuild(later, tuple(found)) if found else None  # type: ignore[arg-type]
-    return one
+    return s.rebuild(later, tuple(found)) if found else None  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------------- decays

@@ -33,8 +33,8 @@ def join_strokes(gm: fx.GraphModule, mode: Any) -> None:
 
 @dataclass(frozen=True)
 class _Stroke:
-    """One write: of `value`, from `start` to `end` along `dim`; `selects`, where that is one position, and the dimension
-    is gone. `views` lead from the base to what is written."""
+    """One write: of `value`, from `start` to `end` along `dim`; `selects` where that is one position, and no dimension
+    of the value. `views` lead from the base to what is written."""
 
     write: fx.Node
     views: tuple[fx.Node, ...]
