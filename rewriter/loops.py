@@ -5,7 +5,7 @@
         rows.append(g(state, x[:, t]))          parts     (p0, p1, ..)     what it gives out
     torch.stack(rows, 1)                        gather    the stack
 
-Two steps are alike where their operations are, but for whole numbers: which part of a tensor they read, say. Going up
+Two steps are alike where their operations are, but for numbers: which part of a tensor they read, say. Going up
 from p[t] and p[t+1] side by side, everything meets its counterpart, until both sides are the same node, a tensor that
 all steps read. The one exception is what the first step starts from: s0 meets s1, which is made in another way. That
 the steps are one function of t remains to be proved (`refocus.recognize_loops`).
@@ -120,7 +120,7 @@ def _same_kind(a: fx.Node, b: fx.Node) -> bool:
 
 
 def _alike(a: fx.Node, b: fx.Node) -> bool:
-    """Whether two nodes are the same operation, but for whole numbers and for which nodes they read."""
+    """Whether two nodes are the same operation, but for numbers and for which nodes they read."""
     if a.op != "call_function" or b.op != "call_function" or a.target is not b.target:
         return False
     if (is_tensor(a) or is_tensor(b)) and not _same_kind(a, b):
@@ -135,8 +135,8 @@ def _fits(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(_fits(x, y) for x, y in zip(a, b))
     if isinstance(a, fx.Node) or isinstance(b, fx.Node):
         return isinstance(a, fx.Node) and isinstance(b, fx.Node)
-    whole = isinstance(a, int) and isinstance(b, int) and not isinstance(a, bool)
-    return whole or (type(a) is type(b) and bool(a == b))
+    numbers = type(a) is type(b) and isinstance(a, int | float) and not isinstance(a, bool)
+    return numbers or (type(a) is type(b) and bool(a == b))
 
 
 def _after(chain: list[fx.Node], follows: dict[fx.Node, fx.Node]) -> list[fx.Node]:
