@@ -82,7 +82,7 @@ def product_of(e: Expr, pair: Pair | None = None) -> Product:
                 inner = (
                     args[0] if e.op == "exp" else s.call("mul", args[0], Const(math.log(2.0), e.dtype), dtype=e.dtype)
                 )
-                found = list(_summands(inner, 1))
+                found = list(terms_of(inner, 1))
                 whole = [s.call("exp", x if sign > 0 else s.call("neg", x, dtype=e.dtype), dtype=e.dtype)
                          for sign, x, _ in found if not x.axes & set(pair)]  # fmt: skip
                 return Product(
@@ -142,29 +142,29 @@ def _is_number(e: Expr) -> bool:
 Summand = tuple[int, Expr, tuple[Expr, ...]]  # sign, value, and the conditions outside of which it is -inf
 
 
-def _summands(e: Expr, sign: int) -> Iterator[Summand]:
+def terms_of(e: Expr, sign: int) -> Iterator[Summand]:
     """The terms of a sum, products over sums multiplied out."""
     if isinstance(e, Call) and e.is_float:
         args = e.args
         if e.op in ("add", "sub"):
-            yield from _summands(args[0], sign)
+            yield from terms_of(args[0], sign)
             for a in args[1:]:
-                yield from _summands(a, sign if e.op == "add" else -sign)
+                yield from terms_of(a, sign if e.op == "add" else -sign)
             return
         if e.op == "neg":
-            yield from _summands(args[0], -sign)
+            yield from terms_of(args[0], -sign)
             return
         if e.op == "where":
             for condition, kept, other in ((args[0], args[1], args[2]), (s.not_(args[0]), args[2], args[1])):
                 if isinstance(other, Const) and other.value == -math.inf and sign > 0:
-                    for way, term, more in _summands(kept, sign):
+                    for way, term, more in terms_of(kept, sign):
                         yield way, term, (*s.conjuncts(condition), *more)
                     return
         if e.op in ("mul", "div") and len(args) == 2:
             for inner, factor in ((args[0], args[1]), *([(args[1], args[0])] if e.op == "mul" else [])):
                 # Of -inf, a factor would have to be known to be positive.
                 positive = isinstance(factor, Const) and factor.value > 0
-                found = [*_summands(inner, sign)]
+                found = [*terms_of(inner, sign)]
                 if len(found) > 1 or (found[0][1] is not inner and (positive or not found[0][2])):
                     if any(more for _, _, more in found) and not positive:
                         break
@@ -187,14 +187,30 @@ def _power(base: Expr, exponent: Expr, pair: Pair) -> Product:
     if exponent != s.sub(query, key) or base.axes & set(pair):
         return Product(factors=(Call("pow", (base, exponent), base.dtype),))
     dtype = base.dtype
-    size = s.call("abs", base, dtype=dtype)
-    log = s.call("max", s.call("log", size, dtype=dtype), Const(_GONE, dtype), dtype=dtype)
+    log = _log_size(base)
     gate = Product(exponents=((1, s.call("mul", log, exponent, dtype=dtype)),))
     if _positive(base):
         return gate
     minus = s.call("lt", base, Const(0.0, dtype), dtype=BOOL)
     signs = [s.where(s.and_(minus, s.eq(s.mod(axis, 2), 1)), Const(-1.0, dtype), Const(1.0, dtype)) for axis in pair]
     return gate.times(Product(factors=tuple(signs)))
+
+
+def _log_size(base: Expr) -> Expr:
+    dtype = base.dtype
+    size = s.call("abs", base, dtype=dtype)
+    return s.call("max", s.call("log", size, dtype=dtype), Const(_GONE, dtype), dtype=dtype)
+
+
+def logarithm(decay: Expr) -> Expr | None:
+    """The logarithm of a factor that is a decay: an exponential, a power with a whole number, a positive number."""
+    if isinstance(decay, Const) and decay.value > 0:
+        return Const(math.log(decay.value), decay.dtype)
+    if isinstance(decay, Call) and decay.op == "exp":
+        return decay.args[0]
+    if isinstance(decay, Call) and decay.op == "pow" and decay.args[1].is_int and _positive(decay.args[0]):
+        return s.call("mul", _log_size(decay.args[0]), decay.args[1], dtype=decay.dtype)
+    return None
 
 
 def _positive(e: Expr) -> bool:

@@ -85,7 +85,7 @@ def recognize_linear(facts: Facts, found: Sequence[Site | Left]) -> list[Site | 
     lefts: dict[fx.Node, Left] = {}
     for gather, loop in _loops(facts):
         try:
-            site = _of_loop(loop, facts)
+            site = _of_loop(loop, facts, data)
         except Stop as stop:
             lefts[gather] = Left(gather, gather, stop.declined)
             closed |= depends(loop, facts)
@@ -199,19 +199,18 @@ def _weight(product: Product, pair: Pair, facts: Facts) -> Weight:
     return weight_of(replace(product, exponents=exponents), pair, lambda value, axis: step_of(value, axis, facts))
 
 
-def _of_loop(loop: Loop, facts: Facts) -> LinearSite:
+def _of_loop(loop: Loop, facts: Facts, data: set[fx.Node]) -> LinearSite:
     """The site that a loop spells step by step. Raises Stop with what it lacks."""
     outside = loop.read_elsewhere()
     if outside is not None:
         raise Stop(Declined("a value inside a loop is read after it", outside.name))
-    roll = rolled(loop, facts)
+    roll = rolled(loop, facts, data)
     pair = roll.query, roll.key
-    product = settled(product_of(roll.value, pair), pair)
-    read = _Read(tuple(a for a in roll.dims if a is not None), roll.dims, product, roll.visited)
-    roles = sort(product, read.free, *pair)
+    read = _Read(tuple(a for a in roll.dims if a is not None), roll.dims, roll.product, roll.visited)
+    roles = sort(read.product, read.free, *pair)
     if roles is None:
         raise Stop(Declined("a loop's results are no products of queries with its state"))
-    weight = _weight(product, pair, facts)
+    weight = roll.weight or _weight(read.product, pair, facts)
     candidate = LinearCandidate(loop.gather, frozenset(), loop.body | {loop.gather})
     return _close(candidate, facts, read, roles, weight, roll)
 

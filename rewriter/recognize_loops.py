@@ -10,7 +10,7 @@ sum; what is erased is read apart, and goes with the form of the rest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -18,10 +18,12 @@ from torch import fx
 from refocus import simplify as s
 from refocus.expand import Expander
 from refocus.facts import Facts
-from refocus.ir import BOOL, Axis, Call, Const, Expr, Load, rewrite
+from refocus.ir import Axis, Call, Const, Expr, Load, rewrite
 from refocus.lift import Index, Lifter, arguments, dtype_of, op_name
 from refocus.loops import Loop
+from refocus.patterns.chunk_loop import Chunks, over_all
 from refocus.patterns.declined import Declined, Stop
+from refocus.patterns.linear import Product, Weight, product_of, settled
 from refocus.patterns.recurrence import Update, closed_form, read_update
 from refocus.sizes import shape_of
 
@@ -31,10 +33,18 @@ BEFORE, AFTER = "state {} before", "state {} after"
 @dataclass
 class _Step(Expander):
     """Lifts one step of a loop. `held`: states, which are loaded under these names. Sums are named after the first
-    step's nodes, so that equal steps are equal expressions."""
+    step's nodes, so that equal steps are equal expressions. What does not depend on `data` is followed to its source:
+    decays are, which are often made before the loop."""
 
     held: dict[fx.Node, str] = field(default_factory=dict)
     firsts: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    data: Set[fx.Node] = frozenset()
+
+    def within(self, node: fx.Node, index: Index) -> bool:
+        return node in self.interior or node not in self.data
+
+    def _choose(self, node: fx.Node, index: Index, below: Expr) -> Expr:
+        return below if node not in self.data else super()._choose(node, index, below)
 
     def at(self, node: fx.Node, index: Sequence[Expr]) -> Expr:  # type: ignore[override]
         if node in self.held:
@@ -54,10 +64,12 @@ class _Step(Expander):
 
 @dataclass(frozen=True)
 class Rolled:
-    """A loop as one function: what it gives out at `query`, over the gather's `dims`, as a sum over `key`. `erase`:
-    what the delta rule takes away at each key, of which `keys` are the factors of what is looked up."""
+    """A loop as one function: what it gives out at `query`, over the gather's `dims`, as a sum over `key`; the weight
+    of a pair, where it is read already. `erase`: what the delta rule takes away at each key, of which `keys` are the
+    factors of what is looked up."""
 
-    value: Expr
+    product: Product
+    weight: Weight | None
     dims: tuple[Axis | None, ...]
     query: Axis
     key: Axis
@@ -66,16 +78,17 @@ class Rolled:
     visited: frozenset[fx.Node]
 
 
-def rolled(loop: Loop, facts: Facts) -> Rolled:
+def rolled(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
     """Raises Stop with the reason where a loop is no recurrence of this kind."""
     gather = loop.gather
     shape = shape_of(gather)
     dims = tuple(None if d == Const(1) else Axis(f"o{k}", d) for k, d in enumerate(shape))
     query = Axis(f"o{loop.dim}", shape[loop.dim])
-    if not loop.stacked and shape[loop.dim] != Const(loop.steps):
-        raise Stop(Declined("each step of the loop gives out several rows"))
+    rows = s.floordiv(shape[loop.dim], loop.steps)
+    row = None if loop.stacked or rows == Const(1) else Axis("row", rows)
     index = [Const(0) if a is None else a for a in dims]
-    part = (*index[: loop.dim], *(() if loop.stacked else (Const(0),)), *index[loop.dim + 1 :])
+    mine = () if loop.stacked else (Const(0) if row is None else row,)
+    part = (*index[: loop.dim], *mine, *index[loop.dim + 1 :])
     own = [
         tuple(Const(0) if d == Const(1) else Axis(f"s{n}.{k}", d) for k, d in enumerate(shape_of(states[0])))
         for n, states in enumerate(loop.states)
@@ -86,11 +99,15 @@ def rolled(loop: Loop, facts: Facts) -> Rolled:
     for t in range(loop.steps):
         before = {states[t]: BEFORE.format(n) for n, states in enumerate(loop.states)}
         after = {states[t + 1]: AFTER.format(n) for n, states in enumerate(loop.states) if t + 1 < len(states)}
-        outs.append(_lifted(loop, facts, {**before, **after}, loop.parts[t], part, visited))
+        both = _Step(facts, interior=loop.body, held={**before, **after}, firsts=loop.firsts, data=data)
+        outs.append(both.at(loop.parts[t], part))
+        visited |= both.visited
+        earlier = _Step(facts, interior=loop.body, held=before, firsts=loop.firsts, data=data)
         for n, states in enumerate(loop.states):
             if t + 1 < len(states):
-                updates[n].append(_lifted(loop, facts, before, states[t + 1], own[n], visited))
-    step = Axis("step", query.size)
+                updates[n].append(earlier.at(states[t + 1], own[n]))
+        visited |= earlier.visited
+    step = Axis("step", Const(loop.steps))
     out = _as_one(outs, step)
     key = Axis(f"{gather.name}.key", query.size)
     read: list[Update] = []
@@ -100,6 +117,13 @@ def rolled(loop: Loop, facts: Facts) -> Rolled:
         if not (isinstance(start, Const) and start.value == 0):
             raise Stop(Declined("a loop starts from a state that is not zero"))
         read.append(read_update(update, BEFORE.format(n), axes, step, lambda x: _log(x, facts)))
+    if row is not None:
+        if len(read) > 1:
+            raise Stop(Declined("a loop over chunks has several states"))
+        chunks = Chunks(step, row, query, key, BEFORE.format(0), own[0])
+        free = tuple(row if a == query else a for a in dims if a is not None)
+        product, weight = over_all(out, read[0], free, chunks)
+        return Rolled(product, weight, dims, query, key, None, (), frozenset(visited))
     erasing = [u for u in read if u.erase is not None]
     if erasing and len(read) > 1:
         raise Stop(Declined("a loop has several states, and the delta rule"))
@@ -117,16 +141,8 @@ def rolled(loop: Loop, facts: Facts) -> Rolled:
     keys: tuple[Expr, ...] = ()
     if erasing:
         erase, keys = _at_root(erasing[0], own[0], out, step, key)
-    return Rolled(value, dims, query, key, erase, keys, frozenset(visited))
-
-
-def _lifted(
-    loop: Loop, facts: Facts, held: dict[fx.Node, str], node: fx.Node, index: Index, visited: set[fx.Node]
-) -> Expr:
-    lifter = _Step(facts, interior=loop.body, held=held, firsts=loop.firsts)
-    value = lifter.at(node, index)
-    visited |= lifter.visited
-    return value
+    product = settled(product_of(value, (query, key)), (query, key))
+    return Rolled(product, None, dims, query, key, erase, keys, frozenset(visited))
 
 
 def _at_root(update: Update, own: Index, out: Expr, step: Axis, key: Axis) -> tuple[Expr, tuple[Expr, ...]]:
@@ -155,11 +171,10 @@ def _between(earlier: Expr, later: Expr, number: int, step: Axis) -> Expr | None
     """What is `later` at step `number`, and `earlier` one step before, whole numbers taken to grow evenly."""
     if earlier == later:
         return earlier
-    if isinstance(earlier, Const) and isinstance(later, Const):
-        if not (earlier.is_int and later.is_int) or BOOL in (earlier.dtype, later.dtype):
-            return None
-        by = later.value - earlier.value
-        return s.add(s.mul(by, step), later.value - by * number)  # type: ignore[arg-type]
+    if earlier.is_int and later.is_int:
+        by = s.sub(later, earlier)
+        if isinstance(by, Const):
+            return s.add(later, s.mul(by, s.sub(step, number)))
     old, new = earlier.children, later.children
     if type(earlier) is not type(later) or len(old) != len(new):
         return None

@@ -1,7 +1,8 @@
-"""Loops over steps are linear attention where every step is proved the same: spellings, and near misses that are left."""
+"""Loops are linear attention where every step is proved the same: spellings, and near misses that are left."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -221,6 +222,74 @@ def test_near_miss(function: Function, reason: str) -> None:
     given = inputs(function.__code__.co_argcount)
     report = check(Module(function), given, fused=False, sites=1, lower=False).report
     assert reason in report.sites[0].reason
+
+
+# ---------------------------------------------------------------------------------------------------- chunks
+
+
+def chunked(
+    q: Tensor, k: Tensor, v: Tensor, reads: float = 1, writes: float = 1, keeps: float = 1, ahead: int = 0
+) -> Tensor:
+    """Decays by a quarter, in chunks of two. What the numbers ask for makes the two parts disagree."""
+    index = torch.arange(2)[:, None]
+    inside = torch.where(index >= index.T - ahead, torch.exp(-0.25 * (index - index.T)), 0.0)
+    state, rows = zero(q, v), []
+    for start in range(0, q.shape[2], 2):
+        query, key, value = (x[:, :, start : start + 2] for x in (q, k, v))
+        rows.append((query @ key.mT * inside) @ value + (query * torch.exp(-0.25 * reads * (index + 1))) @ state)
+        state = state * math.exp(-0.5 * keeps) + (key * torch.exp(-0.25 * writes * (1 - index))).mT @ value
+    return torch.cat(rows, 2)
+
+
+def other_values_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state, rows = zero(q, v), []
+    for start in range(0, q.shape[2], 2):
+        query, key, value = (x[:, :, start : start + 2] for x in (q, k, v))
+        rows.append((query @ key.mT).tril() @ value + query @ state)
+        state = state + key.mT @ key
+    return torch.cat(rows, 2)
+
+
+def chunk_by_chunk(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The last chunk is all that is remembered."""
+    state, rows = zero(q, v), []
+    for start in range(0, q.shape[2], 2):
+        query, key, value = (x[:, :, start : start + 2] for x in (q, k, v))
+        rows.append((query @ key.mT).tril() @ value + query @ state)
+        state = key.mT @ value
+    return torch.cat(rows, 2)
+
+
+def test_a_loop_over_chunks() -> None:
+    report = check(Module(chunked), inputs(3), family="linear", sites=1, lower=False, gradients=True).report
+    assert report.sites[0].mask == "j <= i" and "exp(" in report.sites[0].notation
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"reads": 2}, "decays otherwise between chunks"),
+        ({"writes": 0.5}, "decays otherwise between chunks"),
+        ({"keeps": 1.1}, "decays otherwise between chunks"),
+        ({"ahead": 1}, "without a causal mask"),
+    ],
+)
+def test_chunks_that_disagree(change: dict[str, float], reason: str) -> None:
+    _left_for(lambda q, k, v: chunked(q, k, v, **change), reason)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [(other_values_between, "other queries, keys or values"), (chunk_by_chunk, "no running sum")],
+)
+def test_no_loop_over_chunks(function: Function, reason: str) -> None:
+    _left_for(function, reason)
+
+
+def _left_for(function: Function, reason: str) -> None:
+    """The loop is left with this reason; what is inside of its chunks may be fused."""
+    report = check(Module(function), inputs(3), fused=False, engines=(), lower=False).report
+    assert any(reason in site.reason for site in report.sites if not site.recognized), report
 
 
 # ---------------------------------------------------------------------------------------------------- filled tensors
