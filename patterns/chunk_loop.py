@@ -24,7 +24,8 @@ from refocus.patterns.recurrence import Update, summands
 from refocus.polynomial import to_poly
 
 # What is multiplied with a number of positions -> that number: the coefficient of each product of axes in it.
-Slopes = dict[tuple[Expr, ...], dict[tuple[Expr, ...], float]]
+Positions = dict[tuple[Expr, ...], float]
+Slopes = dict[tuple[Expr, ...], Positions]
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def over_all(out: Expr, update: Update, free: tuple[Axis, ...], at: Chunks) -> t
     queries, keys = (*roles.queries, *roles.rows), (*roles.keys, *roles.values)
     reader, writer = _alongside(between, update, roles.dot, queries, column, keys, at)
     slopes = _added(_slopes(e, sign, pair) for sign, e in product.exponents)
-    row, last = {(at.row,): 1.0, (): 1.0}, {(column,): -1.0, (): at.size - 1.0}
+    row: Positions = {(at.row,): 1.0, (): 1.0}
+    last: Positions = {(column,): -1.0, (): at.size - 1.0}
     _agree(_decay(reader, pair), slopes, pair, row)
     _agree(_decay(writer, pair), slopes, pair, last)
     here = _at_state(between, at)
@@ -137,7 +139,7 @@ def _slopes(e: Expr, sign: int, pair: Pair) -> Slopes:
     for way, term, conditions in terms_of(e, sign):
         if conditions:
             raise Stop(Declined("a decay holds for some positions only"))
-        count: dict[tuple[Expr, ...], float] = {(): float(way)}
+        count: Positions = {(): float(way)}
         rest: list[Expr] = []
         stack = [term]
         while stack:
@@ -170,7 +172,7 @@ def _added(parts: Iterable[Slopes]) -> Slopes:
     return total
 
 
-def _agree(found: Slopes, slopes: Slopes, pair: Pair, positions: dict[tuple[Expr, ...], float]) -> None:
+def _agree(found: Slopes, slopes: Slopes, pair: Pair, positions: Positions) -> None:
     """Whether a decay is the one inside of chunks, over so many `positions`."""
     for tag in found.keys() | slopes.keys():
         slope = slopes.get(tag, {}).get((pair[0],), 0.0)
@@ -186,7 +188,7 @@ def _everywhere(
 ) -> Product:
     """The product inside of a chunk, as that over all positions."""
     axes = {"query": (at.query, at.row), "key": (at.key, pair[1])}
-    of = {
+    of: dict[str, dict[Expr, Expr]] = {
         name: {at.step: s.floordiv(whole, at.size), part: s.mod(whole, at.size)} for name, (whole, part) in axes.items()
     }
     factors = [s.substitute(f, of["query"]) for f in queries] + [s.substitute(f, of["key"]) for f in keys]

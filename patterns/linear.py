@@ -461,9 +461,10 @@ def _same_dots(total: Reduce, roles: Roles) -> Reduce:
 
 
 def _renamed(total: Reduce, names: dict[Axis, Axis]) -> Reduce:
+    here: dict[Expr, Expr] = {old: new for old, new in names.items()}  # noqa: C416
     def visit(node: Expr) -> Expr | None:
         if isinstance(node, Reduce) and node.axis in names:
-            body = s.substitute(rewrite(node.body, visit, s.rebuild), names)
+            body = s.substitute(rewrite(node.body, visit, s.rebuild), here)
             return Reduce(node.op, names[node.axis], body, node.dtype)
         return None
 

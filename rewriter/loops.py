@@ -78,7 +78,7 @@ def loop_at(gather: fx.Node, facts: Facts) -> Loop | None:
         return None
     begun = set(follows) - set(follows.values())
     firsts = {n: first for first in begun for n in _chain(first, follows)}
-    dim = int(arguments(gather)[1] if len(arguments(gather)) > 1 else gather.kwargs.get("dim", 0))
+    dim: Any = arguments(gather)[1] if len(arguments(gather)) > 1 else gather.kwargs.get("dim", 0)
     rank = gather.meta["val"].dim()
     return Loop(gather, dim % rank, op_name(gather) == "stack", parts, tuple(states), body, firsts)
 

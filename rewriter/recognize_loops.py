@@ -150,7 +150,8 @@ def _at_root(update: Update, own: Index, out: Expr, step: Axis, key: Axis) -> tu
     reads = [x for x in out.loads if x.tensor in (BEFORE.format(0), AFTER.format(0))]
     if len(reads) != 1 or update.erase is None:
         raise Stop(Declined("a loop with the delta rule reads its state more than once"))
-    here: dict[Expr, Expr] = {a: x for a, x in zip(own, reads[0].index) if isinstance(a, Axis)} | {step: key}
+    here: dict[Expr, Expr] = {a: x for a, x in zip(own, reads[0].index) if isinstance(a, Axis)}
+    here[step] = key
     return s.substitute(update.erase, here), tuple(s.substitute(x, here) for x in update.keys)
 
 

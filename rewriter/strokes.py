@@ -151,7 +151,8 @@ def _stroke(write: fx.Node, views: tuple[fx.Node, ...], base: fx.Node) -> _Strok
             return None
         at %= shape[dim]
         return _Stroke(write, views, value, dim, at, at + 1, True)
-    begin, end, step = (*part.args[2:], *(None, None, 1)[len(part.args) - 2 :])
+    bounds: list[Any] = [*part.args[2:], *(None, None, 1)[len(part.args) - 2 :]]
+    begin, end, step = bounds
     begin = 0 if begin is None else begin
     end = shape[dim] if end is None else end
     if step != 1 or not isinstance(begin, int) or not isinstance(end, int):
