@@ -30,18 +30,16 @@ from refocus.patterns.linear import (
     Pair,
     Product,
     Roles,
-    Shared,
     Weight,
     as_number,
     holds_sum,
     obstacle,
     product_of,
     settled,
-    shared_by,
     sort,
-    sums_in,
     weight_of,
 )
+from refocus.patterns.linear_sums import Shared, shared_by, sums_in
 from refocus.recognize import Left, Site
 from refocus.recognize_loops import Rolled, rolled
 from refocus.sizes import shape_of
