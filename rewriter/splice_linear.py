@@ -40,9 +40,18 @@ def replace_linear(splicer: Splicer, site: LinearSite, plan: Plan) -> None:
     syms = _syms_of(site)
     sym_nodes = [splicer.sym_node(sym, first) for sym in syms]
     function = _function(site, plan, inputs, syms)
-    values = [n.meta["val"] for n in inputs]
+    values = [_like(n, splicer.mode) for n in inputs]
     body = splicer.traced(_key(site, plan, inputs), function, values, [n.meta["val"] for n in sym_nodes])
     splicer.inline(body, [*inputs, *sym_nodes], [o.node for o in site.outputs])
+
+
+def _like(node: fx.Node, mode: Any) -> Tensor:
+    """A fake tensor of the graph's mode. That of a literal in the model's code may be of another one."""
+    value: Tensor = node.meta["val"]
+    if node.op != "get_attr":
+        return value
+    with mode:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def _syms_of(site: LinearSite) -> list[Sym]:

@@ -105,8 +105,10 @@ def _filled(base: fx.Node, order: dict[fx.Node, int]) -> _Filled | None:
         return None
     if any(user not in mine for v in mine for user in v.users):
         return None
-    # What was written must still be the same when it is joined.
+    # What was written must still be the same when it is joined, with or without a gradient.
     first = min(order[x.write] for x in strokes)
+    if any(getattr(n.target, "__name__", "") == "_set_grad_enabled" and first < order[n] < last for n in order):
+        return None
     written = {_memory(n.args[0]) for n in order if first <= order[n] <= last and n not in mine and _writes(n)}
     if any(_memory(x.value) in written or _memory(x.value) is base for x in strokes):
         return None
