@@ -110,9 +110,15 @@ def recognize_linear(facts: Facts, found: Sequence[Site | Left]) -> list[Site | 
 
 
 def _loops(facts: Facts) -> list[tuple[fx.Node, Loop]]:
-    """The unrolled loops that hand a matrix for each batch from step to step; others are no attention."""
+    """The unrolled loops that hand a matrix for each batch from step to step; others are no attention. Two steps that
+    start from data are any two values of which one is made of the other: f(x) beside f(-x)."""
     found = [(node, loop) for node in facts.order if (loop := loop_at(node, facts)) is not None]
-    return [(node, loop) for node, loop in found if any(x[0].meta["val"].dim() > 2 for x in loop.states)]
+    return [
+        (node, loop)
+        for node, loop in found
+        if any(x[0].meta["val"].dim() > 2 for x in loop.states)
+        and (loop.steps > 2 or all(x[0] in facts.closed for x in loop.states))
+    ]
 
 
 def sources_of(site: LinearSite, facts: Facts) -> list[fx.Node]:
