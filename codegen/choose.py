@@ -95,7 +95,8 @@ def _plan_training(
     return forced
 
 
-def _forced(region: Region, device: Any, engine: str) -> Chosen | Leave:
+def must_run(engine: str, device: Any) -> None:
+    """Raises EngineUnavailable when a named engine cannot run on this machine at all."""
     if engine == "triton":
         from refocus.codegen.triton_engine import available
 
@@ -108,6 +109,10 @@ def _forced(region: Region, device: Any, engine: str) -> Chosen | Leave:
         raise EngineUnavailable(
             "the cpp engine runs on CPU only", got=f"tensors on {device}", todo="use engine='triton'"
         )
+
+
+def _forced(region: Region, device: Any, engine: str) -> Chosen | Leave:
+    must_run(engine, device)
     reason = unsupported(engine, region)
     if reason is not None:
         return Leave(f"the {engine} engine does not take it: {reason}")

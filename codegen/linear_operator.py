@@ -25,7 +25,7 @@ from refocus.codegen.plan import Plan
 from refocus.errors import BadRegion, EngineUnavailable, NeedsGradient
 
 # engine -> module with `forward` and `backward` as `linear_form` describes them
-ENGINES: dict[str, str] = {"tiled": "refocus.codegen.chunked"}
+ENGINES: dict[str, str] = {"tiled": "refocus.codegen.chunked", "triton": "refocus.codegen.linear_triton"}
 
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? erase, Tensor? initial, str form, str plan"
 

@@ -3,8 +3,11 @@
 The figures are of one core with AVX-512, float32, torch 2.13, d = e = 16 and 64, in nanoseconds; only their ratios
 matter. A quadratic spelling, compiled, costs each pair of positions 1.1 and 3.1 while the weights fit into the caches,
 2 more beyond, 0.8 more with a decay, 0.35 more for each channel that decays by itself. A running sum of outer products
-costs 5 for each element of each state. The chunked engine costs each position 150 and 520, or 700 and 2700 with a
-decay for each channel, and each call a tenth of a millisecond, or four.
+costs 5 for each element of each state; a loop over the steps costs as much, and 20000 for each step. The chunked engine
+costs each position 150 and 520, or 700 and 2700 with a decay for each channel, and each call a tenth of a millisecond,
+or four.
+
+On other devices the generated kernels run what they take: what is left to them is longer than a few chunks.
 """
 
 from __future__ import annotations
@@ -12,13 +15,46 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from refocus import debug
+from refocus.codegen import linear_triton
+from refocus.codegen.choose import must_run
+from refocus.codegen.linear_form import LinearForm
 from refocus.codegen.linear_operator import ENGINES
 from refocus.codegen.plan import Chosen, Leave, Plan
 
 _GAIN = 0.9  # less than a tenth is noise
 _LEAST_GAIN = 0.1e6  # ns
 _LAUNCH, _LAUNCH_CHANNELS = 0.12e6, 0.4e6  # ns: the operations of one call, whatever the sizes
+_STEP = 20e3  # ns: the operations of one step of a loop
 _CACHED_PAIRS = 1 << 21
+_FEW_CHUNKS = 2  # no state is worth carrying between so few: the pairs are as cheap, in fewer kernels
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the operator will be called with: its form, and tensors of which only dtypes and sizes are read."""
+
+    form: LinearForm
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gate: Tensor | None
+
+    def unsupported(self, engine: str) -> str | None:
+        """Why an engine cannot run it; None where it can. `tiled` runs every form."""
+        if debug.disabled(engine):
+            return debug.off(engine)
+        if engine != "triton":
+            return None
+        return linear_triton.supports(self.form, self.q, self.k, self.v, self.gate)
+
+    def kernel_path(self, plan: Plan) -> str | None:
+        """Where the generated source of the kernel that writes the results is kept, for engines that generate it."""
+        if plan.engine != "triton":
+            return None
+        return str(linear_triton.kernel_path(self.form, plan.block_k, self.q, self.k, self.v, self.gate))
 
 
 @dataclass(frozen=True)
@@ -38,21 +74,58 @@ class LinearWork:
         return f"{self.heads} heads x {self.queries} queries x {self.keys} keys"
 
 
-def choose_linear(work: LinearWork, device: Any, engine: str | None, trained: bool) -> Chosen | Leave:
-    """A plan for these sizes, or the advice to leave it. `engine`: the one that was asked for."""
+def choose_linear(work: LinearWork, sample: Sample, device: Any, engine: str | None, trained: bool) -> Chosen | Leave:
+    """A plan for these sizes, or the advice to leave it. `engine`: the one that was asked for.
+
+    Raises EngineUnavailable when the named engine cannot run on this machine at all.
+    """
+    if trained and debug.disabled("training"):
+        return Leave(f"needs gradients, and {debug.off('training')}")
     if engine is not None:
-        if engine not in ENGINES:
-            return Leave(f"the {engine} engine has no linear attention; engine='tiled' has")
-        return Chosen(linear_plan(work, engine), f"engine={engine!r} was asked for")
+        return _forced(work, sample, device, engine)
     if work.spelled == "linear":
         return Leave(f"its cost is linear in the length already, at {work}")
+    declined = ""
+    if device.type != "cpu":
+        reason = sample.unsupported("triton")
+        if reason is None:
+            return _on_device(work, sample)
+        declined = f"; the triton engine does not take it: {reason}"
+    reason = sample.unsupported("tiled")
+    if reason is not None:
+        return Leave(f"{reason}{declined}")
     leave, cost = _left(work), _chunked(work)
     if trained:
         leave, cost = 3 * leave, 3 * cost
     if cost > _GAIN * leave or leave - cost < _LEAST_GAIN:
-        return Leave(f"as it is spelled is no slower than in chunks, at {work}; engine='tiled' runs it in chunks")
+        note = f"as it is spelled is no slower than in chunks, at {work}; engine='tiled' runs it in chunks"
+        return Leave(f"{note}{declined}")
     plan = linear_plan(work, "tiled")
-    return Chosen(plan, f"about {leave / cost:.1f} times faster in chunks of {plan.block_k}, at {work}")
+    return Chosen(plan, f"about {leave / cost:.1f} times faster in chunks of {plan.block_k}, at {work}{declined}")
+
+
+def _forced(work: LinearWork, sample: Sample, device: Any, engine: str) -> Chosen | Leave:
+    if engine not in ENGINES:
+        return Leave(f"the {engine} engine has no linear attention; engine='tiled' has")
+    must_run(engine, device)
+    reason = sample.unsupported(engine)
+    if reason is not None:
+        return Leave(f"the {engine} engine does not take it: {reason}")
+    return Chosen(_plan_of(work, sample, engine), f"engine={engine!r} was asked for")
+
+
+def _on_device(work: LinearWork, sample: Sample) -> Chosen | Leave:
+    plan = _plan_of(work, sample, "triton")
+    if work.spelled == "pairs" and work.keys <= _FEW_CHUNKS * plan.block_k:
+        return Leave(f"{work} are few enough for pairs; engine='triton' runs them in chunks of {plan.block_k}")
+    return Chosen(plan, f"the generated kernels, in chunks of {plan.block_k}")
+
+
+def _plan_of(work: LinearWork, sample: Sample, engine: str) -> Plan:
+    if engine != "triton":
+        return linear_plan(work, engine)
+    chunk = linear_triton.default_chunk(sample.q, sample.k, sample.v)
+    return Plan(engine, schedule="chunked", block_q=chunk, block_k=chunk)
 
 
 def linear_plan(work: LinearWork, engine: str) -> Plan:
@@ -64,6 +137,8 @@ def linear_plan(work: LinearWork, engine: str) -> Plan:
 def _left(work: LinearWork) -> float:
     if work.spelled == "states":  # a state for each position, written, summed up and read
         return work.heads * work.queries * work.width * work.value_width * 5.0
+    if work.spelled == "steps":  # the same, one after the other
+        return work.heads * work.queries * work.width * work.value_width * 5.0 + work.queries * _STEP
     pairs = work.heads * work.queries * work.keys
     each = 0.4 + (work.width + work.value_width) / 48 + (2.0 if pairs > _CACHED_PAIRS else 0.0)
     decays = {"none": 0.0, "head": 0.8, "channel": work.width * 0.35}[work.gate]

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from refocus.codegen import delta_call
+from refocus.codegen import chunk_forward, chunk_step, delta_call
 from refocus.codegen.chunk_call import Call
 from refocus.codegen.chunk_kernel import dtype_name, empty
 from refocus.codegen.chunk_setting import NARROW, SMALLEST
@@ -50,6 +51,13 @@ def default_chunk(q: Tensor, k: Tensor, v: Tensor) -> int:
     """Steps of a chunk where nothing asks for another number: products of float32 run without tensor cores, and are
     better small."""
     return 64 if q.dtype == k.dtype == v.dtype and dtype_name(q) in NARROW else 32
+
+
+def kernel_path(form: LinearForm, chunk: int, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None) -> Path:
+    """The file of the kernel that writes the results of such a call."""
+    given = {name: x for name, x in zip(NAMES, (q, k, v, gate)) if x is not None}
+    setting = Call(form, chunk, given).setting(out=v.dtype)
+    return (chunk_step.step if k.shape[1] == 1 else chunk_forward.outputs)(setting).path
 
 
 def forward(

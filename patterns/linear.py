@@ -81,7 +81,7 @@ def product_of(e: Expr, pair: Pair | None = None) -> Product:
                 inner = (
                     args[0] if e.op == "exp" else s.call("mul", args[0], Const(math.log(2.0), e.dtype), dtype=e.dtype)
                 )
-                found = list(_summands(inner, 1))
+                found = list(terms_of(inner, 1))
                 whole = [s.call("exp", x if sign > 0 else s.call("neg", x, dtype=e.dtype), dtype=e.dtype)
                          for sign, x, _ in found if not x.axes & set(pair)]  # fmt: skip
                 return Product(
@@ -141,29 +141,29 @@ def _is_number(e: Expr) -> bool:
 Summand = tuple[int, Expr, tuple[Expr, ...]]  # sign, value, and the conditions outside of which it is -inf
 
 
-def _summands(e: Expr, sign: int) -> Iterator[Summand]:
+def terms_of(e: Expr, sign: int) -> Iterator[Summand]:
     """The terms of a sum, products over sums multiplied out."""
     if isinstance(e, Call) and e.is_float:
         args = e.args
         if e.op in ("add", "sub"):
-            yield from _summands(args[0], sign)
+            yield from terms_of(args[0], sign)
             for a in args[1:]:
-                yield from _summands(a, sign if e.op == "add" else -sign)
+                yield from terms_of(a, sign if e.op == "add" else -sign)
             return
         if e.op == "neg":
-            yield from _summands(args[0], -sign)
+            yield from terms_of(args[0], -sign)
             return
         if e.op == "where":
             for condition, kept, other in ((args[0], args[1], args[2]), (s.not_(args[0]), args[2], args[1])):
                 if isinstance(other, Const) and other.value == -math.inf and sign > 0:
-                    for way, term, more in _summands(kept, sign):
+                    for way, term, more in terms_of(kept, sign):
                         yield way, term, (*s.conjuncts(condition), *more)
                     return
         if e.op in ("mul", "div") and len(args) == 2:
             for inner, factor in ((args[0], args[1]), *([(args[1], args[0])] if e.op == "mul" else [])):
                 # Of -inf, a factor would have to be known to be positive.
                 positive = isinstance(factor, Const) and factor.value > 0
-                found = [*_summands(inner, sign)]
+                found = [*terms_of(inner, sign)]
                 if len(found) > 1 or (found[0][1] is not inner and (positive or not found[0][2])):
                     if any(more for _, _, more in found) and not positive:
                         break
@@ -186,14 +186,30 @@ def _power(base: Expr, exponent: Expr, pair: Pair) -> Product:
     if exponent != s.sub(query, key) or base.axes & set(pair):
         return Product(factors=(Call("pow", (base, exponent), base.dtype),))
     dtype = base.dtype
-    size = s.call("abs", base, dtype=dtype)
-    log = s.call("max", s.call("log", size, dtype=dtype), Const(_GONE, dtype), dtype=dtype)
+    log = _log_size(base)
     gate = Product(exponents=((1, s.call("mul", log, exponent, dtype=dtype)),))
     if _positive(base):
         return gate
     minus = s.call("lt", base, Const(0.0, dtype), dtype=BOOL)
     signs = [s.where(s.and_(minus, s.eq(s.mod(axis, 2), 1)), Const(-1.0, dtype), Const(1.0, dtype)) for axis in pair]
     return gate.times(Product(factors=tuple(signs)))
+
+
+def _log_size(base: Expr) -> Expr:
+    dtype = base.dtype
+    size = s.call("abs", base, dtype=dtype)
+    return s.call("max", s.call("log", size, dtype=dtype), Const(_GONE, dtype), dtype=dtype)
+
+
+def logarithm(decay: Expr) -> Expr | None:
+    """The logarithm of a factor that is a decay: an exponential, a power with a whole number, a positive number."""
+    if isinstance(decay, Const) and decay.value > 0:
+        return Const(math.log(decay.value), decay.dtype)
+    if isinstance(decay, Call) and decay.op == "exp":
+        return decay.args[0]
+    if isinstance(decay, Call) and decay.op == "pow" and decay.args[1].is_int and _positive(decay.args[0]):
+        return s.call("mul", _log_size(decay.args[0]), decay.args[1], dtype=decay.dtype)
+    return None
 
 
 def _positive(e: Expr) -> bool:
@@ -265,7 +281,7 @@ def obstacle(product: Product, free: tuple[Axis, ...]) -> Declined | None:
                 mine = factor.axes & set(free)
                 theirs = [f.axes & set(free) for f in product.factors if key in f.axes and f is not factor]
                 if any(mine - other and other - mine for other in theirs):
-                    return Declined(_why_not(factor), _blamed(factor))
+                    return Declined(_why_not(factor), blamed(factor))
     plain = replace(product, divisors=())
     for key in product.summed:
         keyed = any(holds_sum(d) and key in d.axes for d in product.divisors)
@@ -297,7 +313,7 @@ def weight_of(product: Product, pair: Pair, step_of: Callable[[Expr, Axis], Expr
     query, key = pair
     for factor in product.factors:
         if {query, key} <= factor.axes:
-            raise Stop(Declined(_why_not(factor), _blamed(factor)))
+            raise Stop(Declined(_why_not(factor), blamed(factor)))
     mask = s.and_(*(c for c in product.conditions if {query, key} <= c.axes))
     causal, strict = mask == s.le(key, query), mask == s.lt(key, query)
     if not (causal or strict or mask == TRUE):
@@ -313,13 +329,13 @@ def weight_of(product: Product, pair: Pair, step_of: Callable[[Expr, Axis], Expr
 
 
 def _why_not(factor: Expr) -> str:
-    name = _blamed(factor)
+    name = blamed(factor)
     if holds_sum(factor):
         return f"the weights are not linear in the scores (`{name}` of them)"
     return f"the weights do not come apart into a query's and a key's share (`{name}`)"
 
 
-def _blamed(e: Expr) -> str | None:
+def blamed(e: Expr) -> str | None:
     return e.op if isinstance(e, Call) else e.tensor if isinstance(e, Load) else None
 
 
@@ -330,7 +346,7 @@ def _gate(exponents: list[Signed], pair: Pair, step_of: Callable[[Expr, Axis], E
     for sign, e in exponents:
         positions, cores, given = _sorted_factors(e, pair)
         if len(cores) > 1 or (cores and positions != Const(1)):
-            raise Stop(Declined("a decay is no multiple of a distance and no difference of summed gates", _blamed(e)))
+            raise Stop(Declined("a decay is no multiple of a distance and no difference of summed gates", blamed(e)))
         if cores:
             open_.append((sign, Counter(given), cores[0]))
         else:
@@ -409,52 +425,3 @@ def _summed_between(core: Expr, pair: Pair) -> Expr:
                 gate = s.call("mul", gate, factor, dtype=core.dtype)
             return s.substitute(gate, {step: key})
     raise Stop(Declined("a decay is no sum of the gates between key and query"))
-
-
-# ---------------------------------------------------------------------------------------------------- normalisers
-
-
-def sums_in(e: Expr, query: Axis) -> list[Reduce]:
-    """The outermost sums of an expression that hold the query axis."""
-    if isinstance(e, Reduce) and query in e.axes:
-        return [e]
-    return list(dict.fromkeys(found for child in e.children for found in sums_in(child, query)))
-
-
-@dataclass(frozen=True)
-class Shared:
-    """The factors and conditions that the weights and their sum over the keys have in common."""
-
-    factors: tuple[Expr, ...]
-    conditions: tuple[Expr, ...]
-
-
-def shared_by(total: Reduce, roles: Roles, product: Product) -> tuple[Shared, tuple[Expr, ...]]:
-    """Read `total` as a sum of the weights of `product` over the keys: what both have in common, and factors that the
-    sum has besides. The product may have values and factors of whole rows besides. Raises `Stop` for any other sum."""
-    plain = product_of(total)
-    own = [a for a in plain.summed if a not in roles.dot]
-    if len(own) != 1 or own[0].size != roles.key.size or len(plain.summed) != len(roles.dot) + 1:
-        raise Stop(Declined("the normaliser is no sum of the weights over the keys"))
-    found = product_of(total, (roles.query, own[0]))
-    for factor in found.factors:
-        if {roles.query, own[0]} <= factor.axes:
-            raise Stop(Declined(f"the normaliser is not linear in the scores (`{_blamed(factor)}` of them)"))
-    here: dict[Expr, Expr] = {own[0]: roles.key}
-    factors, conditions = (Counter(s.substitute(x, here) for x in xs) for xs in (found.factors, found.conditions))
-    exponents = Counter((sign, s.substitute(e, here)) for sign, e in found.exponents)
-    mine = Counter(product.factors)
-    besides = list((factors - mine).elements())
-    left = [x for x in (mine - factors).elements() if x in roles.queries]
-    pairs = {roles.query, roles.key}
-    masks = [{c for c in cs if pairs <= c.axes} for cs in (conditions, product.conditions)]
-    if (
-        found.divisors
-        or exponents != Counter(product.exponents)
-        or masks[0] != masks[1]
-        or conditions - Counter(product.conditions)
-        or left
-        or any(x.axes & {roles.key, *roles.dot} for x in besides)
-    ):
-        raise Stop(Declined("the normaliser is a sum of other weights"))
-    return Shared(tuple((factors & mine).elements()), tuple(conditions)), tuple(besides)

@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from refocus.blank import detach_blanks
 from refocus.bodies import Retrace
 from refocus.functional import make_functional
+from refocus.strokes import join_strokes
 
 
 class CaptureFailed(Exception):
@@ -66,6 +67,7 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
         if node.op == "get_attr" and "val" not in node.meta:
             node.meta["val"] = _attribute(traced, node)
     detach_blanks(traced)
+    join_strokes(traced, mode)
     make_functional(traced, mode)
     return traced
 

@@ -23,6 +23,7 @@ _count = itertools.count()
 # What REFOCUS_DISABLE may name, and what it leaves out.
 RULES = {
     "softmax": "the family: its sites are seen, and left as they are",
+    "linear": "the family",
     "triton": "the engine: nothing is planned for it",
     "cpp": "the engine",
     "tiled": "the engine",

@@ -389,7 +389,8 @@ def _product(factors: list[Expr], dtype: str) -> Expr:
 
 def _summed(axes: tuple[Axis, ...], body: Expr, dtype: str) -> Expr:
     for axis in reversed(axes):
-        body = Reduce("sum", axis, body, dtype)
+        one = axis.size == Const(1)
+        body = s.substitute(body, {axis: Const(0)}) if one else Reduce("sum", axis, body, dtype)
     return body
 
 

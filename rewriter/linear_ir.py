@@ -5,12 +5,17 @@
     out[batch, share, i, value] = sum over j of W * v[batch, j, value]
     sums[batch, share, i]       = sum over j of W                                  (what a normaliser divides by)
 
+With `erase`, the delta rule: what a key finds in the sums is taken away before its value is added, both to a share,
+
+    S[t] = exp(gate[t]) * (S[t-1] - erase[t] * k[t] (k[t]^T S[t-1])) + erase[t] * k[t] v[t]^T,     out[t] = q[t]^T S[t]
+
 Unlike those of a softmax region, its operands are plain: what has no query and key axes together stays outside, feature
 maps, gates and all, and keeps its own gradient. What is done with `out` and `sums` afterwards stays outside as well.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,7 +25,7 @@ from refocus.ir import Axis, Expr, Operand, Sym
 
 @dataclass(frozen=True)
 class LinearRegion:
-    """One linear attention. `operands` are "q", "k", "v" and, where there is one, "gate", in this order; their
+    """One linear attention. `operands` are "q", "k", "v" and, where there are, "gate" and "erase", in this order; their
     dimensions are the axes above. `batch` are the axes that keys, values or gates have, `share` those that only queries
     have. `strict`: a position does not see itself. `gate` is "none", "head" or "channel". `sums`: they are asked for.
     """
@@ -37,6 +42,7 @@ class LinearRegion:
     strict: bool = False
     gate: str = "none"
     sums: bool = False
+    erase: bool = False
 
     def axes_of(self, operand: str) -> tuple[Axis, ...]:
         """The axes of an operand's dimensions."""
@@ -45,6 +51,7 @@ class LinearRegion:
             "k": (*self.batch, self.key, *self.dot),
             "v": (*self.batch, self.key, *self.value),
             "gate": (*self.batch, self.key, *(self.dot if self.gate == "channel" else ())),
+            "erase": (*self.batch, self.key),
         }[operand]
 
     @property
@@ -84,6 +91,8 @@ def notation(region: LinearRegion) -> str:
     def load(name: str) -> str:
         return f"{name}[{','.join(a.name for a in region.axes_of(name))}]"
 
+    if region.erase:
+        return _delta_rule(region, load)
     query, key = region.query.name, region.key.name
     dots = ",".join(a.name for a in region.dot)
     weight = f"sum_{dots} {load('q')} * {load('k')}"
@@ -99,6 +108,21 @@ def notation(region: LinearRegion) -> str:
         lines.append((f"Z[{','.join(a.name for a in region.sums_axes)}]", f"sum_{key} W"))
     width = max(len(left) for left, _ in lines)
     return "\n".join(f"{left:<{width}} = {right}" for left, right in lines)
+
+
+def _delta_rule(region: LinearRegion, load: Callable[[str], str]) -> str:
+    """The recurrence of the delta rule; it has no weights."""
+    q, k, v, erase = (load(name).replace(f",{region.key.name}", ",t") for name in ("q", "k", "v", "erase"))
+    gate = load("gate").replace(f",{region.key.name}", ",t") if region.gate != "none" else ""
+    dot = ",".join(a.name for a in region.dot)
+    before = f"exp({gate}) * S[t-1]" if gate else "S[t-1]"
+    out = f"O[{','.join(a.name for a in region.out_axes)}]".replace(f",{region.query.name}", ",t")
+    read = "R[t-1]" if region.strict else "S[t]"
+    return "\n".join((
+        f"R[t-1] = {before}",
+        f"S[t] = R[t-1] + {erase} * {k} * ({v} - sum_{dot} {k} * R[t-1])",
+        f"{out} = sum_{dot} {q.replace(f',{region.query.name}', ',t')} * {read}",
+    ))  # fmt: skip
 
 
 def mask_of(region: LinearRegion) -> str:

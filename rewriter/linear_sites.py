@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from refocus import debug
 from refocus import notation as notes
-from refocus.codegen.linear_policy import LinearWork, choose_linear
+from refocus.codegen.linear_policy import LinearWork, Sample, choose_linear
 from refocus.codegen.plan import Chosen, Leave, Plan
 from refocus.evaluate import size_of
 from refocus.facts import Facts
@@ -19,12 +21,35 @@ from refocus.report import Site as Row
 from refocus.simplify import rebuild
 from refocus.sites import location_of
 from refocus.sizes import hint
+from refocus.splice_linear import form_of
 
 
 def plan_linear(site: LinearSite, facts: Facts, engine: str | None) -> Chosen | Leave:
     """The plan of a site, or the reason to leave it."""
+    if debug.disabled(site.family):
+        return Leave(debug.off(site.family))
     trained = facts.grad_enabled[site.root] and any(n in facts.needs_grad for n in sources_of(site, facts))
-    return choose_linear(work_of(site, facts), site.root.meta["val"].device, engine, trained)
+    device = site.root.meta["val"].device
+    return choose_linear(work_of(site, facts), sample_of(site, facts), device, engine, trained)
+
+
+def sample_of(site: LinearSite, facts: Facts) -> Sample:
+    """Fake tensors like those that the operator will be called with."""
+    region, work = site.region, work_of(site, facts)
+    steps = (work.key_heads, work.keys)
+    shapes = {
+        "q": (work.heads, work.queries, work.width),
+        "k": (*steps, work.width),
+        "v": (*steps, work.value_width),
+        "gate": (*steps, *([work.width] if region.gate == "channel" else [])),
+        "erase": steps,
+    }
+    device = site.root.meta["val"].device
+    with FakeTensorMode():
+        given = {
+            o.name: torch.empty(shapes[o.name], dtype=getattr(torch, o.dtype), device=device) for o in region.operands
+        }
+    return Sample(form_of(region), given["q"], given["k"], given["v"], given.get("gate"))
 
 
 def numbers_of(site: LinearSite, facts: Facts) -> dict[Sym, int]:
@@ -70,6 +95,7 @@ def describe_linear(name: str, site: LinearSite, plan: Plan | None, reason: str,
         mask=mask_of(site.region),
         mask_source="closed form" if site.region.causal else "",
         engine=plan.engine if plan else "",
+        kernel_path=sample_of(site, facts).kernel_path(plan) if plan else None,
         before=before,
         after=after if plan else None,
     )
@@ -104,6 +130,6 @@ def _costs(site: LinearSite, facts: Facts) -> tuple[Cost, Cost]:
     chunked = Cost(state + 2 * rows * min(64, work.keys) * widths, io)
     if site.spelled == "pairs":
         return Cost(2 * rows * work.keys * widths, io + 4 * rows * work.keys * size), chunked
-    if site.spelled == "states":
+    if site.spelled in ("states", "steps"):
         return Cost(state, io + 3 * rows * work.width * work.value_width * size), chunked
     return Cost(state, io), chunked

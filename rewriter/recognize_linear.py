@@ -10,7 +10,7 @@ close       operands are computed outside, from what the factors load
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
 import networkx as nx
@@ -24,25 +24,25 @@ from refocus.ir import Axis, Const, Expr, Load, Operand, Reduce
 from refocus.lift import Unliftable, dtype_of, is_tensor, op_name
 from refocus.linear_candidates import LinearCandidate, data_of, linear_candidates, upstream
 from refocus.linear_ir import LinearRegion, notation
+from refocus.loops import Loop, depends, loop_at
 from refocus.normal_form import BATCH_NAMES
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.linear import (
     Pair,
     Product,
     Roles,
-    Shared,
     Weight,
     as_number,
     holds_sum,
     obstacle,
     product_of,
     settled,
-    shared_by,
     sort,
-    sums_in,
     weight_of,
 )
+from refocus.patterns.linear_sums import Shared, shared_by, sums_in
 from refocus.recognize import Left, Site
+from refocus.recognize_loops import Rolled, rolled
 from refocus.sizes import shape_of
 
 
@@ -59,7 +59,7 @@ class Output:
 class LinearSite:
     """A recognised linear attention. `bindings` are what the operands of `region` are computed from, over the site's
     own axes in the order of their dimensions. `spelled`: "pairs" where the model makes an N x N tensor, "states" where
-    it makes a state for each position, "linear" where it does neither."""
+    it makes a state for each position, "steps" where it loops over them, "linear" where it does none of these."""
 
     root: fx.Node
     region: LinearRegion
@@ -82,6 +82,15 @@ def recognize_linear(facts: Facts, found: Sequence[Site | Left]) -> list[Site | 
     closed = {n for site in sites if not _keys_are_kept(site, data) for n in (site.root, *site.interior)}
     linear: list[LinearSite] = []
     lefts: dict[fx.Node, Left] = {}
+    for gather, loop in _loops(facts):
+        try:
+            site = _of_loop(loop, facts, data)
+        except Stop as stop:
+            lefts[gather] = Left(gather, gather, stop.declined)
+            closed |= depends(loop, facts)
+            continue
+        linear.append(site)
+        closed.update((gather, *site.interior))
     for root in facts.order:
         if root in closed:
             continue
@@ -107,6 +116,18 @@ def _told(left: Left, reported: list[Left], facts: Facts) -> bool:
         return True
     above = nx.ancestors(facts.flow, left.root)
     return any(x.normaliser in above and nx.has_path(facts.flow, left.normaliser, x.normaliser) for x in reported)
+
+
+def _loops(facts: Facts) -> list[tuple[fx.Node, Loop]]:
+    """The unrolled loops that hand a matrix for each batch from step to step; others are no attention. Two steps that
+    start from data are any two values of which one is made of the other: f(x) beside f(-x)."""
+    found = [(node, loop) for node in facts.order if (loop := loop_at(node, facts)) is not None]
+    return [
+        (node, loop)
+        for node, loop in found
+        if any(x[0].meta["val"].dim() > 2 for x in loop.states)
+        and (loop.steps > 2 or all(x[0] in facts.closed for x in loop.states))
+    ]
 
 
 def sources_of(site: LinearSite, facts: Facts) -> list[fx.Node]:
@@ -149,7 +170,7 @@ class _Read:
     free: tuple[Axis, ...]
     dims: tuple[Axis | None, ...]
     product: Product
-    lifter: Expander
+    visited: Set[fx.Node]
 
 
 def _expand(candidate: LinearCandidate, facts: Facts, node: fx.Node, pair: Pair | None) -> _Read:
@@ -161,7 +182,7 @@ def _expand(candidate: LinearCandidate, facts: Facts, node: fx.Node, pair: Pair 
     value = lifter.at(node, [Const(0) if a is None else a for a in dims])
     product = product_of(value, pair)
     product = product if pair is None else settled(product, pair)
-    return _Read(tuple(a for a in dims if a is not None), dims, product, lifter)
+    return _Read(tuple(a for a in dims if a is not None), dims, product, lifter.visited)
 
 
 def _attempt(candidate: LinearCandidate, facts: Facts) -> LinearSite | None:
@@ -177,14 +198,33 @@ def _attempt(candidate: LinearCandidate, facts: Facts) -> LinearSite | None:
     roles = sort(read.product, read.free, *pair)
     if roles is None:
         return None
-    exponents = tuple((sign, viewed(e, facts)) for sign, e in read.product.exponents)
-    product = replace(read.product, exponents=exponents)
-    weight = weight_of(product, pair, lambda value, axis: step_of(value, axis, facts))
+    weight = _weight(read.product, pair, facts)
     if weight.causal and roles.query.size != roles.key.size:
         raise Stop(Declined("the mask is causal, and there are not as many keys as queries"))
     if any(holds_sum(side) for side in (*roles.queries, *roles.keys, *roles.values)):
         return None  # a chain of more than three products (an inverse by iteration): none of them is an attention
     return _close(candidate, facts, read, roles, weight)
+
+
+def _weight(product: Product, pair: Pair, facts: Facts) -> Weight:
+    exponents = tuple((sign, viewed(e, facts)) for sign, e in product.exponents)
+    return weight_of(replace(product, exponents=exponents), pair, lambda value, axis: step_of(value, axis, facts))
+
+
+def _of_loop(loop: Loop, facts: Facts, data: set[fx.Node]) -> LinearSite:
+    """The site that a loop spells step by step. Raises Stop with what it lacks."""
+    outside = loop.read_elsewhere()
+    if outside is not None:
+        raise Stop(Declined("a value inside a loop is read after it", outside.name))
+    roll = rolled(loop, facts, data)
+    pair = roll.query, roll.key
+    read = _Read(tuple(a for a in roll.dims if a is not None), roll.dims, roll.product, roll.visited)
+    roles = sort(read.product, read.free, *pair)
+    if roles is None:
+        raise Stop(Declined("a loop's results are no products of queries with its state"))
+    weight = roll.weight or _weight(read.product, pair, facts)
+    candidate = LinearCandidate(loop.gather, frozenset(), loop.body | {loop.gather})
+    return _close(candidate, facts, read, roles, weight, roll)
 
 
 def _pair_of(read: _Read) -> Pair | None:
@@ -211,7 +251,10 @@ class _Parts:
     rows: tuple[Expr, ...]
 
 
-def _close(candidate: LinearCandidate, facts: Facts, read: _Read, roles: Roles, weight: Weight) -> LinearSite:
+def _close(
+    candidate: LinearCandidate, facts: Facts, read: _Read, roles: Roles, weight: Weight, roll: Rolled | None = None
+) -> LinearSite:
+    """`roll`: the loop that this was."""
     root = candidate.root
     inner = [*(t for d in (*read.product.divisors, *roles.rows) for t in sums_in(d, roles.query))]
     beside = _sums_beside(candidate, facts, read, roles)
@@ -226,12 +269,15 @@ def _close(candidate: LinearCandidate, facts: Facts, read: _Read, roles: Roles, 
             raise Stop(Declined("the weights are summed in two ways"))
         shared, besides[total] = common, rest
     parts = _parts(read.product, roles, shared)
+    erase = None if roll is None else roll.erase
+    if roll is not None and erase is not None:
+        parts = _looked_up(parts, roll.keys, read_sums)
     dtype = _widest(
         [dtype_of(root), *(x.dtype for f in (*parts.queries, *parts.keys, *parts.values) for x in _loads(f))]
     )
     if dtype == "float16" and read_sums:
         dtype = "float32"  # before it is normalised, a sum over all keys may be larger than half precision holds
-    names, region, bindings = _region(read, roles, weight, parts, dtype, bool(read_sums))
+    names, region, bindings = _region(read, roles, weight, parts, dtype, bool(read_sums), erase)
     back = {new: old for old, new in names.items()}
     out: Expr = Load("out", tuple(back[a] for a in region.out_axes), dtype)
     sums = Load("sums", tuple(back[a] for a in region.sums_axes), "float32")
@@ -246,8 +292,18 @@ def _close(candidate: LinearCandidate, facts: Facts, read: _Read, roles: Roles, 
         raise Stop(Declined("what the weights are normalised by is no function of their sums"))
     outputs.sort(key=lambda o: facts.order[o.node])
     interior = frozenset(candidate.interior - {o.node for o in outputs})
-    _no_writes(facts, outputs, bindings, interior | read.lifter.visited)
-    return LinearSite(root, region, bindings, tuple(outputs), _spelled(candidate, roles), interior)
+    _no_writes(facts, outputs, bindings, interior | read.visited)
+    spelled = "steps" if roll is not None else _spelled(candidate, roles)
+    return LinearSite(root, region, bindings, tuple(outputs), spelled, interior)
+
+
+def _looked_up(parts: _Parts, keys: tuple[Expr, ...], sums: list[Reduce]) -> _Parts:
+    """The delta rule's keys are what it looks up; whatever else a key has goes to the values."""
+    others = Counter(parts.keys)
+    others.subtract(Counter(keys))
+    if sums or any(count < 0 for count in others.values()):
+        raise Stop(Declined("the delta rule does not look up the keys that it writes"))
+    return replace(parts, keys=keys, values=(*parts.values, *others.elements()))
 
 
 def _widest(dtypes: list[str]) -> str:
@@ -319,15 +375,18 @@ def _parts(product: Product, roles: Roles, shared: Shared | None) -> _Parts:
 
 
 def _region(
-    read: _Read, roles: Roles, weight: Weight, parts: _Parts, dtype: str, sums: bool
+    read: _Read, roles: Roles, weight: Weight, parts: _Parts, dtype: str, sums: bool, erase: Expr | None
 ) -> tuple[dict[Axis, Axis], LinearRegion, tuple[Hoisted, ...]]:
     """The axes' names, the region, and its operands."""
     q, k, v = (_product(f, read, dtype) for f in (parts.queries, parts.keys, parts.values))
     rows = [a for a in read.free if a != roles.query and a not in roles.value]
     gate_axes = frozenset() if weight.gate is None else weight.gate.axes
-    if gate_axes & set(roles.value):
+    erase_axes = frozenset() if erase is None else erase.axes
+    if (gate_axes | erase_axes) & set(roles.value):
         raise Stop(Declined("a decay for each value channel"))
-    batch = [a for a in rows if a in k.axes | v.axes | gate_axes]
+    if erase_axes & set(roles.dot) or (erase is not None and gate_axes & set(roles.dot)):
+        raise Stop(Declined("the delta rule with a decay for each channel"))
+    batch = [a for a in rows if a in k.axes | v.axes | gate_axes | erase_axes]
     share = [a for a in rows if a not in batch]
     channel = bool(gate_axes & set(roles.dot))
     names = {
@@ -343,9 +402,11 @@ def _region(
     }
     if weight.gate is not None:
         values["gate"] = (weight.gate, (*batch, roles.key, *(roles.dot if channel else ())))
+    if erase is not None:
+        values["erase"] = (erase, (*batch, roles.key))
     wide = "float64" if dtype == "float64" else "float32"
     operands = tuple(
-        Operand(name, wide if name == "gate" else dtype, tuple(a.size for a in axes))
+        Operand(name, wide if name in ("gate", "erase") else dtype, tuple(a.size for a in axes))
         for name, (_, axes) in values.items()
     )
     region = LinearRegion(
@@ -361,6 +422,7 @@ def _region(
         strict=weight.strict,
         gate="none" if weight.gate is None else "channel" if channel else "head",
         sums=sums,
+        erase=erase is not None,
     )
     return names, region, tuple(Hoisted(value, axes) for value, axes in values.values())
 

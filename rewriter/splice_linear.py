@@ -28,7 +28,9 @@ from refocus.splice import Splicer, laid_out
 
 def form_of(region: LinearRegion) -> LinearForm:
     """What the kernels are asked for."""
-    return LinearForm(causal=region.causal, strict=region.strict, gate=region.gate, sums=region.sums)
+    return LinearForm(
+        causal=region.causal, strict=region.strict, gate=region.gate, erase=region.erase, sums=region.sums
+    )
 
 
 def replace_linear(splicer: Splicer, site: LinearSite, plan: Plan) -> None:
@@ -38,9 +40,18 @@ def replace_linear(splicer: Splicer, site: LinearSite, plan: Plan) -> None:
     syms = _syms_of(site)
     sym_nodes = [splicer.sym_node(sym, first) for sym in syms]
     function = _function(site, plan, inputs, syms)
-    values = [n.meta["val"] for n in inputs]
+    values = [_like(n, splicer.mode) for n in inputs]
     body = splicer.traced(_key(site, plan, inputs), function, values, [n.meta["val"] for n in sym_nodes])
     splicer.inline(body, [*inputs, *sym_nodes], [o.node for o in site.outputs])
+
+
+def _like(node: fx.Node, mode: Any) -> Tensor:
+    """A fake tensor of the graph's mode. That of a literal in the model's code may be of another one."""
+    value: Tensor = node.meta["val"]
+    if node.op != "get_attr":
+        return value
+    with mode:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def _syms_of(site: LinearSite) -> list[Sym]:
@@ -87,12 +98,12 @@ def _function(
         named = {n.name: t for n, t in zip(inputs, tensors)}
         sizes = dict(zip(syms, numbers))
         device = tensors[0].device
-        operands = [
-            _operand(region, o.name, getattr(torch, o.dtype), b, named, sizes, device)
+        operands = {
+            o.name: _operand(region, o.name, getattr(torch, o.dtype), b, named, sizes, device)
             for o, b in zip(region.operands, site.bindings)
-        ]
-        gate = operands[3] if len(operands) > 3 else None
-        out, sums, _ = linear_operator.call(form, plan, (*operands[:3], gate, None, None))
+        }
+        given = [operands.get(name) for name in ("q", "k", "v", "gate", "erase")]
+        out, sums, _ = linear_operator.call(form, plan, (*given, None))
         results = {"out": out.reshape([size_of(a.size, sizes) for a in region.out_axes])}
         if form.sums:
             results["sums"] = sums.reshape([size_of(a.size, sizes) for a in region.sums_axes])
@@ -129,6 +140,7 @@ def _operand(
     steady = name == "gate" and value.shape[heads] == 1 and lengths[heads] != 1
     given = [*lengths[:heads], 1 if steady else lengths[heads], *lengths[heads + 1 :]]
     shape = [math.prod(lengths[:heads]), given[heads]]
-    shape += [math.prod(lengths[heads + 1 :])] if name != "gate" or region.gate == "channel" else []
+    plain = name == "erase" or (name == "gate" and region.gate == "head")
+    shape += [] if plain else [math.prod(lengths[heads + 1 :])]
     value = value.expand(given).reshape(shape)
     return value.expand(shape[0], lengths[heads], *shape[2:]) if steady else value

@@ -48,6 +48,19 @@ def test_a_site_is_left_and_says_so(rule: str, monkeypatch: pytest.MonkeyPatch) 
     assert found.recognized and not found.fused and found.reason.endswith(f"REFOCUS_DISABLE names {rule!r}")
 
 
+def test_linear_attention_is_left_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Linear(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return (q @ k.mT).tril() @ v
+
+    inputs = torch.randn(3, 1, 2, 64, 16).unbind(0)
+    (found,) = refocus.explain(Linear(), *inputs, engine="tiled").sites
+    assert found.fused
+    disable(monkeypatch, "linear")
+    (found,) = refocus.explain(Linear(), *inputs, engine="tiled").sites
+    assert found.family == "linear" and not found.fused and found.reason == "REFOCUS_DISABLE names 'linear'"
+
+
 def test_other_engines_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     disable(monkeypatch, " triton, cpp ")
     assert site().fused

@@ -26,11 +26,13 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "oracle", "tile_cache", "tiling", "tile_grid", "tile_rows", "refine", "masks", "lags", "infer", "infer_*",
         "assumptions",
     ),
-    "lift": ("blank", "bodies", "capture", "functional", "fold", "sizes", "lift", "lift_*", "facts", "gathers"),
+    "lift": (
+        "blank", "bodies", "capture", "functional", "strokes", "fold", "sizes", "lift", "lift_*", "facts", "gathers",
+    ),
     "patterns": ("patterns", "patterns.*"),
     "recognize": (
         "attention", "bands", "closure", "joint", "merge", "products", "normal_form", "recognize", "expand",
-        "linear_candidates", "recognize_linear",
+        "linear_candidates", "recognize_linear", "loops", "recognize_loops",
     ),
     "codegen": ("codegen", "codegen.*"),
     "pipeline": (

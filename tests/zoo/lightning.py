@@ -62,12 +62,37 @@ class Undecayed(Lightning):
         return torch.tril(torch.ones(n, n, device=x.device))
 
 
-def _maker(build: type[Lightning]) -> Variant:
-    return Variant(lambda: (build(), (torch.randn(2, 100, 64),)))
+class Blocks(Lightning):
+    """A loop over blocks of positions, as transformers' MiniMax runs it."""
+
+    def forward(self, x: Tensor, size: int = 16) -> Tensor:
+        q, k, v = nn.functional.silu(self.qkv(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        index = torch.arange(size, device=x.device) + 1
+        query_decay = torch.exp(-self.slope * index[:, None])
+        key_decay = torch.exp(-self.slope * (size - index[:, None]))
+        diagonal = self.decay(size, x)
+        state = torch.zeros(*q.shape[:2], q.shape[-1], v.shape[-1], device=v.device, dtype=v.dtype)
+        blocks = []
+        for start in range(0, x.shape[1], size):
+            end = min(start + size, x.shape[1])
+            query, key, value = q[:, :, start:end], k[:, :, start:end], v[:, :, start:end]
+            intra = torch.matmul(torch.matmul(query, key.transpose(-1, -2)) * diagonal, value)
+            inter = torch.matmul(query * query_decay, state)
+            blocks.append(inter + intra)
+            update = torch.matmul((key * key_decay).transpose(-1, -2), value)
+            state = state * torch.exp(-self.slope * (end - start)) + update
+        return self.out(torch.cat(blocks, dim=-2).transpose(1, 2).flatten(2))
+
+
+def _maker(build: type[Lightning], length: int = 100) -> Variant:
+    return Variant(lambda: (build(), (torch.randn(2, length, 64),)))
 
 
 make = _maker(Lightning).make
-VARIANTS = {"triangle": _maker(Triangle), "multiplied": _maker(Multiplied), "undecayed": _maker(Undecayed)}
+VARIANTS = {
+    "triangle": _maker(Triangle), "multiplied": _maker(Multiplied), "undecayed": _maker(Undecayed),
+    "blocks": _maker(Blocks, 64),
+}  # fmt: skip
 
 
 def reference(module: Lightning, x: Tensor) -> Tensor:

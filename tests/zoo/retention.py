@@ -57,12 +57,43 @@ class Learned(Retention):
         return ((q @ k.mT) * weights).tril() @ v
 
 
-def _maker(build: type[Retention]) -> Variant:
-    return Variant(lambda: (build(), (torch.randn(2, 100, 64),)))
+class Recurrent(Retention):
+    """The recurrent form: one state, step by step."""
+
+    def retain(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        gamma = (1 - torch.exp2(-5 - torch.arange(self.heads, dtype=q.dtype))).view(-1, 1, 1)
+        state, rows = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]), []
+        for n in range(q.shape[2]):
+            state = gamma * state + k[:, :, n : n + 1].mT @ v[:, :, n : n + 1]
+            rows.append(q[:, :, n : n + 1] @ state)
+        return torch.cat(rows, dim=2)
+
+
+class Chunkwise(Retention):
+    """The chunkwise form: pairs inside of a chunk, one state between chunks."""
+
+    def retain(self, q: Tensor, k: Tensor, v: Tensor, size: int = 16) -> Tensor:
+        gamma = (1 - torch.exp2(-5 - torch.arange(self.heads, dtype=q.dtype))).view(-1, 1, 1)
+        n = torch.arange(size).unsqueeze(1)
+        inner_decay = (gamma ** (n - n.T).clamp(min=0)) * (n >= n.T)
+        state, chunks = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]), []
+        for query, key, value in zip(q.split(size, 2), k.split(size, 2), v.split(size, 2)):
+            inner = ((query @ key.mT) * inner_decay) @ value
+            cross = (query @ state) * gamma ** (n + 1)
+            chunks.append(inner + cross)
+            state = gamma**size * state + (key * gamma ** (size - 1 - n)).mT @ value
+        return torch.cat(chunks, dim=2)
+
+
+def _maker(build: type[Retention], length: int = 100) -> Variant:
+    return Variant(lambda: (build(), (torch.randn(2, length, 64),)))
 
 
 make = _maker(Retention).make
-VARIANTS = {"log_decay": _maker(LogDecay), "learned": _maker(Learned)}
+VARIANTS = {
+    "log_decay": _maker(LogDecay), "learned": _maker(Learned), "recurrent": _maker(Recurrent, 24),
+    "chunkwise": _maker(Chunkwise, 64),
+}  # fmt: skip
 
 
 def reference(module: Retention, x: Tensor) -> Tensor:

@@ -1,0 +1,174 @@
+"""One step of a recurrence, read as an update that is linear in the state.
+
+    S'[d, e] = keep * S[d, e]  +  write[d, e]                                         a sum that decays
+             - keep * erase * k[d] * (sum over d' of k[d'] * S[d', e])                 and the delta rule
+
+`keep` is a product of decays, with a logarithm for each, or a number that is the same at every step.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product as combinations
+
+from refocus import simplify as s
+from refocus.ir import Axis, Call, Const, Expr, Load, Reduce
+from refocus.patterns.declined import Declined, Stop
+from refocus.patterns.linear import Product, product_of
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a step does to a state, over the state's own axes and the step. `gates` are logarithms of decays, `bases`
+    decays that do not depend on the step, `write` what is added. With the delta rule, `erase` is what it takes away,
+    `keys` are the factors of the keys that it looks up."""
+
+    gates: tuple[Expr, ...]
+    bases: tuple[Expr, ...]
+    write: Expr
+    erase: Expr | None = None
+    keys: tuple[Expr, ...] = ()
+
+
+def read_update(
+    update: Expr, state: str, own: tuple[Expr, ...], step: Axis, log: Callable[[Expr], Expr | None]
+) -> Update:
+    """Read S' as a function of loads of `state`, over the axes `own`. Raises Stop."""
+    keeps: list[Product] = []
+    writes: list[Expr] = []
+    erases: list[tuple[Product, Load]] = []
+    for term in summands(update, state):
+        found = product_of(term)
+        loads = [f for f in found.factors if isinstance(f, Load) and f.tensor == state]
+        if not loads and not _holds(term, state):
+            writes.append(term)
+            continue
+        rest = [f for f in found.factors if f not in loads]
+        if len(loads) != 1 or any(_holds(x, state) for x in (*rest, *found.divisors, *found.conditions)):
+            raise Stop(Declined("a loop's update is not linear in its state"))
+        if found.conditions or found.divisors:
+            raise Stop(Declined("a loop's state is not multiplied with decays alone"))
+        plain = Product(summed=found.summed, factors=tuple(rest))
+        if loads[0].index == own and not found.summed:
+            keeps.append(plain)
+        else:
+            erases.append((plain, loads[0]))
+    if len(keeps) != 1 or len(erases) > 1 or not writes:
+        raise Stop(Declined("a loop's state is no running sum, with or without a decay"))
+    keep = keeps[0].factors
+    gates, bases = [], []
+    for factor in keep:
+        if step not in factor.axes:
+            bases.append(factor)
+        elif (gate := log(factor)) is not None:
+            gates.append(gate)
+        else:
+            raise Stop(Declined("a loop's state is multiplied with what is not known to be a positive decay"))
+    write = writes[0]
+    for more in writes[1:]:
+        write = s.call("add", write, more, dtype=write.dtype)
+    if not erases:
+        return Update(tuple(gates), tuple(bases), write)
+    erase, keys, values = _erased(erases[0], keep, own, write)
+    return Update(tuple(gates), tuple(bases), values, erase, keys)
+
+
+def _erased(
+    term: tuple[Product, Load], keep: tuple[Expr, ...], own: tuple[Expr, ...], write: Expr
+) -> tuple[Expr, tuple[Expr, ...], Expr]:
+    """What the delta rule takes away, the keys' factors, and what is written without what is taken away."""
+    stop = Stop(Declined("what a loop takes from its state is not what the delta rule does"))
+    found, load = term
+    moved = [(a, x) for a, x in zip(own, load.index) if a != x]
+    if not moved or len(moved) != len(found.summed) or {x for _, x in moved} != set(found.summed):
+        raise stop
+    here: dict[Expr, Expr] = {x: a for a, x in moved}
+    mine = {a for a, _ in moved}
+    left = Counter(found.factors)
+    left.subtract(Counter(keep))
+    if any(count < 0 for count in left.values()):
+        raise stop
+    factors = list(left.elements())
+    looked_up = [s.substitute(f, here) for f in factors if f.axes & set(found.summed)]
+    keys = [f for f in factors if f.axes & mine]
+    others = [f for f in factors if not f.axes & (mine | set(found.summed))]
+    if Counter(looked_up) != Counter(keys) or any(f.axes & mine and f.axes & set(found.summed) for f in factors):
+        raise stop
+    sign = 1.0
+    scalars = []
+    for f in others:
+        if isinstance(f, Const):
+            sign *= float(f.value)
+        else:
+            scalars.append(f)
+    if sign != -1.0:
+        raise stop
+    written = product_of(write)
+    rest = Counter(written.factors)
+    rest.subtract(Counter([*keys, *scalars]))
+    if written.summed or written.divisors or written.conditions or any(count < 0 for count in rest.values()):
+        raise stop
+    values = list(rest.elements())
+    if any(f.axes & mine for f in values):
+        raise stop
+    return _times(scalars, write.dtype), tuple(keys), _times([*keys, *values], write.dtype)
+
+
+def _times(factors: Sequence[Expr], dtype: str) -> Expr:
+    out: Expr = Const(1.0, dtype)
+    for factor in factors:
+        out = s.call("mul", out, factor, dtype=dtype)
+    return out
+
+
+def _holds(e: Expr, state: str) -> bool:
+    return any(isinstance(n, Load) and n.tensor == state for n in e.walk())
+
+
+def summands(e: Expr, state: str) -> list[Expr]:
+    """The terms of a sum, products over those that hold the state multiplied out."""
+    if not _holds(e, state):
+        return [e]
+    if isinstance(e, Call) and e.is_float:
+        args = e.args
+        if e.op in ("add", "sub"):
+            found = summands(args[0], state)
+            for a in args[1:]:
+                found += [x if e.op == "add" else _minus(x) for x in summands(a, state)]
+            return found
+        if e.op == "neg":
+            return [_minus(x) for x in summands(args[0], state)]
+        if e.op == "mul":
+            parts = [summands(a, state) for a in args]
+            return [_times(chosen, e.dtype) for chosen in combinations(*parts)]
+        if e.op == "div" and not _holds(args[1], state):
+            return [s.call("div", x, args[1], dtype=e.dtype) for x in summands(args[0], state)]
+    if isinstance(e, Reduce) and e.op == "sum":
+        return [Reduce("sum", e.axis, x, e.dtype) for x in summands(e.body, state)]
+    return [e]
+
+
+def _minus(e: Expr) -> Expr:
+    return s.call("mul", Const(-1.0, e.dtype), e, dtype=e.dtype)
+
+
+def closed_form(
+    update: Update, own: tuple[Expr, ...], at: tuple[Expr, ...], step: Axis, key: Axis,
+    seen: Callable[[Expr, Expr], Expr],
+) -> Expr:  # fmt: skip
+    """The state that is read at the position `at` in a step: a sum over the steps `key` that it has `seen`."""
+    here: dict[Expr, Expr] = {a: x for a, x in zip(own, at) if isinstance(a, Axis)}
+    between = Axis("between", step.size)
+    value = s.substitute(update.write, {**here, step: key})
+    dtype = value.dtype
+    last = step if seen is s.le else s.sub(step, 1)
+    for base in update.bases:
+        power = Call("pow", (s.substitute(base, here), s.sub(last, key)), dtype)
+        value = s.call("mul", value, power, dtype=dtype)
+    for gate in update.gates:
+        held = s.and_(s.le(between, last), s.lt(key, between))
+        inner = s.where(held, s.substitute(gate, {**here, step: between}), Const(0.0, gate.dtype))
+        value = s.call("mul", value, s.call("exp", Reduce("sum", between, inner, gate.dtype), dtype=dtype), dtype=dtype)
+    return Reduce("sum", key, s.where(seen(key, step), value, Const(0.0, dtype)), dtype)

@@ -1,0 +1,165 @@
+"""Unrolled loops: the steps of a recurrence, found by laying the last steps over the ones before them.
+
+    for t in range(steps):                      graph: step 0, step 1, ... one after the other, then a stack
+        state = f(state, x[:, t])               states    (s0, s1, ..)     what a step hands to the next
+        rows.append(g(state, x[:, t]))          parts     (p0, p1, ..)     what it gives out
+    torch.stack(rows, 1)                        gather    the stack
+
+Two steps are alike where their operations are, but for numbers: which part of a tensor they read, say. Going up
+from p[t] and p[t+1] side by side, everything meets its counterpart, until both sides are the same node, a tensor that
+all steps read. The one exception is what the first step starts from: s0 meets s1, which is made in another way. That
+the steps are one function of t remains to be proved (`refocus.recognize_loops`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from torch import fx
+
+from refocus.facts import Facts
+from refocus.lift import arguments, is_tensor, op_name
+
+_GATHERS = ("stack", "cat", "concat", "concatenate")
+_MOST_STATES = 4
+_NEAR = 64  # how far from the last state the state after it is looked for
+
+
+@dataclass(frozen=True)
+class Loop:
+    """An unrolled loop. Each state has one value more than there are steps, or as many, where nobody reads the last.
+    `firsts`: the counterpart of each node of the body in the earliest step that has one."""
+
+    gather: fx.Node
+    dim: int
+    stacked: bool
+    parts: tuple[fx.Node, ...]
+    states: tuple[tuple[fx.Node, ...], ...]
+    body: frozenset[fx.Node]
+    firsts: dict[fx.Node, fx.Node]
+
+    @property
+    def steps(self) -> int:
+        return len(self.parts)
+
+    def read_elsewhere(self) -> fx.Node | None:
+        """A value of the body that is read outside of the loop, other than by its gather."""
+        inside = self.body | {self.gather}
+        return next((n for n in self.body for user in n.users if user not in inside), None)
+
+
+def loop_at(gather: fx.Node, facts: Facts) -> Loop | None:
+    """The loop whose results a node gathers."""
+    if op_name(gather) not in _GATHERS or not is_tensor(gather):
+        return None
+    parts = tuple(arguments(gather)[0])
+    if len(parts) < 2 or len(set(parts)) < len(parts):
+        return None
+    follows: dict[fx.Node, fx.Node] = {}
+    starts: list[fx.Node] = []
+    for earlier, later in reversed(list(pairwise(parts))):
+        if not _aligned(earlier, later, follows, starts):
+            return None
+    if not starts:
+        return None
+    states = []
+    for start in starts:
+        chain = list(_chain(start, follows))
+        if len(chain) == len(parts):
+            chain += _after(chain, follows)
+        if not len(parts) <= len(chain) <= len(parts) + 1:
+            return None
+        states.append(tuple(chain))
+    body = frozenset(follows).union(follows.values()).difference(starts)
+    if set(starts) & set(follows.values()) or any(n in facts.opaque for n in body):
+        return None
+    begun = set(follows) - set(follows.values())
+    firsts = {n: first for first in begun for n in _chain(first, follows)}
+    dim: Any = arguments(gather)[1] if len(arguments(gather)) > 1 else gather.kwargs.get("dim", 0)
+    rank = gather.meta["val"].dim()
+    return Loop(gather, dim % rank, op_name(gather) == "stack", parts, tuple(states), body, firsts)
+
+
+def _chain(start: fx.Node, follows: dict[fx.Node, fx.Node]) -> Iterator[fx.Node]:
+    node: fx.Node | None = start
+    while node is not None:
+        yield node
+        node = follows.get(node)
+
+
+def _aligned(earlier: fx.Node, later: fx.Node, follows: dict[fx.Node, fx.Node], starts: list[fx.Node]) -> bool:
+    """Lay a node and all that it is made of over its counterpart. False where that does not fit."""
+    if not _alike(earlier, later):
+        return False
+    stack = [(earlier, later)]
+    while stack:
+        a, b = stack.pop()
+        if a is b or follows.get(a) is b:
+            continue
+        if a in follows:
+            return False
+        follows[a] = b
+        if _alike(a, b):
+            stack.extend(zip(a.all_input_nodes, b.all_input_nodes))
+            continue
+        starts.append(a)
+        if len(starts) > _MOST_STATES or not _same_kind(a, b):
+            return False
+    return True
+
+
+def _same_kind(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two values are tensors of one shape and dtype."""
+    if not is_tensor(a) or not is_tensor(b):
+        return False
+    one, other = a.meta["val"], b.meta["val"]
+    return bool(one.dtype == other.dtype and tuple(one.shape) == tuple(other.shape))
+
+
+def _alike(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two nodes are the same operation, but for numbers and for which nodes they read."""
+    if a.op != "call_function" or b.op != "call_function" or a.target is not b.target:
+        return False
+    if (is_tensor(a) or is_tensor(b)) and not _same_kind(a, b):
+        return False
+    if len(a.all_input_nodes) != len(b.all_input_nodes) or a.kwargs.keys() != b.kwargs.keys():
+        return False
+    return _fits(a.args, b.args) and all(_fits(a.kwargs[name], b.kwargs[name]) for name in a.kwargs)
+
+
+def _fits(a: Any, b: Any) -> bool:
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(_fits(x, y) for x, y in zip(a, b))
+    if isinstance(a, fx.Node) or isinstance(b, fx.Node):
+        return isinstance(a, fx.Node) and isinstance(b, fx.Node)
+    numbers = type(a) is type(b) and isinstance(a, int | float) and not isinstance(a, bool)
+    return numbers or (type(a) is type(b) and bool(a == b))
+
+
+def _after(chain: list[fx.Node], follows: dict[fx.Node, fx.Node]) -> list[fx.Node]:
+    """The state after the last step, where no step reads it; it goes into `follows` with what it is made of."""
+    last, seen, queue = chain[-1], set[fx.Node](), [chain[-1]]
+    while queue and len(seen) < _NEAR:
+        for user in queue.pop(0).users:
+            if user in seen or user.op != "call_function":
+                continue
+            seen.add(user)
+            queue.append(user)
+            trial, starts = dict(follows), list[fx.Node]()
+            if _alike(last, user) and _aligned(last, user, trial, starts) and not starts:
+                follows.update(trial)
+                return [user]
+    return []
+
+
+def depends(loop: Loop, facts: Facts) -> set[fx.Node]:
+    """The nodes of the body that depend on a state."""
+    found = {n for states in loop.states for n in states}
+    for node in sorted(loop.body, key=facts.order.__getitem__):
+        if any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found & loop.body
+

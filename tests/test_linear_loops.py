@@ -1,0 +1,334 @@
+"""Loops are linear attention where every step is proved the same: spellings, and near misses that are left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from refocus.testing import check
+
+pytestmark = pytest.mark.filterwarnings("error::refocus.backend.FallbackWarning")
+
+STEPS = 6
+Function = Callable[..., Tensor]
+
+
+class Module(nn.Module):
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return self.function(*tensors)
+
+
+def inputs(count: int) -> list[Tensor]:
+    """q, k, v, and a number for each step and channel."""
+    drawn = torch.Generator().manual_seed(0)
+    return [torch.rand(2, 3, STEPS, 8, generator=drawn) for _ in range(4)][:count]
+
+
+def zero(q: Tensor, v: Tensor) -> Tensor:
+    return q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1])
+
+
+def outer(k: Tensor, v: Tensor) -> Tensor:
+    return k.unsqueeze(-1) * v.unsqueeze(-2)
+
+
+def read(q: Tensor, state: Tensor) -> Tensor:
+    return torch.einsum("bhd,bhde->bhe", q, state)
+
+
+# ---------------------------------------------------------------------------------------------------- spellings
+
+
+def summed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state, rows = zero(q, v), []
+    for t in range(q.shape[2]):
+        state = state + outer(k[:, :, t], v[:, :, t])
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2)
+
+
+def in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state, out = zero(q, v), torch.zeros_like(v)
+    for t in range(q.shape[2]):
+        state.mul_(0.9).add_(outer(k[:, :, t], v[:, :, t]))
+        out[:, :, t] = read(q[:, :, t], state)
+    return out
+
+
+def before_its_own_step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state, rows = zero(q, v), []
+    for t in range(q.shape[2]):
+        rows.append(read(q[:, :, t], state))
+        state = state + outer(k[:, :, t], v[:, :, t])
+    return torch.stack(rows, 2)
+
+
+def normalised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state, total, rows = zero(q, v), torch.zeros_like(k[:, :, 0]), []
+    for t in range(q.shape[2]):
+        state, total = state + outer(k[:, :, t], v[:, :, t]), total + k[:, :, t]
+        rows.append(read(q[:, :, t], state) / ((q[:, :, t] * total).sum(-1, keepdim=True) + 1e-6))
+    return torch.stack(rows, 2)
+
+
+def gated(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Decays are made before the loop, one for each channel."""
+    decay, state, rows = torch.sigmoid(g), zero(q, v), []
+    for t in range(q.shape[2]):
+        state = decay[:, :, t].unsqueeze(-1) * state + outer(k[:, :, t], v[:, :, t])
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2)
+
+
+def unbound(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    state, rows = zero(q, v), []
+    for query, key, value, gate in zip(q.unbind(2), k.unbind(2), v.unbind(2), g.unbind(2)):
+        state = (-gate[..., :1, None]).exp() * state + outer(key, value)
+        rows.append(read(query, state))
+    return torch.stack(rows, 2)
+
+
+SPELLINGS = [summed, in_place, before_its_own_step, normalised, gated, unbound]
+
+
+@pytest.mark.parametrize("function", SPELLINGS, ids=[f.__name__ for f in SPELLINGS])
+def test_spelling(function: Function) -> None:
+    given = inputs(function.__code__.co_argcount)
+    trains = function is not in_place  # which eager code itself cannot differentiate
+    report = check(Module(function), given, family="linear", sites=1, lower=False, gradients=trains).report
+    assert report.sites[0].mask == ("j < i" if function is before_its_own_step else "j <= i")
+
+
+# ---------------------------------------------------------------------------------------------------- near misses
+
+
+def squared_state(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state, rows = zero(q, v), []
+    for t in range(q.shape[2]):
+        state = state * state + outer(k[:, :, t], v[:, :, t])
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2)
+
+
+def squashed_state(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state, rows = zero(q, v), []
+    for t in range(q.shape[2]):
+        state = torch.tanh(state + outer(k[:, :, t], v[:, :, t]))
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2)
+
+
+def one_step_differs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state, rows = zero(q, v), []
+    for t in range(q.shape[2]):
+        at = 0 if t == 3 else t
+        state = state + outer(k[:, :, at], v[:, :, t])
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2)
+
+
+def another_factor(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state, rows = zero(q, v), []
+    for t in range(q.shape[2]):
+        state = state + outer(k[:, :, t], v[:, :, t]) * (0.5 + 0.1 * t * t)
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2)
+
+
+def any_sign(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    state, rows = zero(q, v), []
+    for t in range(q.shape[2]):
+        state = g[:, :, t].unsqueeze(-1) * state + outer(k[:, :, t], v[:, :, t])
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2)
+
+
+def late_decay(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Queries read the state before it decays, which is not what a strict mask with decays means."""
+    state, rows = zero(q, v), []
+    for t in range(q.shape[2]):
+        rows.append(read(q[:, :, t], state))
+        state = (-g[:, :, t]).exp().unsqueeze(-1) * state + outer(k[:, :, t], v[:, :, t])
+    return torch.stack(rows, 2)
+
+
+def started(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state, rows = torch.ones_like(zero(q, v)), []
+    for t in range(q.shape[2]):
+        state = state + outer(k[:, :, t], v[:, :, t])
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2)
+
+
+def returned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state, rows = zero(q, v), []
+    for t in range(q.shape[2]):
+        state = state + outer(k[:, :, t], v[:, :, t])
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2).sum() + state.sum()
+
+
+def other_key_erased(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    state, rows = zero(q, v), []
+    for t in range(q.shape[2]):
+        found = read(g[:, :, t], state)
+        state = state + outer(k[:, :, t], v[:, :, t] - found)
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2)
+
+
+def added_back(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state, rows = zero(q, v), []
+    for t in range(q.shape[2]):
+        found = read(k[:, :, t], state)
+        state = state + outer(k[:, :, t], v[:, :, t] + found)
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2)
+
+
+def other_total(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state, total, rows = zero(q, v), torch.zeros_like(k[:, :, 0]), []
+    for t in range(q.shape[2]):
+        state, total = state + outer(k[:, :, t], v[:, :, t]), 0.5 * total + k[:, :, t]
+        rows.append(read(q[:, :, t], state) / ((q[:, :, t] * total).sum(-1, keepdim=True) + 1e-6))
+    return torch.stack(rows, 2)
+
+
+NEAR_MISSES = [
+    (squared_state, "not linear in its state"),
+    (squashed_state, "not linear in its state"),
+    (one_step_differs, "not the same function"),
+    (another_factor, "not the same function"),
+    (any_sign, "not known to be a positive decay"),
+    (late_decay, "decay"),
+    (started, "starts from a state that is not zero"),
+    (returned, "read after it"),
+    (other_key_erased, "what the delta rule does"),
+    (added_back, "what the delta rule does"),
+    (other_total, "sum of other weights"),
+]
+
+
+@pytest.mark.parametrize(("function", "reason"), NEAR_MISSES, ids=[f.__name__ for f, _ in NEAR_MISSES])
+def test_near_miss(function: Function, reason: str) -> None:
+    given = inputs(function.__code__.co_argcount)
+    report = check(Module(function), given, fused=False, sites=1, lower=False).report
+    assert reason in report.sites[0].reason
+
+
+# ---------------------------------------------------------------------------------------------------- chunks
+
+
+def chunked(
+    q: Tensor, k: Tensor, v: Tensor, reads: float = 1, writes: float = 1, keeps: float = 1, ahead: int = 0
+) -> Tensor:
+    """Decays by a quarter, in chunks of two. What the numbers ask for makes the two parts disagree."""
+    index = torch.arange(2)[:, None]
+    inside = torch.where(index >= index.T - ahead, torch.exp(-0.25 * (index - index.T)), 0.0)
+    state, rows = zero(q, v), []
+    for start in range(0, q.shape[2], 2):
+        query, key, value = (x[:, :, start : start + 2] for x in (q, k, v))
+        rows.append((query @ key.mT * inside) @ value + (query * torch.exp(-0.25 * reads * (index + 1))) @ state)
+        state = state * math.exp(-0.5 * keeps) + (key * torch.exp(-0.25 * writes * (1 - index))).mT @ value
+    return torch.cat(rows, 2)
+
+
+def other_values_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state, rows = zero(q, v), []
+    for start in range(0, q.shape[2], 2):
+        query, key, value = (x[:, :, start : start + 2] for x in (q, k, v))
+        rows.append((query @ key.mT).tril() @ value + query @ state)
+        state = state + key.mT @ key
+    return torch.cat(rows, 2)
+
+
+def chunk_by_chunk(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The last chunk is all that is remembered."""
+    state, rows = zero(q, v), []
+    for start in range(0, q.shape[2], 2):
+        query, key, value = (x[:, :, start : start + 2] for x in (q, k, v))
+        rows.append((query @ key.mT).tril() @ value + query @ state)
+        state = key.mT @ value
+    return torch.cat(rows, 2)
+
+
+def test_a_loop_over_chunks() -> None:
+    report = check(Module(chunked), inputs(3), family="linear", sites=1, lower=False, gradients=True).report
+    assert report.sites[0].mask == "j <= i" and "exp(" in report.sites[0].notation
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"reads": 2}, "decays otherwise between chunks"),
+        ({"writes": 0.5}, "decays otherwise between chunks"),
+        ({"keeps": 1.1}, "decays otherwise between chunks"),
+        ({"ahead": 1}, "without a causal mask"),
+    ],
+)
+def test_chunks_that_disagree(change: dict[str, float], reason: str) -> None:
+    _left_for(lambda q, k, v: chunked(q, k, v, **change), reason)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [(other_values_between, "other queries, keys or values"), (chunk_by_chunk, "no running sum")],
+)
+def test_no_loop_over_chunks(function: Function, reason: str) -> None:
+    _left_for(function, reason)
+
+
+def _left_for(function: Function, reason: str) -> None:
+    """The loop is left with this reason; what is inside of its chunks may be fused."""
+    report = check(Module(function), inputs(3), fused=False, engines=(), lower=False).report
+    assert any(reason in site.reason for site in report.sites if not site.recognized), report
+
+
+# ---------------------------------------------------------------------------------------------------- filled tensors
+
+
+def read_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = torch.zeros_like(v)
+    for t in range(v.shape[2]):
+        out[:, :, t] = v[:, :, t] + out.sum((2, 3))[..., None]
+    return out
+
+
+def written_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = torch.zeros_like(v)
+    for t in [*range(v.shape[2]), 2]:
+        out[:, :, t] = q[:, :, t] * (t + 1)
+    return out
+
+
+def with_a_gap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = torch.ones_like(v)
+    for t in range(1, v.shape[2]):
+        out[:, :, t] = q[:, :, t] * 2
+    return out
+
+
+def changed_afterwards(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out, row = torch.zeros_like(v), torch.zeros_like(v[:, :, 0])
+    for t in range(v.shape[2]):
+        row += q[:, :, t]
+        out[:, :, t] = row
+    return out
+
+
+@pytest.mark.parametrize("function", [read_between, written_twice, with_a_gap, changed_afterwards])
+def test_what_is_filled_in_another_way_stays_right(function: Function) -> None:
+    """Beside an attention that is fused, so that the graph is rewritten."""
+
+    def beside(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT).softmax(-1) @ v + function(q, k, v)
+
+    check(Module(beside), inputs(3), lower=False)
