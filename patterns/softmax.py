@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from refocus import simplify as s
-from refocus.ir import TRUE, Axis, Call, Const, Dot, Expr, Load, Reduce
+from refocus.ir import TRUE, Axis, Call, Const, Dot, Expr, Load, Reduce, rewrite
 from refocus.patterns.declined import Declined
 from refocus.steps import cases, from_cases, line
 
@@ -335,7 +335,9 @@ def separate_mask(logits: Expr, scale: float = 1.0) -> tuple[Expr, Expr]:
     """
     score, mask = _separate(logits, scale)
     if mask != TRUE:  # where the mask holds, its parts are known
-        score = s.substitute(score, dict.fromkeys(s.conjuncts(mask), TRUE))
+        known = dict.fromkeys(s.conjuncts(mask), TRUE)
+        # But what is loaded is loaded everywhere: an index that a part of the mask keeps in range stays as it is.
+        score = rewrite(score, lambda node: node if isinstance(node, Load) else known.get(node), s.rebuild)
     return score, mask
 
 

@@ -68,10 +68,16 @@ class Splicer:
         body = self._bodies.get(key)
         if body is None:
             with self.mode, torch.fx.traceback.preserve_node_meta(False), torch.no_grad():
-                body = make_fx(function, pre_dispatch=True)(values, sizes)
+                body = make_fx(function, pre_dispatch=True)([self._like(v) for v in values], sizes)
             _drop_grad_switches(body)
             self._bodies[key] = body
         return body
+
+    def _like(self, value: Tensor) -> Tensor:
+        """A stand-in of this graph's fake mode: a constant that was lifted out of the model's code may have another."""
+        if getattr(value, "fake_mode", self.mode) is self.mode:
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
     def _kept(self, node: fx.Node, root: fx.Node) -> fx.Node:
         """A constant mask that follows no rule is computed now, once: then it is the same tensor on every call, and
