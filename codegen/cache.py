@@ -59,10 +59,12 @@ def load_module(path: Path) -> ModuleType:
         if known is None:
             name = f"refocus_kernels.k{path.stem}_{_digest(text)[:8]}"
             spec = importlib.util.spec_from_file_location(name, path)
-            assert spec is not None and spec.loader is not None
+            assert spec is not None
             known = importlib.util.module_from_spec(spec)
             sys.modules[name] = known  # Triton and tracebacks find the source through it.
-            spec.loader.exec_module(known)
+            # Not by the loader: it would keep bytecode beside the file, and take it for that of other text which is
+            # as long and was written within the same second.
+            exec(compile(text, str(path), "exec"), known.__dict__)
             _modules[path, text] = known
         return known
 
