@@ -59,6 +59,7 @@ def test_a_few_are_exact(name: str) -> None:
 
 
 @pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FUSED if name not in FEW])
 def test_is_exact_or_says_why_not(name: str) -> None:
     assert interpreted(name)[name] == LEFT.get(name, "")
