@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import permutations
 
 import networkx as nx
 from torch import fx
@@ -340,21 +342,35 @@ def _sums_beside(
 def _total_at(
     candidate: LinearCandidate, facts: Facts, node: fx.Node, read: _Read, roles: Roles
 ) -> tuple[tuple[Axis | None, ...], Reduce] | None:
-    """A sum beside the root, at the positions of the root's own axes."""
+    """A sum beside the root, at the positions of the root's own axes. Which axis each of its dimensions is, sizes alone
+    do not tell (heads before or after positions): it is the order in which it is a sum of the weights."""
     if not is_tensor(node):
         return None
-    shape = shape_of(node)
-    rows = [a for a in read.dims if a is None or a not in roles.value]
-    dims: list[Axis | None] = []
-    for size in shape:
-        fits = next((k for k, a in enumerate(rows) if (Const(1) if a is None else a.size) == size), None)
-        if fits is None and size != Const(1):
-            return None
-        dims.append(None if fits is None else rows[fits])
-        rows = rows if fits is None else rows[fits + 1 :]
-    lifter = Expander(facts, interior=candidate.interior | {node}, query_axes={roles.query}, key_axes={roles.key})
-    value = lifter.at(node, [Const(0) if a is None else a for a in dims])
-    return (tuple(dims), value) if isinstance(value, Reduce) and roles.query in value.axes else None
+    rows = [a for a in read.dims if a is not None and a not in roles.value]
+    first: tuple[tuple[Axis | None, ...], Reduce] | None = None
+    for dims in _orders(shape_of(node), rows):
+        lifter = Expander(facts, interior=candidate.interior | {node}, query_axes={roles.query}, key_axes={roles.key})
+        value = lifter.at(node, [Const(0) if a is None else a for a in dims])
+        if not isinstance(value, Reduce) or roles.query not in value.axes:
+            continue
+        first = first or (dims, value)
+        with suppress(Stop):
+            shared_by(value, roles, read.product)
+            return dims, value
+    return first  # it has the reason
+
+
+def _orders(shape: Sequence[Expr], rows: Sequence[Axis]) -> list[tuple[Axis | None, ...]]:
+    """The ways in which dimensions can be axes of their sizes, the axes' own order first."""
+    places = [k for k, size in enumerate(shape) if size != Const(1)]
+    found: list[tuple[Axis | None, ...]] = []
+    for chosen in permutations(rows, len(places)):
+        if all(axis.size == shape[k] for axis, k in zip(chosen, places)):
+            dims: list[Axis | None] = [None] * len(shape)
+            for axis, k in zip(chosen, places):
+                dims[k] = axis
+            found.append(tuple(dims))
+    return found
 
 
 def _parts(product: Product, roles: Roles, shared: Shared | None) -> _Parts:

@@ -402,3 +402,17 @@ def test_an_in_place_write_to_what_is_read() -> None:
 def test_through_inductor(function: Function) -> None:
     given = inputs()[: function.__code__.co_argcount]
     check(Module(function), given, family="linear", gradients=True)
+
+
+@pytest.mark.parametrize("tokens", [37, 4], ids=["told apart", "as many as heads"])
+def test_sums_in_another_order_than_the_result(tokens: int) -> None:
+    """Heads last in the result and first in the sums: which dimension is which, sizes need not tell."""
+
+    class Attention(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            weights = torch.einsum("bjdh,bidh->bhji", k, q).triu()
+            return torch.einsum("bhji,bjdh->bidh", weights, v) / weights.sum(2).transpose(1, 2)[:, :, None]
+
+    inputs = torch.rand(3, 2, tokens, 6, 4).add(0.1).unbind()
+    (site,) = check(Attention(), inputs, lower=False, gradients=True).report.sites
+    assert site.family == "linear" and site.fused
