@@ -22,7 +22,8 @@ from torch import Tensor
 from refocus.codegen import plan as plans
 from refocus.codegen.linear_form import LinearForm
 from refocus.codegen.plan import Plan
-from refocus.errors import BadRegion, EngineUnavailable, NeedsGradient
+from refocus.codegen.second_order import refuse_second_order
+from refocus.errors import BadRegion, EngineUnavailable
 
 # engine -> module with `forward` and `backward` as `linear_form` describes them
 ENGINES: dict[str, str] = {"tiled": "refocus.codegen.chunked", "triton": "refocus.codegen.linear_triton"}
@@ -133,21 +134,7 @@ def _backward(ctx: Any, out: Tensor | None, sums: Tensor | None, final: Tensor |
 
 
 linear.register_autograd(_backward, setup_context=_save)
-
-
-def _no_second(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    raise NeedsGradient(
-        "a fused attention has no second derivative",
-        expected="backward() without create_graph=True",
-        todo="run the model without refocus where a gradient is differentiated again",
-    )
-
-
-def _no_second_backward(ctx: Any, *grads: Any) -> Any:
-    raise NeedsGradient("a fused attention has no second derivative")
-
-
-linear_backward.register_autograd(_no_second_backward, setup_context=_no_second)
+refuse_second_order(linear_backward)
 
 
 def _check(form: LinearForm, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> None:

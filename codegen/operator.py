@@ -25,6 +25,7 @@ from torch import Tensor
 from refocus import ir
 from refocus.codegen import plan as plans
 from refocus.codegen.plan import Plan
+from refocus.codegen.second_order import refuse_second_order
 from refocus.errors import BadRegion, EngineUnavailable, NeedsGradient
 from refocus.evaluate import size_of
 from refocus.ir import Region, Sym
@@ -204,21 +205,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[list[Tensor | None], l
 
 
 attend_saving.register_autograd(_backward, setup_context=_save)
-
-
-def _no_second(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    raise NeedsGradient(
-        "a fused attention has no second derivative",
-        expected="backward() without create_graph=True",
-        todo="run the model without refocus where a gradient is differentiated again",
-    )
-
-
-def _no_second_backward(ctx: Any, *grads: Any) -> Any:
-    raise NeedsGradient("a fused attention has no second derivative")
-
-
-attend_backward.register_autograd(_no_second_backward, setup_context=_no_second)
+refuse_second_order(attend_backward)
 
 
 def _check(region: Region, syms: tuple[Sym, ...], operands: Sequence[Tensor], sizes: Sequence[int]) -> None:
