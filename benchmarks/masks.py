@@ -11,6 +11,8 @@ infer       a constant tensor's form, found and proved on every element.
 attention   the region on the `cpp` engine, and `flex_attention` compiled, with the mask given to each in its own
             language; milliseconds of one call with everything compiled and `flex_attention`'s block mask made before.
             At the end: how well time follows the number of tiles that are not empty, for all and for each mask.
+unskipped   masks without an empty tile: the `cpp` engine with what it knows of the tiles, and with all of them taken
+            for partial ones, so that the mask is evaluated at each pair. Their ratio: what looking at tiles costs.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from torch import Tensor
 from benchmarks.measure import machine, peak_memory, time_peers
 from refocus import simplify as s
 from refocus.infer import closed_form
-from refocus.ir import INT, Axis, Const, Dot, Expr, Load, Operand, Region
+from refocus.ir import INT, TRUE, Axis, Const, Dot, Expr, Load, Operand, Region
 from refocus.masks import Tiling, count_tiles
 from refocus.notation import notation
 
@@ -108,6 +110,7 @@ class MapRow:
     bytes: int | None
     flex_seconds: float | None = None
     flex_bytes: int | None = None
+    flex_failed: str = ""
 
 
 def timed(run: Callable[[], Any], at_least: float = 0.2) -> float:
@@ -144,7 +147,12 @@ def map_row(name: str, n: int, dense: int) -> MapRow:
         heads = HEADS if h in mask.expr.axes else None
         return create_block_mask(mask.mod, None, heads, n, n, device="cpu", BLOCK_SIZE=TILE)
 
-    return replace(row, flex_seconds=timed(theirs), flex_bytes=peak_memory(theirs, device=device))
+    try:
+        return replace(row, flex_seconds=timed(theirs), flex_bytes=peak_memory(theirs, device=device))
+    except RuntimeError as problem:
+        if "allocate memory" not in str(problem):
+            raise
+        return replace(row, flex_failed="out of memory")
 
 
 # ------------------------------------------------------------------------------------------------------------- infer
@@ -189,7 +197,10 @@ def region_of(mask: Mask, n: int) -> Region:
     dot = Dot((c,), Load("q", (b, h, i, c), f), Load("k", (b, h, j, c), f), f)
     score = s.call("mul", dot, Const(WIDTH**-0.5, f), dtype=f)
     shape = (Const(1), Const(HEADS), Const(n), Const(WIDTH))
-    extra = tuple(Operand(name, "int64", (Const(n),)) for name in mask.tensors)
+    extra = tuple(
+        Operand(name, str(t.dtype).removeprefix("torch."), tuple(map(Const, t.shape)))  # type: ignore[arg-type]
+        for name, t in mask.tensors.items()
+    )
     operands = (*(Operand(name, f, shape) for name in "qkv"), *extra)
     logits = s.where(mask.expr, score, Const(-math.inf, f))
     values = Load("v", (b, h, j, e), f)
@@ -222,6 +233,54 @@ def attention_row(name: str, n: int, repeats: int) -> AttentionRow:
     return AttentionRow(name, n, shared * (counts.partial + counts.full), times["ours"].fastest, times["flex"].fastest)
 
 
+def unskipped(n: int) -> dict[str, Callable[[], Mask]]:
+    """Masks that leave no tile empty, and all, some or none of them full."""
+    _, _, i, j = axes(n)
+    noise = torch.rand(n, n, generator=torch.Generator().manual_seed(0)) < 0.5
+    lengths = torch.full((1,), n - TILE // 2)
+    apart = s.eq(s.mod(s.sub(i, j), 2), 0)
+    return {
+        "every second": lambda: Mask(apart, lambda b, h, q, k: (q - k) % 2 == 0, {}),
+        "padding in the last tile": lambda: Mask(
+            s.lt(j, Load("lengths", (Const(0),), INT)), lambda b, h, q, k: k < lengths[0], {"lengths": lengths}
+        ),
+        "not itself": lambda: Mask(s.ne(i, j), lambda b, h, q, k: q != k, {}),
+        "random": lambda: Mask(Load("noise", (i, j), "bool"), lambda b, h, q, k: noise[q, k], {"noise": noise}),
+    }
+
+
+@dataclass(frozen=True)
+class UnskippedRow:
+    name: str
+    n: int
+    ours: float
+    dense: float
+
+
+def unskipped_row(name: str, n: int, repeats: int) -> UnskippedRow:
+    """Seconds of one call, with the tiles told apart and with the mask evaluated at every pair."""
+    from refocus.codegen import cpp
+    from refocus.codegen.plan import Plan
+
+    torch.compiler.reset()
+    mask = unskipped(n)[name]()
+    region, plan = region_of(mask, n), Plan("cpp", block_q=TILE, block_k=TILE)
+    whole = region.logits  # the mask within the score: a fill of -inf, and no tile but a partial one
+    everywhere = replace(region, score=whole, mask=TRUE, empty_row="never")
+    b, h, i, j = axes(n)
+    counts = count_tiles(mask.expr, Tiling((b, h), i, j, TILE, TILE, mask.tensors, {}))
+    assert counts.empty == 0, f"{name} has {counts.empty} empty tiles"
+    tensors = [*torch.randn(3, 1, HEADS, n, WIDTH, generator=torch.Generator().manual_seed(0)), *mask.tensors.values()]
+    peers = {
+        "ours": lambda: cpp.run(region, plan, tensors, []),
+        "dense": lambda: cpp.run(everywhere, plan, tensors, []),
+    }
+    with torch.no_grad():
+        torch.testing.assert_close(peers["ours"](), peers["dense"](), atol=1e-4, rtol=1e-4)
+        times = time_peers(peers, device=torch.device("cpu"), repeats=repeats)
+    return UnskippedRow(name, n, times["ours"].fastest, times["dense"].fastest)
+
+
 def fit(rows: list[AttentionRow]) -> tuple[float, float, float]:
     """Seconds = a + b * tiles by least squares, and R^2."""
     x = torch.tensor([r.tiles for r in rows], dtype=torch.float64)
@@ -243,12 +302,14 @@ def _map_lines(rows: list[MapRow]) -> Iterator[str]:
         if r.flex_seconds is not None:
             theirs = "" if r.flex_bytes is None else f"{r.flex_bytes / 2**20:8.1f} MiB"
             line += f"   create_block_mask {r.flex_seconds * 1e3:10.1f} ms {theirs} x{r.flex_seconds / r.seconds:.0f}"
+        elif r.flex_failed:
+            line += f"   create_block_mask {r.flex_failed}"
         yield line
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ["maps", "infer", "attention"]
+    parts = ["maps", "infer", "attention", "unskipped"]
     parser.add_argument("--what", nargs="+", default=parts, choices=parts)
     parser.add_argument("--names", nargs="+", default=list(masks(1024)), choices=list(masks(1024)))
     parser.add_argument("--lengths", nargs="+", type=int, default=[1 << k for k in (10, 12, 13, 15, 17, 20)])
@@ -291,6 +352,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 start, slope, r2 = fit(chosen)
                 found["fit"][name] = {"start": start, "slope": slope, "r2": r2}
                 print(f"{name:18} time = {start * 1e3:.2f} ms + {slope * 1e6:.2f} us a tile, R^2 = {r2:.4f}")
+    if "unskipped" in options.what:
+        found["unskipped"] = []
+        for n in options.attention_lengths:
+            for name in unskipped(n):
+                u = unskipped_row(name, n, options.repeats)
+                found["unskipped"].append(asdict(u))
+                ratio = f"at every pair {u.dense * 1e3:10.2f} ms x{u.dense / u.ours:.2f}"
+                print(f"{name:25} {n:8} {u.ours * 1e3:10.2f} ms, {ratio}", flush=True)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -42,7 +42,7 @@ class Term:
 
 
 @dataclass
-class _Split:
+class Factored:
     """A product taken apart: exp(sum of exponents) * factors / divisors where all conditions hold, else 0."""
 
     exponents: list[tuple[int, Expr]]
@@ -51,13 +51,13 @@ class _Split:
     conditions: list[Expr]
     cleaned: bool = False
 
-    def invert(self) -> _Split:
-        return _Split(
+    def invert(self) -> Factored:
+        return Factored(
             [(-sign, e) for sign, e in self.exponents], self.divisors, self.factors, self.conditions, self.cleaned
         )
 
-    def times(self, other: _Split) -> _Split:
-        return _Split(
+    def times(self, other: Factored) -> Factored:
+        return Factored(
             self.exponents + other.exponents,
             self.factors + other.factors,
             self.divisors + other.divisors,
@@ -123,13 +123,21 @@ def _row_sum(total: Expr) -> Expr | None:
 
 def match(core: Expr, key: Axis, of_scores: bool = True) -> Softmax | Declined:
     """Read `core` as a softmax over `key`, or say which part is not. `of_scores`: it has to hold products."""
-    top = _split(core)
+    top = factored(core)
     dtype = core.dtype
     sums = [
         d for d in top.divisors if holds_scores(d) or (not of_scores and any(isinstance(n, Reduce) for n in d.walk()))
     ]
     if not sums:
         return Declined("the weights are not normalised over the keys")
+    while len(sums) > 1:
+        fewer = _renormalised(sums)
+        if fewer is None:
+            break
+        for d in sums:
+            top.divisors.remove(d)
+        sums = fewer
+        top.divisors += sums
     if len(sums) > 1:
         return Declined("the weights are normalised more than once")
     total = sums[0]
@@ -162,6 +170,34 @@ def match(core: Expr, key: Axis, of_scores: bool = True) -> Softmax | Declined:
     return Declined("the exponents of the weights and of the normaliser differ")
 
 
+def _renormalised(divisors: list[Expr]) -> list[Expr] | None:
+    """Divisors of which one sums what another has divided already, without the other; None where there is none.
+
+        softmax masked, and normalised again       a / (z * sum(b / z))  ->  a / sum(b)
+    """
+    for total in divisors:
+        if not (isinstance(total, Reduce) and total.op == "sum"):
+            continue
+        body = factored(total.body)
+        for z in body.divisors:
+            if z in divisors and z is not total and total.axis not in z.axes:
+                body.divisors.remove(z)
+                rest = [d for d in divisors if d is not total]
+                rest.remove(z)
+                return [*rest, Reduce("sum", total.axis, _multiplied(body, total.dtype), total.dtype)]
+    return None
+
+
+def _multiplied(parts: Factored, dtype: str) -> Expr:
+    """A product that was taken apart, put together again."""
+    value = s.call("exp", _total(parts.exponents, dtype), dtype=dtype)
+    for factor in parts.factors:
+        value = s.call("mul", value, factor, dtype=dtype)
+    for divisor in parts.divisors:
+        value = s.call("div", value, divisor, dtype=dtype)
+    return s.where(s.and_(*parts.conditions), value, Const(0.0, dtype)) if parts.conditions else value
+
+
 def _only_infinite(logits: Expr) -> bool:
     """Whether a row has no number for a softmax only where a condition fills all of it with -inf: what is added from a
     tensor may hold infinities of its own, and beside a finite fill there is a softmax."""
@@ -177,9 +213,9 @@ def _only_infinite(logits: Expr) -> bool:
 
 
 def _match_at(
-    top: _Split, total: Reduce, key: Axis, offset: int, surplus: int, extras: list[Expr], dtype: str
+    top: Factored, total: Reduce, key: Axis, offset: int, surplus: int, extras: list[Expr], dtype: str
 ) -> Softmax | None:
-    main = _split(s.substitute(total.body, {total.axis: s.add(key, offset)}))
+    main = factored(s.substitute(total.body, {total.axis: s.add(key, offset)}))
     if main.divisors:
         return None
     mine, my_rows = _by_key(top.exponents, key)
@@ -204,7 +240,7 @@ def _match_at(
     found: list[Expr] = []
     for column in (*range(offset), *range(offset, surplus)):
         at: Expr = Const(column) if column < offset else s.add(key.size, column)
-        part = _split(s.substitute(total.body, {total.axis: at}))
+        part = factored(s.substitute(total.body, {total.axis: at}))
         if part.divisors or part.factors or part.conditions:
             return None
         rows = Counter(their_rows)
@@ -259,27 +295,27 @@ def additive(e: Expr, sign: int) -> list[tuple[int, Expr]]:
     return [(sign, e)]
 
 
-def _split(e: Expr) -> _Split:
+def factored(e: Expr) -> Factored:
     if isinstance(e, Const) and e.value == 1.0:
-        return _Split([], [], [], [])
+        return Factored([], [], [], [])
     if isinstance(e, Call):
         if e.op == "mul":
-            out = _split(e.args[0])
+            out = factored(e.args[0])
             for a in e.args[1:]:
-                out = out.times(_split(a))
+                out = out.times(factored(a))
             return out
         if e.op == "div":
-            return _split(e.args[0]).times(_split(e.args[1]).invert())
+            return factored(e.args[0]).times(factored(e.args[1]).invert())
         if e.op == "reciprocal":
-            return _split(e.args[0]).invert()
+            return factored(e.args[0]).invert()
         if e.op in ("exp", "exp2"):
             scale = (
                 e.args[0] if e.op == "exp" else s.call("mul", e.args[0], Const(math.log(2.0), e.dtype), dtype=e.dtype)
             )
-            out = _Split([], [], [], [])
+            out = Factored([], [], [], [])
             for sign, term in additive(scale, 1):
                 if isinstance(term, Call) and term.op == "log":
-                    part = _split(term.args[0])
+                    part = factored(term.args[0])
                     out = out.times(part if sign > 0 else part.invert())
                 else:
                     out.exponents.append((sign, term))
@@ -288,15 +324,15 @@ def _split(e: Expr) -> _Split:
             cond, a, b = e.args
             number = _but_for_nan(e)
             if number is not None:
-                out = _split(number)
-                return _Split(out.exponents, out.factors, out.divisors, out.conditions, True)
+                out = factored(number)
+                return Factored(out.exponents, out.factors, out.divisors, out.conditions, True)
             if isinstance(b, Const) and b.value == 0:
-                return _Split([], [], [], [cond]).times(_split(a))
+                return Factored([], [], [], [cond]).times(factored(a))
             if isinstance(a, Const) and a.value == 0:
-                return _Split([], [], [], [s.not_(cond)]).times(_split(b))
+                return Factored([], [], [], [s.not_(cond)]).times(factored(b))
         if e.op == "add" and all((isinstance(a, Const) and a.value == 0) or a is e.args[0] for a in e.args):
-            return _split(e.args[0])
-    return _Split([], [e], [], [])
+            return factored(e.args[0])
+    return Factored([], [e], [], [])
 
 
 def _but_for_nan(e: Call) -> Expr | None:

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from refocus import debug
+from refocus.equal_values import equal_values
 from refocus.infer import closed_form, constant_form
 from refocus.ir import BOOL, Call, Const, Expr
 from refocus.lift import arguments, is_tensor, op_name
@@ -50,6 +51,7 @@ class Facts:
     buffers: dict[fx.Node, torch.Tensor] = field(default_factory=dict)  # inputs that the model keeps, as they are now
     assumed: dict[fx.Node, Expr] = field(default_factory=dict)  # buffers that were taken for their closed form
     inferred: set[fx.Node] = field(default_factory=set)  # constants whose closed form was found in their values
+    same: dict[fx.Node, fx.Node] = field(default_factory=dict)  # to the first node of equal value
     _constants: dict[fx.Node, torch.Tensor | None] = field(default_factory=dict)
     _forms: dict[fx.Node, Expr | None] = field(default_factory=dict)
 
@@ -193,6 +195,7 @@ def gather_facts(gm: fx.GraphModule, buffers: dict[fx.Node, torch.Tensor] | None
     facts.pure -= facts.opaque
     facts.cuts.update(n for n in unrecorded if any(u.op != "output" and facts.grad_enabled[u] for u in n.users))
     _settle(facts)
+    facts.same = equal_values(gm.graph, facts.opaque | facts.cuts, facts.grad_enabled)
     return facts
 
 
@@ -321,7 +324,7 @@ def _reached(normaliser: fx.Node, facts: Facts) -> Iterator[Candidate]:
             if user in seen or user.op != "call_function":
                 continue
             name = op_name(user)
-            if name in CONTRACTIONS or (name == "sum" and _is_product_sum(user)):
+            if name in CONTRACTIONS or (name == "sum" and _is_product_sum(user, facts)):
                 for k, operand in enumerate(contraction_operands(user)):
                     if operand is node or (name == "sum" and operand in seen):
                         yield Candidate(user, k, normaliser, mixes)
@@ -341,9 +344,20 @@ def _reached(normaliser: fx.Node, facts: Facts) -> Iterator[Candidate]:
 _PRODUCTS = ("mul", "multiply")
 
 
-def _is_product_sum(node: fx.Node) -> bool:
+def _is_product_sum(node: fx.Node, facts: Facts) -> bool:
     source = arguments(node)[0]
-    return isinstance(source, fx.Node) and op_name(source) in _PRODUCTS
+    return isinstance(source, fx.Node) and op_name(source) in _PRODUCTS and not _is_masked(source, facts)
+
+
+def _is_masked(product: fx.Node, facts: Facts) -> bool:
+    """Whether a factor is a mask, of zeros and ones: what is summed then is the other one."""
+    return any(isinstance(a, fx.Node) and (a in facts.pure or _was_bool(a)) for a in arguments(product)[:2])
+
+
+def _was_bool(node: fx.Node) -> bool:
+    while op_name(node) in MOVES and arguments(node) and is_tensor(arguments(node)[0]):
+        node = arguments(node)[0]
+    return is_tensor(node) and node.meta["val"].dtype == torch.bool
 
 
 def contraction_operands(node: fx.Node) -> list[fx.Node]:
@@ -371,10 +385,10 @@ def taint_of(node: fx.Node, facts: Facts) -> frozenset[fx.Node]:
             continue
         seen.add(n)
         name = op_name(n)
-        if name in CONTRACTIONS or (name == "sum" and _is_product_sum(n)):
+        if name in CONTRACTIONS or (name == "sum" and _is_product_sum(n, facts)):
             found.add(n)
             continue
-        if name in _PRODUCTS and any(op_name(u) == "sum" for u in n.users):
+        if name in _PRODUCTS and any(op_name(u) == "sum" for u in n.users) and not _is_masked(n, facts):
             found.add(n)  # a product of embeddings, say, of which no matrix is the source
         if n.op == "call_function" and (name in MOVES or name in OPERATIONS) and n not in facts.pure:
             stack.extend(

@@ -81,6 +81,7 @@ class Known(Protocol):
     opaque: set[fx.Node]  # written in place somewhere: never looked through
     lifted: dict[tuple[fx.Node, Index], Expr]  # pure values, shared by all sites
     cuts: set[fx.Node]  # no gradient flows through these
+    same: dict[fx.Node, fx.Node]  # to the first node of equal value
 
     def closed_form(self, node: fx.Node) -> Expr | None: ...
 
@@ -202,7 +203,8 @@ class Lifter:
         return True
 
     def leaf(self, node: fx.Node, index: Index) -> Load:
-        """Stop here: the region loads this value."""
+        """Stop here: the region loads this value, where it is computed first."""
+        node = self.known.same.get(node, node)
         dtype = kind_of(dtype_of(node)) if kind_of(dtype_of(node)) == BOOL else dtype_of(node)
         return Load(node.name, index, dtype)
 

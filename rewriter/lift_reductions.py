@@ -188,7 +188,27 @@ def operands_at(
         return (axis,), [(arguments(node)[0], (*lead, axis)), (arguments(node)[1], weight)]
     if name == "einsum":
         return _einsum_at(lift, node, index)
+    if name in ("tensordot", "inner"):
+        return _tensordot_at(lift, node, index)
     return None
+
+
+def _tensordot_at(
+    lift: Lifter, node: fx.Node, index: Index
+) -> tuple[tuple[Axis, ...], list[tuple[fx.Node, Index]]] | None:
+    """Pairs of dimensions are summed over; the others are those of the left operand, then those of the right."""
+    left, right, *dims = arguments(node)
+    pairs = [[d % len(shape_of(x)) for d in ds] for x, ds in zip((left, right), dims or ([-1], [-1]))]
+    sizes = [[shape_of(x)[d] for d in ds] for x, ds in zip((left, right), pairs)]
+    if sizes[0] != sizes[1]:
+        return None
+    axes = tuple(lift.bound(node, k, size) for k, size in enumerate(sizes[0]))
+    rest = iter(index)
+    reads = []
+    for operand, ds in zip((left, right), pairs):
+        at = dict(zip(ds, axes))
+        reads.append((operand, tuple(at[d] if d in at else next(rest) for d in range(len(shape_of(operand))))))
+    return axes, reads
 
 
 def _matmul_at(
@@ -282,7 +302,9 @@ def _contraction(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     return value
 
 
-CONTRACTIONS = ("matmul", "mm", "bmm", "mv", "dot", "baddbmm", "addmm", "linear", "einsum", "linalg_matmul")
+CONTRACTIONS = (
+    "matmul", "mm", "bmm", "mv", "dot", "baddbmm", "addmm", "linear", "einsum", "linalg_matmul", "tensordot", "inner",
+)  # fmt: skip
 
 REDUCTIONS: dict[str, Handler] = {
     "sum": _reducing("sum"), "amax": _reducing("max"), "amin": _reducing("min"), "mean": _mean, "logsumexp": _logsumexp,

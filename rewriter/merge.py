@@ -20,10 +20,10 @@ from refocus.facts import Candidate, Facts
 from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Reduce
 from refocus.joint import moved
 from refocus.lift import Index, Lifter, arguments, is_tensor, op_name
-from refocus.lift_joins import clamped
 from refocus.lift_reductions import operands_at
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.softmax import Softmax, additive, match
+from refocus.piecewise import along
 
 
 @dataclass(frozen=True)
@@ -99,19 +99,13 @@ def lift_merge(merge: Merge, lifter: Lifter, index: Index) -> Merged:
     shifts = _shifts(parts[0], parts[1])
     if shifts is None:
         raise Stop(Declined("the shares of the two attentions are not those of their log-sum-exps", merge.root.name))
-    sizes = [part.key.size for part in parts]
-    key = Axis(f"{merge.root.name}.keys", s.add(*sizes))
-    first = s.lt(key, sizes[0])
-    logits, values = [], []
-    for part, shift, begin, facts in zip(
-        parts, shifts, (Const(0), sizes[0]), (s.assume(first), s.assume(s.ge(key, sizes[0])))
-    ):
-        local = clamped(s.under(s.sub(key, begin), facts), part.key.size)
-        here = s.substitute(part.softmax.logits, {part.key: local})
-        logits.append(here if shift is None else s.call("add", here, shift, dtype=here.dtype))
-        values.append(s.substitute(part.values, {part.key: local}))
-    soft = Softmax(s.where(first, *logits), (), Const(1.0, "float32"))
-    return Merged(key, soft, s.where(first, *values))
+    key = Axis(f"{merge.root.name}.keys", s.add(*(part.key.size for part in parts)))
+    logits = []
+    for part, shift in zip(parts, shifts):
+        here = part.softmax.logits
+        logits.append((part.key, here if shift is None else s.call("add", here, shift, dtype=here.dtype)))
+    soft = Softmax(along(key, logits), (), Const(1.0, "float32"))
+    return Merged(key, soft, along(key, [(part.key, part.values) for part in parts]))
 
 
 def _operand(root: fx.Node, operand: fx.Node, index: Index) -> tuple[fx.Node, Index]:

@@ -12,14 +12,14 @@ close       no value that holds scores may be read elsewhere, and nothing it rea
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import networkx as nx
 from torch import fx
 
 from refocus import simplify as s
 from refocus.attention import Left, Part, Readings, Site, closed_under_sharing
-from refocus.bands import Reading, Tensors, to_tokens, unflatten
+from refocus.bands import Reading, Tensors, to_tokens
 from refocus.closure import check_no_writes, interior_of
 from refocus.facts import Candidate, Facts, candidates, contraction_operands, taint_of
 from refocus.gathers import distinct, gathered
@@ -33,26 +33,10 @@ from refocus.patterns.sdpa import lift_sdpa
 from refocus.patterns.softmax import Softmax, holds_scores, match, terms_of
 from refocus.polynomial import to_poly
 from refocus.products import reads_of
+from refocus.quotient import Quotient, Rescaled, lift_rescaled, quotients
+from refocus.roles import Axes, cut_axes, one_key
+from refocus.running_softmax import lift_chunked
 from refocus.sizes import shape_of
-
-
-@dataclass
-class _Axes:
-    """The result's axes: one list for each dimension of the root (split axes make several)."""
-
-    dims: list[list[Axis]] = field(default_factory=list)
-
-    def index(self) -> tuple[Expr, ...]:
-        out = []
-        for axes in self.dims:
-            flat: Expr = Const(0)
-            for axis in axes:
-                flat = s.add(s.mul(flat, axis.size), axis)
-            out.append(flat)
-        return tuple(out)
-
-    def flat(self) -> list[Axis]:
-        return [a for axes in self.dims for a in axes]
 
 
 def recognize(facts: Facts) -> list[Site | Left]:
@@ -62,6 +46,16 @@ def recognize(facts: Facts) -> list[Site | Left]:
     sites: list[Site] = []
     lefts: dict[fx.Node, Left] = {}
     done: set[fx.Node] = set()
+    unread: dict[fx.Node, Left] = {}  # why a product is no numerator
+    for quotient in quotients(groups, facts):
+        facts.roots.add(quotient.root)
+        if done.isdisjoint({quotient.root, *(c.root for c in quotient.parts)}):
+            outcome = recognize_quotient(quotient, facts)
+            if isinstance(outcome, Site):
+                sites.append(outcome)
+                done.update((quotient.root, *(c.root for c in quotient.parts)))
+            else:
+                unread.update((c.root, outcome) for c in quotient.parts)
     for merge in merges(groups, facts):
         outcome = recognize_merge(merge, facts)
         if isinstance(outcome, Site):
@@ -87,7 +81,7 @@ def recognize(facts: Facts) -> list[Site | Left]:
                 done.add(candidate.root)
                 level = candidate.mixes
             elif level is None:
-                lefts.setdefault(group[0].root, outcome)
+                lefts.setdefault(group[0].root, unread.get(candidate.root, outcome))
     sites, read_elsewhere = closed_under_sharing(sites)
     for site, left in read_elsewhere:
         done.discard(site.root)
@@ -115,12 +109,18 @@ def recognize_merge(merge: Merge, facts: Facts) -> Site | Left:
     return _recognize(candidate, facts, lambda axes, far: _attempt_merge(merge, facts, axes, far))
 
 
+def recognize_quotient(quotient: Quotient, facts: Facts) -> Site | Left:
+    """Try sums over keys of exponentials with values and without, that are divided, as one attention."""
+    candidate = replace(quotient.parts[0], root=quotient.root)
+    return _recognize(candidate, facts, lambda axes, far: _attempt_quotient(quotient, facts, axes, far))
+
+
 def _recognize(candidate: Candidate, facts: Facts, attempt: _Attempt) -> Site | Left:
     def left(declined: Declined) -> Left:
         return Left(candidate.root, candidate.normaliser, declined)
 
     try:
-        axes = _Axes([[] if d == Const(1) else [Axis(f"o{k}", d)] for k, d in enumerate(shape_of(candidate.root))])
+        axes = Axes([[] if d == Const(1) else [Axis(f"o{k}", d)] for k, d in enumerate(shape_of(candidate.root))])
         outcome = attempt(axes, False)
         for _ in range(3):
             if isinstance(outcome, Declined):
@@ -142,7 +142,7 @@ def _recognize(candidate: Candidate, facts: Facts, attempt: _Attempt) -> Site | 
         return left(stop.declined)
 
 
-def _other_readings(candidate: Candidate, facts: Facts, axes: _Axes, near: _Lifted, attempt: _Attempt) -> Readings:
+def _other_readings(candidate: Candidate, facts: Facts, axes: Axes, near: _Lifted, attempt: _Attempt) -> Readings:
     copies = any(near.key in x.axes and gathered(facts.nodes[x.tensor]) for x in _all_loads(near) if x.is_float)
     if not copies and not in_pieces(near.values):
         return Readings()
@@ -156,7 +156,7 @@ def _other_readings(candidate: Candidate, facts: Facts, axes: _Axes, near: _Lift
         return Readings()
 
 
-def _over_tokens(candidate: Candidate, facts: Facts, axes: _Axes, far: _Lifted, in_place: Site) -> Site | None:
+def _over_tokens(candidate: Candidate, facts: Facts, axes: Axes, far: _Lifted, in_place: Site) -> Site | None:
     if not (isinstance(far.rest, Const) and far.rest.value == 0) or far.added != NOTHING:
         return None
     softs = tuple(soft for _, _, soft in far.terms)
@@ -194,10 +194,10 @@ class _Lifted:
     added: Expr = NOTHING  # to the result, beside what the weights make
 
 
-_Attempt = Callable[[_Axes, bool], "_Lifted | Declined"]
+_Attempt = Callable[[Axes, bool], "_Lifted | Declined"]
 
 
-def _attempt(candidate: Candidate, facts: Facts, axes: _Axes, far: bool = False) -> _Lifted | Declined:
+def _attempt(candidate: Candidate, facts: Facts, axes: Axes, far: bool = False) -> _Lifted | Declined:
     root = candidate.root
     index = axes.index()
     lifter = Lifter(facts, far=far)
@@ -213,6 +213,21 @@ def _attempt(candidate: Candidate, facts: Facts, axes: _Axes, far: bool = False)
             lifter,
             found.zero_rows,
         )
+    return _product(candidate, facts, axes, lifter, index)
+
+
+def _product(
+    candidate: Candidate,
+    facts: Facts,
+    axes: Axes,
+    lifter: Lifter,
+    index: tuple[Expr, ...],
+    rescaled: Rescaled | None = None,
+) -> _Lifted | Declined:
+    """Read weights times values at a position of their product. `rescaled`: what the row is multiplied with after."""
+    root = candidate.root
+    if rescaled is not None:
+        lifter.visited.add(root)
     reads = reads_of(lifter, root, index)
     if reads is None:
         return Declined("the product with the values has no index notation", op_name(root))
@@ -226,12 +241,12 @@ def _attempt(candidate: Candidate, facts: Facts, axes: _Axes, far: bool = False)
     keys = [a for a in summed if any(a in e.axes for e in weights_index) and any(a in e.axes for e in values_index)]
     if not keys or len(keys) != len(summed):
         return Declined("the values are not summed over one key axis", op_name(root))
-    key, weights_index, values_index = _one_key(keys, weights_index, values_index)
+    key, weights_index, values_index = one_key(keys, weights_index, values_index)
     lifter.key_axes.add(key)
     if _shares_scores(weights_node, values_node, facts):
         return Declined("the values depend on the weights", values_node.name)
     values = lifter.at(values_node, values_index)
-    return _weighted(candidate, facts, axes, lifter, _Weighted(key, weights_node, weights_index, values))
+    return _weighted(candidate, facts, axes, lifter, _Weighted(key, weights_node, weights_index, values, rescaled))
 
 
 def _shares_scores(weights: fx.Node, values: fx.Node, facts: Facts) -> bool:
@@ -244,7 +259,7 @@ def _shares_scores(weights: fx.Node, values: fx.Node, facts: Facts) -> bool:
 
 
 def _attempt_joint(
-    joint: Joint, candidate: Candidate, facts: Facts, axes: _Axes, far: bool
+    joint: Joint, candidate: Candidate, facts: Facts, axes: Axes, far: bool
 ) -> _Lifted | Declined:
     lifter = Lifter(facts, far=far)
     after = frozenset(nx.descendants(facts.flow, joint.products[0].normaliser)) | {joint.products[0].normaliser}
@@ -259,13 +274,26 @@ def _attempt_joint(
     return replace(outcome, added=s.call("add", outcome.added, found.rest, dtype="float32"))
 
 
-def _attempt_merge(merge: Merge, facts: Facts, axes: _Axes, far: bool) -> _Lifted | Declined:
+def _attempt_merge(merge: Merge, facts: Facts, axes: Axes, far: bool) -> _Lifted | Declined:
     lifter = Lifter(facts, far=far)
     weights = [contraction_operands(c.root)[c.weights] for c in merge.parts]
     lifter.tainted = _tainted_like(weights, facts)
     found = lift_merge(merge, lifter, axes.index())
     terms: list[tuple[tuple[Axis, ...], Expr, Softmax]] = [((), Const(1.0, "float32"), found.softmax)]
     return _Lifted(found.key, found.values, terms, NOTHING, lifter, False)
+
+
+def _attempt_quotient(quotient: Quotient, facts: Facts, axes: Axes, far: bool) -> _Lifted | Declined:
+    lifter = Lifter(facts, far=far)
+    rescaled = lift_rescaled(quotient, facts, lifter, axes.index())
+    if rescaled is not None:
+        return _product(quotient.parts[0], facts, axes, lifter, rescaled.index, rescaled)
+    for together in (True, False):
+        found, running = lift_chunked(quotient, facts, axes.index(), far, together)
+        if found.seamless:
+            break
+    terms: list[tuple[tuple[Axis, ...], Expr, Softmax]] = [((), Const(1.0, "float32"), found.softmax)]
+    return _Lifted(found.key, found.values, terms, NOTHING, running, False)
 
 
 def _tainted_like(weights: list[fx.Node], facts: Facts) -> Callable[[fx.Node], bool]:
@@ -293,19 +321,23 @@ class _Weighted:
     node: fx.Node
     index: tuple[Expr, ...]
     values: Expr
+    rescaled: Rescaled | None = None
 
 
-def _weighted(candidate: Candidate, facts: Facts, axes: _Axes, lifter: Lifter, found: _Weighted) -> _Lifted | Declined:
+def _weighted(candidate: Candidate, facts: Facts, axes: Axes, lifter: Lifter, found: _Weighted) -> _Lifted | Declined:
     """Read the weights as softmaxes over the key."""
     root, key, weights_node, weights_index, values = candidate.root, found.key, found.node, found.index, found.values
-    lifter.query_axes = _cut_axes([a for a in axes.flat() if a not in values.axes], weights_index, key)
-    lifter.tainted = _tainted_like([weights_node], facts)
+    lifter.query_axes = cut_axes([a for a in axes.flat() if a not in values.axes], weights_index, key)
+    rows = [row.node for row in found.rescaled.rows] if found.rescaled is not None else []
+    lifter.tainted = _tainted_like([weights_node, *(n for n in rows if isinstance(n, fx.Node))], facts)
     weights = lifter.at(weights_node, weights_index)
     if key not in weights.axes:
         return Declined("the weights do not depend on the key", op_name(root))
     if isinstance(weights, Load):
         blame = lifter.blame or facts.nodes[weights.tensor]
         return Declined(f"`{op_name(blame)}` is not understood", blame.name)
+    if found.rescaled is not None:
+        weights = found.rescaled.times_rows(lifter, weights)
     if not any(isinstance(n, Dot) for n in weights.walk()):
         return Declined("the weights hold no product of queries and keys", (lifter.blame or candidate.normaliser).name)
     parts, rest = terms_of(weights, key)
@@ -329,34 +361,6 @@ def _weighted(candidate: Candidate, facts: Facts, axes: _Axes, lifter: Lifter, f
     return _Lifted(key, values, cores, rest, lifter, safe, added)
 
 
-def _one_key(keys: list[Axis], *indices: tuple[Expr, ...]) -> tuple[Axis, tuple[Expr, ...], tuple[Expr, ...]]:
-    """Keys in rows and columns of a window are one axis: the softmax runs over all of them."""
-    key = keys[0] if len(keys) == 1 else Axis(f"{keys[0].name}.all", s.mul(*(a.size for a in keys)))
-    if len(keys) > 1:
-        places = dict[Expr, Expr](zip(keys, unflatten(key, [a.size for a in keys])))
-        indices = tuple(tuple(s.substitute(e, places) for e in index) for index in indices)
-    return key, *indices  # type: ignore[return-value]
-
-
-def _cut_axes(candidates_: list[Axis], weights_index: tuple[Expr, ...], key: Axis) -> set[Axis]:
-    """The axis that counts as the query for the cut. Heads that share one value head are not in the values either, but
-    keys may depend on them; the row of the weights matrix is preferred, then the longest axis, then the last."""
-    at = next((k for k, e in enumerate(weights_index) if e == key), 0)
-    row = (
-        weights_index[at - 1].axes
-        if at > 0
-        else weights_index[at + 1].axes
-        if at + 1 < len(weights_index)
-        else frozenset()
-    )
-
-    def rank(axis: Axis) -> tuple[bool, float, int]:
-        size = float(axis.size.value) if isinstance(axis.size, Const) else float("inf")
-        return axis in row, size, candidates_.index(axis)
-
-    return {max(candidates_, key=rank)} if candidates_ else set()
-
-
 # ---------------------------------------------------------------------------------------------------- splitting axes
 
 
@@ -376,7 +380,7 @@ def _untidy(lifted: _Lifted) -> int:
     return sum(complexity(load.index) for load in _all_loads(lifted))
 
 
-def _split_axis(lifted: _Lifted, axes: _Axes) -> _Axes | None:
+def _split_axis(lifted: _Lifted, axes: Axes) -> Axes | None:
     """An axis a that is used as a % c becomes (a // c, a % c).
 
     A query axis (one that neither values nor keys have) stays whole: halves of it would only make for fewer rows."""
@@ -403,7 +407,7 @@ def _split_axis(lifted: _Lifted, axes: _Axes) -> _Axes | None:
                 halves = [Axis(f"{axis.name}a", outer), Axis(f"{axis.name}b", inner)]
                 dims = [list(g) for g in axes.dims]
                 dims[d] = group[:k] + halves + group[k + 1 :]
-                return _Axes(dims)
+                return Axes(dims)
     return None
 
 
@@ -413,7 +417,7 @@ def _split_axis(lifted: _Lifted, axes: _Axes) -> _Axes | None:
 def _close(
     candidate: Candidate,
     facts: Facts,
-    axes: _Axes,
+    axes: Axes,
     lifted: _Lifted,
     free: tuple[Axis, ...] = (),
     places: Mapping[Axis, Expr] | None = None,

@@ -1,0 +1,124 @@
+"""Attention as a quotient of two sums over keys: the values' and the weights'.
+
+    e = exp(q k - m); (e @ v) / e.sum(-1)                              ->      softmax(q k) @ v
+
+    for each chunk t of the keys, with the maxima m so far:
+        e = exp(q k_t - m); c = exp(m_before - m)
+        acc = acc * c + e @ v_t; l = l * c + e.sum(-1)
+    acc / l                                                            ->      softmax(q k) @ v
+
+Numerator and denominator are read as sums of chunks, each times what multiplies it from there to the division (Milakov
+and Gimelshein 2018, "Online normalizer calculation for softmax"; Rabe and Staats 2021, "Self-attention does not need
+O(n^2) memory"). The exponents of a chunk add up, and what one maximum takes away another gives back: what is left is
+the same for every chunk, and cancels. Chunks whose exponents differ, or that one of the two sums lacks, are declined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import networkx as nx
+from torch import fx
+
+from refocus import simplify as s
+from refocus.facts import Candidate, Facts, contraction_operands, taint_of
+from refocus.ir import Expr
+from refocus.lift import Index, Lifter, arguments, is_tensor, op_name
+from refocus.lift_views import VIEWS
+from refocus.patterns.declined import Declined, Stop
+from refocus.row_sums import PRODUCTS, Row, Walk, carried
+
+
+@dataclass(frozen=True)
+class Quotient:
+    """A division whose numerator holds products of weights and values."""
+
+    root: fx.Node
+    parts: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class Rescaled:
+    """A numerator of one product: where it is, and the rows it is multiplied with or divided by on its way."""
+
+    node: fx.Node
+    index: Index
+    rows: tuple[Row, ...]
+
+    def times_rows(self, lifter: Lifter, weights: Expr) -> Expr:
+        for row in self.rows:
+            weights = s.call("mul" if row.sign > 0 else "div", weights, row.at(lifter), dtype=weights.dtype)
+        return weights
+
+
+def quotients(groups: list[list[Candidate]], facts: Facts) -> list[Quotient]:
+    """Divisions that products of exponentials and values flow into, those further down first: a running mean divides
+    at every step."""
+    found: dict[fx.Node, dict[fx.Node, Candidate]] = {}
+    for candidate in (c for group in groups for c in group):
+        if candidate.mixes == 0 and candidate.weights >= 0 and op_name(candidate.normaliser) in _EXPONENTIALS:
+            for root in _divisions(candidate, facts):
+                found.setdefault(root, {}).setdefault(candidate.root, candidate)
+    order = sorted(found, key=lambda n: -facts.order[n])
+    return [Quotient(root, _first(list(found[root].values()), facts)) for root in order]
+
+
+def _first(parts: list[Candidate], facts: Facts) -> tuple[Candidate, ...]:
+    """Of products one of which flows into another (a sum of stacked chunks, each times a factor), those above."""
+    later = {n for c in parts for n in carried([c.root], facts)}
+    return tuple(sorted((c for c in parts if c.root not in later), key=lambda c: facts.order[c.root]))
+
+
+_EXPONENTIALS = ("exp", "exp2")
+
+
+def _divisions(candidate: Candidate, facts: Facts) -> Iterator[fx.Node]:
+    """Divisions downstream of a product, by what its exponentials decide, too."""
+    below = carried([candidate.root], facts)
+    yield from (n for n in below if divisor_of(n, below | {candidate.root}, facts) is not None)
+
+
+def divisor_of(node: fx.Node, sums: set[fx.Node], facts: Facts) -> fx.Node | None:
+    """What one of `sums` is divided by, if it comes from scores."""
+    for divisor in _divisors(node):
+        others = [a for a in arguments(node)[:2] if a is not divisor]
+        if len(others) == 1 and others[0] in sums and divisor not in sums and _of_scores(divisor, facts):
+            return divisor
+    return None
+
+
+def _of_scores(node: fx.Node, facts: Facts) -> bool:
+    """Whether a row is a sum of exponentials, or made of such."""
+    above = nx.ancestors(facts.flow, node)
+    return any(op_name(n) in _EXPONENTIALS and taint_of(n, facts) for n in above)
+
+
+def weights_of(candidate: Candidate) -> fx.Node:
+    return contraction_operands(candidate.root)[candidate.weights]
+
+
+def _divisors(node: fx.Node) -> list[fx.Node]:
+    """What a value is divided by: the divisor, or the reciprocal that it is multiplied with."""
+    operands = [a for a in arguments(node)[:2] if is_tensor(a)]
+    if op_name(node) == "div" and len(operands) == 2:
+        return operands[1:]
+    return [a for a in operands if op_name(below_views(a)) == "reciprocal"] if op_name(node) in PRODUCTS else []
+
+
+def below_views(node: fx.Node) -> fx.Node:
+    while op_name(node) in VIEWS and arguments(node) and is_tensor(arguments(node)[0]):
+        node = arguments(node)[0]
+    return node
+
+
+def lift_rescaled(quotient: Quotient, facts: Facts, lifter: Lifter, index: Index) -> Rescaled | None:
+    """The one product of a quotient and its row's factors, the denominator among them; None where there are several.
+    Raises Stop with the reason."""
+    if len(quotient.parts) > 1:
+        return None
+    walk = Walk(lifter, facts, {quotient.parts[0].root})
+    found = list(walk.addends(quotient.root, index))
+    if len(found) != 1 or found[0].value is not None:
+        raise Stop(Declined("something is added to the values' sum before it is divided", quotient.root.name))
+    return Rescaled(found[0].node, found[0].index, found[0].rows)

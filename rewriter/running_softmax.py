@@ -1,0 +1,265 @@
+"""Softmax over keys in chunks, with running maxima: the chunks of both sums are paired, and stand one after the other.
+
+What `refocus.quotient` finds with several products is read here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import networkx as nx
+from torch import fx
+
+from refocus import simplify as s
+from refocus.facts import Candidate, Facts, taint_of
+from refocus.ir import Axis, Call, Const, Expr, Load
+from refocus.joint import moved
+from refocus.lift import Index, Lifter, arguments, op_name
+from refocus.lift_joins import JOINS
+from refocus.lift_pointwise import POINTWISE
+from refocus.lift_reductions import CONTRACTIONS
+from refocus.lift_views import VIEWS
+from refocus.patterns.declined import Declined, Stop
+from refocus.patterns.softmax import Factored, Softmax, additive, factored
+from refocus.piecewise import along, seamless
+from refocus.products import reads_of
+from refocus.quotient import Quotient, below_views, divisor_of, weights_of
+from refocus.row_sums import Addend, Row, Walk, aligned, carried, opened, summed_dims
+from refocus.sizes import shape_of
+
+
+@dataclass(frozen=True)
+class Chunked:
+    """A numerator of several products, in index notation. `seamless`: the chunks are parts of one tensor, all of it."""
+
+    key: Axis
+    softmax: Softmax
+    values: Expr
+    seamless: bool
+
+
+@dataclass
+class _Running(Lifter):
+    """Reads rows that scores decide (factors of exponentials of maxima) as far down as the maxima themselves."""
+
+    rows: frozenset[fx.Node] = frozenset()
+
+    def _at(self, node: fx.Node, index: Index) -> Expr:
+        if node not in self.rows or self.within(node, index):
+            return super()._at(node, index)
+        name = op_name(node)
+        handler = {**VIEWS, **JOINS}.get(name) or (POINTWISE.get(name) if name in _FOLLOWED else None)
+        value = handler(self, node, index) if handler is not None else None
+        return self.leaf(node, index) if value is None else value
+
+
+_FOLLOWED = frozenset(("exp", "exp2", "sub", "add", "neg", "mul", "div", "reciprocal", "log", "rsub"))
+
+
+@dataclass
+class _Chunk:
+    """A sum over keys of exp(net) where the conditions hold: net has exponents with their multiplicities."""
+
+    key: Axis
+    net: Counter[Expr]
+    conditions: Counter[Expr]
+    values: Expr | None = None
+
+    def renamed(self, key: Axis) -> _Chunk:
+        def at(terms: Counter[Expr]) -> Counter[Expr]:
+            return Counter({s.substitute(e, {self.key: key}): n for e, n in terms.items()})
+
+        return _Chunk(key, at(self.net), at(self.conditions))
+
+
+def lift_chunked(
+    quotient: Quotient, facts: Facts, index: Index, far: bool, together: bool
+) -> tuple[Chunked, Lifter]:
+    """Read a quotient of several products; with `together`, chunks of one tensor in that tensor. Raises Stop with the
+    reason."""
+    root, products = quotient.root, {c.root: c for c in quotient.parts}
+    scores = frozenset().union(*(taint_of(weights_of(c), facts) for c in quotient.parts))
+    between = set(nx.ancestors(facts.flow, root)) & set().union(*(nx.descendants(facts.flow, n) for n in scores))
+    rows = frozenset(n for n in between if op_name(n) not in CONTRACTIONS)
+    lifter = _Running(facts, far=far or together, joining=together, rows=rows)
+    lifter.visited |= between | scores | {root}
+    lifter.tainted = lambda node: node in scores or node in between
+    divisor = divisor_of(root, carried(list(products), facts) | set(products), facts)
+    assert divisor is not None
+    numerator = next(a for a in arguments(root)[:2] if a is not divisor)
+    above = list(Walk(lifter, facts, set(products)).addends(numerator, aligned(numerator, index)))
+    total, at = _denominator(lifter, divisor, aligned(divisor, index))
+    below = list(Walk(lifter, facts, _key_sums(total, between)).addends(total, at))
+    numerators = [_valued(lifter, products[a.node], a) for a in above if a.value is None]
+    if len(numerators) != len(above):
+        raise Stop(Declined("something is added to the values' sum before it is divided", root.name))
+    denominators = [_summed(lifter, a) for a in below if a.value is None]
+    _tell_queries(lifter, numerators)
+    chunks = [_chunk(lifter, reading) for reading in numerators]
+    totals = [_chunk(lifter, reading) for reading in denominators]
+    extras = [_net(factored(a.value), lifter, a.rows) for a in below if a.value is not None]
+    return _joined(root, chunks, totals, extras, between), lifter
+
+
+def _denominator(lifter: Lifter, divisor: fx.Node, index: Index) -> tuple[fx.Node, Index]:
+    """What is divided by, where the division is a multiplication with its reciprocal."""
+    if op_name(below_views(divisor)) != "reciprocal":
+        return divisor, index
+    while op_name(divisor) != "reciprocal":
+        below = moved(lifter, divisor, index)
+        if below is None:
+            raise Stop(Declined("the normaliser is changed after the sum", op_name(divisor)))
+        divisor, index = below
+    return arguments(divisor)[0], index
+
+
+def _key_sums(divisor: fx.Node, between: set[fx.Node]) -> set[fx.Node]:
+    """The sums over keys that a denominator is made of: those with no other sum before them."""
+    flow: nx.DiGraph = nx.DiGraph()
+    for node in between:
+        flow.add_node(node)
+        flow.add_edges_from((a, node) for a in node.all_input_nodes if a in between)
+    if divisor not in flow:
+        return set()
+    found = {n for n in {divisor, *nx.ancestors(flow, divisor)} if op_name(n) == "sum"}
+    return {n for n in found if not found & nx.ancestors(flow, n)}
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Weights at a position along a key axis, the values there, and the row's factors."""
+
+    key: Axis
+    weights: tuple[fx.Node, Index]
+    values: Expr | None
+    rows: tuple[Row, ...]
+
+
+def _valued(lifter: Lifter, candidate: Candidate, addend: Addend) -> _Reading:
+    reads = reads_of(lifter, addend.node, addend.index)
+    if reads is None or len(reads[0]) != 1 or len(reads[1]) != 2:
+        raise Stop(Declined("the values are not summed over one key axis", addend.node.name))
+    (key,), operands = reads
+    lifter.key_axes.add(key)
+    return _Reading(key, operands[candidate.weights], lifter.at(*operands[1 - candidate.weights]), addend.rows)
+
+
+def _summed(lifter: Lifter, addend: Addend) -> _Reading:
+    dims, _ = summed_dims(addend.node)
+    source = arguments(addend.node)[0]
+    if len(dims) != 1:
+        raise Stop(Declined("the weights are not summed over one key axis", addend.node.name))
+    key = lifter.bound(addend.node, dims[0], shape_of(source)[dims[0]])
+    lifter.key_axes.add(key)
+    return _Reading(key, (source, opened(addend.node, addend.index, {dims[0]: key})), None, addend.rows)
+
+
+def _tell_queries(lifter: Lifter, readings: list[_Reading]) -> None:
+    """As for any attention: an axis that the weights have, but no values, counts as the query."""
+    weighted = frozenset().union(*(e.axes for r in readings for e in r.weights[1]))
+    valued = frozenset().union(*(r.values.axes for r in readings if r.values is not None))
+    found = sorted(weighted - valued - {r.key for r in readings}, key=lambda a: a.name)
+    lifter.query_axes = set(found[-1:])
+
+
+def _chunk(lifter: Lifter, reading: _Reading) -> _Chunk:
+    parts = factored(lifter.at(*reading.weights))
+    return _Chunk(reading.key, _net(parts, lifter, reading.rows), Counter(parts.conditions), reading.values)
+
+
+def _net(parts: Factored, lifter: Lifter, rows: tuple[Row, ...]) -> Counter[Expr]:
+    """The exponents of a product, those of its rows among them. Raises Stop where there is more than exponents."""
+    factors = Counter(parts.factors)
+    factors.subtract(parts.divisors)
+    net: Counter[Expr] = Counter()
+    for sign, term in parts.exponents:
+        for way, part in _spread(lifter, sign, term):
+            net[part] += way
+    for row in rows:
+        more = factored(row.at(lifter))
+        if more.conditions:
+            raise Stop(Declined("a sum over keys is masked before it is divided"))
+        for sign, term in more.exponents:
+            for way, part in _spread(lifter, sign * row.sign, term):
+                net[part] += way
+        factors.update({e: row.sign * n for e, n in Counter(more.factors).items()})
+        factors.subtract({e: row.sign * n for e, n in Counter(more.divisors).items()})
+    if any(factors.values()):
+        raise Stop(Declined("a chunk of keys is weighted by more than exponentials"))
+    return Counter({term: n for term, n in net.items() if n})
+
+
+def _spread(lifter: Lifter, sign: int, term: Expr) -> Iterator[tuple[int, Expr]]:
+    """c * (x - m) as c * x and c * m, where m is a maximum: they cancel one by one."""
+    names = {n.name for n in lifter.rows} if isinstance(lifter, _Running) else set()
+    inner, factor = term, 1.0
+    while isinstance(inner, Call) and inner.op == "mul" and any(isinstance(a, Const) for a in inner.args):
+        at = next(k for k, a in enumerate(inner.args) if isinstance(a, Const))
+        inner, factor = inner.args[1 - at], factor * float(inner.args[at].value)  # type: ignore[attr-defined]
+    parts = additive(inner, sign) if _reads(term, names) else []
+    if len(parts) < 2:
+        yield sign, term
+    for way, part in parts if len(parts) > 1 else ():
+        whole = math.isclose(factor, 1.0, rel_tol=1e-12)  # base 2, and back
+        yield way, part if whole else s.call("mul", part, Const(factor, term.dtype), dtype=term.dtype)
+
+
+def _joined(
+    root: fx.Node, chunks: list[_Chunk], totals: list[_Chunk], extras: list[Counter[Expr]], between: set[fx.Node]
+) -> Chunked:
+    """Pair the chunks of both sums, and put them one after the other."""
+    for chunk in chunks:
+        same = [t for t in totals if t.key.size == chunk.key.size and _equal(t.renamed(chunk.key), chunk)]
+        if not same:
+            raise Stop(Declined("the exponents of the weights and of the normaliser differ", root.name))
+        totals.remove(same[0])
+    if totals:
+        raise Stop(Declined("the normaliser sums over keys that no values belong to", root.name))
+    names = {n.name for n in between}
+    shift = Counter({e: n for e, n in chunks[0].net.items() if chunks[0].key not in e.axes and _reads(e, names)})
+    for net in (*(c.net for c in chunks), *extras):
+        net.subtract(shift)
+        if any(n and _reads(e, names) for e, n in net.items()):
+            raise Stop(Declined("the maxima that chunks of keys are shifted by do not cancel", root.name))
+    chunks.sort(key=lambda c: _begin(c.values, c.key))  # as they lie in memory, where that can be told
+    key = Axis(f"{root.name}.keys", s.add(*(c.key.size for c in chunks)))
+    logits = []
+    for chunk in chunks:
+        value = _total(chunk.net)
+        held = list(chunk.conditions)
+        logits.append((chunk.key, s.where(s.and_(*held), value, Const(float("-inf"), value.dtype)) if held else value))
+    values = [(c.key, c.values) for c in chunks if c.values is not None]
+    whole = seamless(key, logits) is not None and seamless(key, values) is not None
+    soft = Softmax(along(key, logits), tuple(_total(net) for net in extras), Const(1.0, "float32"))
+    return Chunked(key, soft, along(key, values), whole)
+
+
+def _equal(a: _Chunk, b: _Chunk) -> bool:
+    return a.net == b.net and a.conditions == b.conditions
+
+
+def _reads(value: Expr, names: set[str]) -> bool:
+    """Whether a value is made from what some nodes hold."""
+    loads = (value,) if isinstance(value, Load) else value.loads
+    return any(x.tensor in names for x in loads)
+
+
+def _begin(values: Expr | None, key: Axis) -> int:
+    for load in () if values is None else (values,) if isinstance(values, Load) else values.loads:
+        for entry in load.index:
+            offset = s.sub(entry, key)
+            if isinstance(offset, Const):
+                return int(offset.value)
+    return 0
+
+
+def _total(net: Counter[Expr]) -> Expr:
+    out: Expr | None = None
+    for term, count in net.items():
+        for _ in range(abs(count)):
+            signed = term if count > 0 else s.call("neg", term, dtype=term.dtype)
+            out = signed if out is None else s.call("add", out, signed, dtype=out.dtype)
+    return Const(0.0, "float32") if out is None else out

@@ -1,0 +1,247 @@
+"""Attention that is divided after the product with the values: in one piece, in chunks of keys with running maxima."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import refocus
+from refocus.testing import check
+
+Function = Callable[[Tensor, Tensor, Tensor], Tensor]
+BATCH, HEADS, TOKENS, WIDTH = 2, 2, 40, 8
+SCALE = WIDTH**-0.5
+CAUSAL = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+CHUNKS = [(0, 16), (16, 32), (32, TOKENS)]  # the last one is shorter
+
+
+class Attention(nn.Module):
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.function = function
+        self.register_buffer("causal", CAUSAL)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.function(q, k, v)
+
+
+def inputs() -> tuple[Tensor, ...]:
+    return torch.randn(3, BATCH, HEADS, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0)).unbind()
+
+
+# --------------------------------------------------------------------------------------------------------- one product
+
+
+def after(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT * SCALE
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return weights @ v / weights.sum(-1, keepdim=True)
+
+
+def reciprocal_and_layouts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.einsum("bhid,bhjd->bhij", q, k).mul(SCALE).exp()
+    total = weights.sum(-1).transpose(1, 2)
+    return torch.einsum("bhij,bhjd->bihd", weights, v) * total.reciprocal()[..., None]
+
+
+def masked_by_multiplication(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT * SCALE
+    weights = (scores - scores.amax(-1, keepdim=True)).exp() * CAUSAL.float()
+    return weights @ v / weights.sum(-1, keepdim=True)
+
+
+def with_a_sink(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT * SCALE
+    most = scores.amax(-1, keepdim=True).clamp(min=0)
+    weights = (scores - most).exp()
+    return weights @ v / (weights.sum(-1, keepdim=True) + (-most).exp())
+
+
+def tokens_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = q[0, 0], k[0, 0], v[0, 0]
+    weights = torch.tensordot(k, q, ([1], [1])).mul(SCALE).exp()
+    return torch.tensordot(weights, v, ([0], [0])) / weights.sum(0).unsqueeze(1)
+
+
+def renormalised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT * SCALE).softmax(-1) * CAUSAL
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+# --------------------------------------------------------------------------------------------------------------- chunks
+
+
+def running(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    most = q.new_full((*q.shape[:-1], 1), -math.inf)
+    total, result = torch.zeros_like(most), torch.zeros_like(q)
+    for begin, end in CHUNKS:
+        scores = q @ k[:, :, begin:end].mT * SCALE
+        before, most = most, torch.maximum(most, scores.amax(-1, keepdim=True))
+        weights, rescale = (scores - most).exp(), (before - most).exp()
+        total = total * rescale + weights.sum(-1, keepdim=True)
+        result = result * rescale + weights @ v[:, :, begin:end]
+    return result / total
+
+
+def running_causal_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    result, total = torch.zeros_like(q), q.new_zeros(q.shape[:-1])
+    most = q.new_full(q.shape[:-1], -1e30)
+    for begin, end in CHUNKS:
+        scores = torch.einsum("bhid,bhjd->bhij", q, k[:, :, begin:end]) * SCALE
+        scores = scores.masked_fill(~CAUSAL[:, begin:end], -1e30)
+        new = torch.max(most, scores.max(-1).values)
+        weights = torch.exp2((scores - new[..., None]) * math.log2(math.e)) * CAUSAL[:, begin:end]
+        result.mul_((most - new).exp()[..., None]).add_(torch.einsum("bhij,bhjd->bhid", weights, v[:, :, begin:end]))
+        total = total * (most - new).exp() + weights.sum(-1)
+        most = new
+    return result.div_(total[..., None])
+
+
+def stacked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Rabe and Staats: every chunk by itself, then all of them together."""
+    parts = []
+    for begin, end in CHUNKS:
+        scores = torch.einsum("bhid,bhjd->bhij", q * SCALE, k[:, :, begin:end])
+        most = scores.amax(-1, keepdim=True).detach()
+        weights = (scores - most).exp()
+        values = torch.einsum("bhij,bhjd->bhid", weights, v[:, :, begin:end])
+        parts.append((values, weights.sum(-1), most.squeeze(-1)))
+    values, totals, most = (torch.stack(x) for x in zip(*parts))
+    rescale = (most - most.amax(0, keepdim=True)).exp()
+    return (values * rescale[..., None]).sum(0) / (totals * rescale).sum(0)[..., None]
+
+
+def divided_at_every_step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """FlashAttention's first formulation keeps the result normalised."""
+    most, total, result = q.new_full((*q.shape[:-1], 1), -1e30), None, None
+    for begin, end in CHUNKS:
+        scores = q @ k[:, :, begin:end].mT * SCALE
+        new = torch.maximum(most, scores.amax(-1, keepdim=True))
+        weights, rescale = (scores - new).exp(), (most - new).exp()
+        here = weights @ v[:, :, begin:end]
+        if total is None:
+            total = weights.sum(-1, keepdim=True)
+            result = here / total
+        else:
+            sums = total * rescale + weights.sum(-1, keepdim=True)
+            result, total = (result * total * rescale + here) / sums, sums
+        most = new
+    return result
+
+
+def two_memories(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The second chunk is of another tensor, and its scores are halved."""
+    first, second = q @ k.mT * SCALE, q @ (k + v).mT * (SCALE / 2)
+    most = torch.maximum(first.amax(-1, keepdim=True), second.amax(-1, keepdim=True))
+    a, b = (first - most).exp(), (second - most).exp()
+    return (a @ v + b @ k) / (a.sum(-1, keepdim=True) + b.sum(-1, keepdim=True))
+
+
+ONE = (after, reciprocal_and_layouts, masked_by_multiplication, with_a_sink, tokens_first, renormalised)
+SEAMLESS = (running, running_causal_in_place, stacked)
+
+
+@pytest.mark.parametrize("function", [*ONE, *SEAMLESS, divided_at_every_step, two_memories], ids=lambda f: f.__name__)
+def test_is_attention(function: Function) -> None:
+    report = check(Attention(function), inputs(), lower=False, gradients=True).report
+    assert [site.family for site in report.sites if site.fused] == ["softmax"]
+    assert len(report.sites) == 1
+
+
+@pytest.mark.parametrize("function", SEAMLESS, ids=lambda f: f.__name__)
+def test_chunks_of_one_tensor_are_that_tensor(function: Function) -> None:
+    (site,) = refocus.explain(Attention(function), *inputs(), engine="tiled").sites
+    assert "where" not in site.notation and "k1" not in site.notation, site.notation
+    assert site.mask == ("j <= i" if "causal" in function.__name__ else "")
+
+
+def test_many_chunks() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        most, total, result = q.new_full((*q.shape[:-1], 1), -math.inf), 0.0, 0.0
+        for keys, values in zip(k.split(5, dim=2), v.split(5, dim=2)):
+            scores = q @ keys.mT
+            before, most = most, torch.maximum(most, scores.amax(-1, keepdim=True))
+            weights, rescale = (scores - most).exp(), (before - most).exp()
+            total = total * rescale + weights.sum(-1, keepdim=True)
+            result = result * rescale + weights @ values
+        return result / total
+
+    (site,) = check(Attention(function), inputs(), lower=False, gradients=True).report.sites
+    assert site.fused and "where" not in site.notation
+
+
+# ---------------------------------------------------------------------------------------------------------- near misses
+
+
+def with_epsilon(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT * SCALE).exp()
+    return weights @ v / (weights.sum(-1, keepdim=True) + 1e-6)
+
+
+def other_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT * SCALE).exp()
+    return weights @ v / (q @ k.mT).exp().sum(-1, keepdim=True)
+
+
+def other_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT * SCALE).exp()
+    return (weights * CAUSAL) @ v / weights.sum(-1, keepdim=True)
+
+
+def _chunked(q: Tensor, k: Tensor, v: Tensor, rescale_total: bool, last: int) -> Tensor:
+    most = q.new_full((*q.shape[:-1], 1), -math.inf)
+    total, result = torch.zeros_like(most), torch.zeros_like(q)
+    for begin, end in CHUNKS:
+        scores = q @ k[:, :, begin:end].mT * SCALE
+        before, most = most, torch.maximum(most, scores.amax(-1, keepdim=True))
+        weights, rescale = (scores - most).exp(), (before - most).exp()
+        total = (total * rescale if rescale_total else total) + (weights.sum(-1, keepdim=True) if end <= last else 0)
+        result = result * rescale + weights @ v[:, :, begin:end]
+    return result / total
+
+
+def not_rescaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _chunked(q, k, v, False, TOKENS)
+
+
+def a_chunk_is_missing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _chunked(q, k, v, True, 32)
+
+
+def a_chunk_is_weighted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    first, second = q @ k[:, :, :16].mT, q @ k[:, :, 16:].mT
+    a, b = first.exp(), second.exp()
+    return (a @ v[:, :, :16] + 2 * (b @ v[:, :, 16:])) / (a.sum(-1, keepdim=True) + b.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (with_epsilon, "something other than an exponential is added to the normaliser"),
+        (other_weights, "the exponents of the weights and of the normaliser differ"),
+        (not_rescaled, "the exponents of the weights and of the normaliser differ"),
+        (a_chunk_is_missing, "the exponents of the weights and of the normaliser differ"),
+        (a_chunk_is_weighted, "a chunk of keys is weighted by more than exponentials"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_is_left_alone(function: Function, reason: str) -> None:
+    report = refocus.explain(Attention(function), *inputs(), engine="tiled")
+    assert report.sites and not any(site.fused for site in report.sites)
+    assert reason in {site.reason for site in report.sites}
+
+
+def test_a_mask_of_the_values_alone_is_a_gate() -> None:
+    report = check(Attention(other_mask), inputs(), lower=False, gradients=True).report
+    (site,) = report.sites
+    assert site.fused and site.mask == ""
+
+
+def test_equal_values_are_read_once() -> None:
+    """The scaled query is computed in each of three turns."""
+    (site,) = refocus.explain(Attention(stacked), *inputs(), engine="tiled").sites
+    assert "q1" not in site.notation
