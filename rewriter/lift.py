@@ -274,6 +274,12 @@ class Lifter:
         return Const(value, dtype if dtype and dtype.startswith(("float", "bfloat")) else "float32")
 
 
+    def factor(self, value: Any, dtype: str) -> Expr:
+        """A number that floats of this dtype are multiplied with."""
+        number = self.scalar(float(value) if isinstance(value, int) else value, dtype)
+        return number if number.dtype == dtype else s.cast(number, dtype)
+
+
 class Unliftable(Exception):
     """A value that has no index notation; the node is a leaf."""
 

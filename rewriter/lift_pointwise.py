@@ -51,7 +51,7 @@ def _add_sub(op: str, swapped: bool = False) -> Handler:
         if swapped:
             a, b = b, a
         if alpha != 1:
-            factor = Const(alpha) if isinstance(alpha, int) else Const(float(alpha), kind)
+            factor = Const(alpha) if isinstance(alpha, int) else lift.factor(alpha, kind)
             b = s.call("mul", b, factor, dtype=kind)
         return s.call(op, a, b, dtype=kind)
 

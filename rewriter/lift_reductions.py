@@ -291,11 +291,11 @@ def _contraction(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
         options: dict[str, Any] = dict(node.kwargs)
         beta, alpha = options.get("beta", 1), options.get("alpha", 1)
         if alpha != 1:
-            value = s.call("mul", value, Const(float(alpha), kind), dtype=kind)
+            value = s.call("mul", value, lift.factor(alpha, kind), dtype=kind)
         if beta != 0:
             extra = lift.broadcast(arguments(node)[0], index)
             if beta != 1:
-                extra = s.call("mul", extra, Const(float(beta), kind), dtype=kind)
+                extra = s.call("mul", extra, lift.factor(beta, kind), dtype=kind)
             value = s.call("add", value, extra, dtype=kind)
     if name == "linear" and _argument(node, 2, "bias") is not None:
         value = s.call("add", value, lift.broadcast(_argument(node, 2, "bias"), index), dtype=kind)

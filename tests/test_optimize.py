@@ -195,6 +195,26 @@ def test_one_graph_serves_many_lengths() -> None:
     assert len(found) == 1
 
 
+def test_numbers_that_arrive_at_run_time() -> None:
+    """With dynamic sizes, a number that the model keeps is a value of the graph, too."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.share = 0.3, 0.5
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+            scores = torch.baddbmm(bias, q, k.mT, beta=self.share, alpha=self.scale)
+            return torch.bmm(torch.add(scores, bias, alpha=self.share).softmax(-1), v)
+
+    model = Scaled()
+    fast = refocus.optimize(model, engine="tiled", dynamic=True, require=True)
+    with torch.no_grad():
+        for length in (20, 33):
+            inputs = (*torch.randn(3, 2, length, 8).unbind(), torch.randn(2, length, length))
+            assert close(fast(*inputs), model(*inputs))
+
+
 def test_decoding_with_a_cache() -> None:
     class Step(nn.Module):
         def __init__(self) -> None:
