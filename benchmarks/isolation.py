@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import itertools
 import multiprocessing
 import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -36,24 +37,26 @@ class Outcome:
 
 
 def run_isolated(
-    function: Callable[[Any], Any], tasks: Sequence[Any], *, processes: int = 1, timeout: float = 600.0
+    function: Callable[[Any], Any], tasks: Iterable[Any], *, processes: int = 1, timeout: float = 600.0
 ) -> Iterator[Outcome]:
     """Outcomes in the order in which the tasks end. `function` must be importable and tasks and values picklable.
 
     A task that runs longer than `timeout` seconds is ended together with its process; its error says where it was.
+    Tasks are drawn as workers become free: what draws them up may stop when time is up.
     """
-    waiting = list(reversed(tasks))
-    workers = [_Worker(function, timeout) for _ in range(min(processes, len(tasks)))]
+    waiting = iter(tasks)
+    workers: list[_Worker] = []
     try:
-        for worker in workers:
-            worker.start(waiting.pop())
+        for task in itertools.islice(waiting, processes):
+            workers.append(_Worker(function, timeout))
+            workers[-1].start(task)
         while busy := [worker for worker in workers if worker.busy]:
             wait([worker.pipe for worker in busy], timeout=min(worker.left for worker in busy))
             for worker in busy:
                 outcome = worker.poll()
                 if outcome is not None:
-                    if waiting:
-                        worker.start(waiting.pop())
+                    for task in itertools.islice(waiting, 1):
+                        worker.start(task)
                     yield outcome
     finally:
         for worker in workers:

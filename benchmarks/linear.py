@@ -36,7 +36,7 @@ def retention(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     distance = at[:, None] - at[None, :]
     decay = 1 - torch.exp2(-5 - torch.arange(HEADS, device=q.device))
     log = torch.log(decay)[:, None, None] * distance
-    return (q @ k.mT * log.masked_fill(distance < 0, float("-inf")).exp()) @ v
+    return (q @ k.mT * log.masked_fill(distance < 0, float("-inf")).exp().to(q.dtype)) @ v
 
 
 def gated(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def gated(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     sums = gate[..., 0].cumsum(-1)
     keep = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
     between = (sums[..., :, None] - sums[..., None, :]).masked_fill(~keep, float("-inf"))
-    return (q @ k.mT * between.exp()) @ v
+    return (q @ k.mT * between.exp().to(q.dtype)) @ v
 
 
 def channels(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:

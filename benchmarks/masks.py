@@ -21,7 +21,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from torch import Tensor
 from benchmarks.measure import machine, peak_memory, time_peers
 from refocus import simplify as s
 from refocus.infer import closed_form
-from refocus.ir import INT, TRUE, Axis, Const, Dot, Expr, Load, Operand, Region
+from refocus.ir import BOOL, INT, TRUE, Axis, Const, Dot, Expr, Load, Operand, Region
 from refocus.masks import Tiling, count_tiles
 from refocus.notation import notation
 
@@ -42,11 +42,17 @@ Index = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Mask:
-    """One mask in our notation and as a `mask_mod`; `tensors` by name are what the two read."""
+    """One mask in our notation and as a `mask_mod`; `tensors` by name are what the two read: the latter as more
+    arguments, in this order."""
 
     expr: Expr
-    mod: Index
+    mod: Callable[..., Tensor]
     tensors: dict[str, Tensor]
+
+    def bound(self, tensors: Mapping[str, Tensor] | None = None) -> Index:
+        """As FlexAttention takes it, reading these tensors."""
+        mod, read = self.mod, [(tensors or self.tensors)[name] for name in self.tensors]
+        return lambda b, h, q, k: mod(b, h, q, k, *read)
 
 
 def axes(n: int) -> tuple[Axis, Axis, Axis, Axis]:
@@ -63,7 +69,7 @@ def masks(n: int) -> dict[str, Callable[[], Mask]]:
         cuts = torch.randint(0, n, (max(1, n // 700),), generator=torch.Generator().manual_seed(0)).sort().values
         ids = torch.bucketize(torch.arange(n), cuts, right=True)
         same = s.eq(Load("ids", (i,), INT), Load("ids", (j,), INT))
-        return Mask(s.and_(causal, same), lambda b, h, q, k: (k <= q) & (ids[q] == ids[k]), {"ids": ids})
+        return Mask(s.and_(causal, same), lambda b, h, q, k, ids: (k <= q) & (ids[q] == ids[k]), {"ids": ids})
 
     def neighbours() -> Mask:
         down = s.call("abs", s.sub(s.floordiv(i, side), s.floordiv(j, side)), dtype=INT)
@@ -74,9 +80,21 @@ def masks(n: int) -> dict[str, Callable[[], Mask]]:
             {},
         )
 
+    def blocks() -> Mask:
+        side = -(-n // TILE)
+        scores = torch.rand(HEADS, side, side, generator=torch.Generator().manual_seed(0))
+        kept = torch.zeros(HEADS, side, side, dtype=torch.bool)
+        kept.scatter_(2, scores.topk(max(1, side // 10), 2).indices, True)
+        row, column = s.floordiv(i, TILE), s.floordiv(j, TILE)
+        return Mask(
+            Load("kept", (h, row, column), BOOL),
+            lambda b, h, q, k, kept: kept[h, q // TILE, k // TILE],
+            {"kept": kept},
+        )
+
     return {
         "causal": lambda: Mask(causal, lambda b, h, q, k: k <= q, {}),
-        "window": lambda: Mask(s.and_(causal, near), lambda b, h, q, k: (k <= q) & (q - k < 512), {}),
+        "window": lambda: window(n, 512),
         "window and sinks": lambda: Mask(
             s.and_(causal, s.or_(near, s.lt(j, 4))), lambda b, h, q, k: (k <= q) & ((q - k < 512) | (k < 4)), {}
         ),
@@ -91,9 +109,22 @@ def masks(n: int) -> dict[str, Callable[[], Mask]]:
             lambda b, h, q, k: (k <= q) & (q - k < 128 * (h + 1)),
             {},
         ),
+        "dilated": lambda: Mask(
+            s.and_(causal, s.lt(s.sub(i, j), 2048), s.eq(s.mod(s.sub(i, j), 4), 0)),
+            lambda b, h, q, k: (k <= q) & (q - k < 2048) & ((q - k) % 4 == 0),
+            {},
+        ),
         "neighbours": neighbours,
         "documents": documents,
+        "blocks": blocks,
     }
+
+
+def window(n: int, width: int) -> Mask:
+    """Each query sees so many keys, its own the last of them."""
+    _, _, i, j = axes(n)
+    mask = s.and_(s.le(j, i), s.lt(s.sub(i, j), width))
+    return Mask(mask, lambda b, h, q, k: (k <= q) & (q - k < width), {})
 
 
 # ------------------------------------------------------------------------------------------------------------- maps
@@ -145,7 +176,7 @@ def map_row(name: str, n: int, dense: int) -> MapRow:
 
     def theirs() -> Any:
         heads = HEADS if h in mask.expr.axes else None
-        return create_block_mask(mask.mod, None, heads, n, n, device="cpu", BLOCK_SIZE=TILE)
+        return create_block_mask(mask.bound(), None, heads, n, n, device="cpu", BLOCK_SIZE=TILE)
 
     try:
         return replace(row, flex_seconds=timed(theirs), flex_bytes=peak_memory(theirs, device=device))
@@ -218,7 +249,7 @@ def attention_row(name: str, n: int, repeats: int) -> AttentionRow:
     region, plan = region_of(mask, n), Plan("cpp", block_q=TILE, block_k=TILE)
     q, k, v = torch.randn(3, 1, HEADS, n, WIDTH, generator=torch.Generator().manual_seed(0)).unbind(0)
     heads = HEADS if axes(n)[1] in mask.expr.axes else None
-    blocks = create_block_mask(mask.mod, None, heads, n, n, device="cpu", BLOCK_SIZE=TILE)
+    blocks = create_block_mask(mask.bound(), None, heads, n, n, device="cpu", BLOCK_SIZE=TILE)
     flex = torch.compile(flex_attention)
     peers = {
         "ours": lambda: cpp.run(region, plan, [q, k, v, *mask.tensors.values()], []),
@@ -242,10 +273,10 @@ def unskipped(n: int) -> dict[str, Callable[[], Mask]]:
     return {
         "every second": lambda: Mask(apart, lambda b, h, q, k: (q - k) % 2 == 0, {}),
         "padding in the last tile": lambda: Mask(
-            s.lt(j, Load("lengths", (Const(0),), INT)), lambda b, h, q, k: k < lengths[0], {"lengths": lengths}
+            s.lt(j, Load("lengths", (Const(0),), INT)), lambda b, h, q, k, lengths: k < lengths[0], {"lengths": lengths}
         ),
         "not itself": lambda: Mask(s.ne(i, j), lambda b, h, q, k: q != k, {}),
-        "random": lambda: Mask(Load("noise", (i, j), "bool"), lambda b, h, q, k: noise[q, k], {"noise": noise}),
+        "random": lambda: Mask(Load("noise", (i, j), "bool"), lambda b, h, q, k, noise: noise[q, k], {"noise": noise}),
     }
 
 

@@ -48,14 +48,23 @@ def time_peers(
     at_least: float = 0.0,
     budget: float = 60.0,
     on_call: Callable[[str], None] = lambda name: None,
+    stopwatch: Callable[[Callable[[], Any]], float] | None = None,
 ) -> dict[str, Timing]:
     """Median time of each peer, called in turns: a b c, b c a, c a b, ...
 
     `warmup` calls of each come first (the first one compiles). Rounds are timed until there are `repeats` of them and
     they have taken `at_least` so many seconds; after three rounds, `budget` seconds end it early. `on_call` is told the
-    name before each call.
+    name before each call. `stopwatch` runs a call and says what it took, in seconds: by default the time that passed.
     """
     synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+
+    def wall(call: Callable[[], Any]) -> float:
+        begin = time.perf_counter()
+        call()
+        synchronize()
+        return time.perf_counter() - begin
+
+    taken = stopwatch or wall
     names = list(peers)
     for name in names:
         for _ in range(warmup):
@@ -71,10 +80,7 @@ def time_peers(
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             on_call(name)
-            begin = time.perf_counter()
-            peers[name]()
-            synchronize()
-            seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append(taken(peers[name]))
     return {name: Timing(statistics.median(s), min(s), len(s)) for name, s in seconds.items()}
 
 

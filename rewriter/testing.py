@@ -188,9 +188,15 @@ def _gradients(call: Callable[..., Any], module: nn.Module, inputs: Any, kwargs:
     return {name: g for name, g in zip(leaves, grads) if g is not None}
 
 
-def rewritten(module: Callable[..., Any], *, engine: str | None = None, require: bool = False) -> Callable[..., Any]:
+def rewritten(
+    module: Callable[..., Any],
+    *,
+    engine: str | None = None,
+    require: bool = False,
+    report: Callable[[Report], None] | None = None,
+) -> Callable[..., Any]:
     """As `refocus.optimize`, but the rewritten graph runs eagerly, op by op: what the rewrite alone does."""
-    options = Options.of({"engine": engine, "require": require})
+    options = Options.of({"engine": engine, "require": require, "report": report})
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return compile_graph(gm, example_inputs, options, lambda graph, _: graph.forward)

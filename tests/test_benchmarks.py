@@ -162,7 +162,7 @@ def test_both_languages_say_the_same(name: str) -> None:
     _, h, i, j = masks.axes(n)
     ours = evaluate(mask.expr, arange_env((h, i, j), {}), mask.tensors, {}).expand(masks.HEADS, n, n)
     heads, rows, columns = torch.arange(masks.HEADS)[:, None, None], torch.arange(n)[:, None], torch.arange(n)
-    assert torch.equal(ours, mask.mod(torch.zeros(()), heads, rows, columns).expand(masks.HEADS, n, n))
+    assert torch.equal(ours, mask.bound()(torch.zeros(()), heads, rows, columns).expand(masks.HEADS, n, n))
 
 
 @pytest.mark.parametrize("kind", windows.ATTENTIONS)

@@ -1,0 +1,158 @@
+"""Every kernel whose resources are kept under version control (tests/aot_resources.json), in groups.
+
+What a group compiles: kernels of every schedule, at the widths and dtypes that models have, for the targets that they
+are to be compiled for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from refocus.codegen import flash_fit, linear_triton, triton_backward, triton_engine
+from refocus.codegen.backward_fit import backward_plan
+from refocus.codegen.chunk_kernel import ChunkKernel
+from refocus.codegen.launch import Kernel
+from refocus.codegen.linear_form import LinearForm
+from refocus.ir import Region
+from tests import region_cases as cases
+from tests.backward_cases import BACKWARD
+from tests.linear_cases import recorded, tensors
+from tests.region_cases import Case
+from tests.test_gradients import wanted_of
+
+HALF, SINGLE, FLOAT16 = torch.bfloat16, torch.float32, torch.float16
+NVIDIA, ALL = ("sm_80", "sm_90"), ("sm_80", "sm_90", "gfx942")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel of a case, for one target. `plain`: it has no products for matrix units."""
+
+    case: str
+    kernel: Kernel | ChunkKernel
+    target: str
+    plain: bool = False
+
+
+def forward() -> Iterator[Compiled]:
+    def kernels(region: Region) -> list[Kernel]:
+        return [triton_engine.emit(region, flash_fit.default_plan(region))]
+
+    yield from _of({
+        "causal 64": (cases.causal(HALF, n=1024, d=64), ALL),
+        "causal 128": (cases.causal(HALF, n=1024, d=128), ALL),
+        "window 64": (cases.window(HALF, n=1024, d=64, width=256), NVIDIA),
+        "gqa 128": (cases.gqa(HALF, n=1024, d=128), NVIDIA),
+        "symbolic 64": (cases.symbolic(HALF, n=1024, d=64), NVIDIA),
+        "fills 64": (cases.empty_added(HALF, n=1024, d=64), ALL),
+        "documents 64": (cases.documents(HALF, n=1024, d=64), ALL),
+        "float32 64": (cases.causal(SINGLE, n=1024, d=64), ("sm_80",)),
+    }, kernels)  # fmt: skip
+
+
+def backward() -> Iterator[Compiled]:
+    half: dict[str, Any] = {"dtype": HALF, "n": 1024}
+    yield from _of({
+        "causal 64": (cases.causal(**half, d=64), ALL),
+        "causal 128": (cases.causal(**half, d=128), NVIDIA),
+        "window 64": (cases.window(**half, d=64, width=256), NVIDIA),
+        "gqa 128": (cases.gqa(**half, d=128), NVIDIA),
+        "symbolic 64": (cases.symbolic(**half, d=64), NVIDIA),
+        "fills 64": (cases.empty_added(**half, d=64), NVIDIA),
+        "bias 64": (cases.additive_bias(**half, d=64), ALL),
+        "gate 128": (_more("pair_gate", 128), ("sm_90",)),
+        "dropout 64": (_more("dropout", 64), NVIDIA),
+        "softcap 128": (cases.softcap(**half, d=128), ("sm_90",)),
+        "documents 64": (cases.documents(**half, d=64), ALL),
+        "documents 128": (cases.documents(**half, d=128), NVIDIA),
+        "buckets 64": (cases.t5_buckets(**half, d=64), ALL),
+        "buckets 128": (cases.t5_buckets(**half, d=128), NVIDIA),
+        "cached table 64": (_more("cached_table", 64), NVIDIA),
+        "emptied table 64": (_more("emptied_table", 64), NVIDIA),
+        "grid table 64": (_more("grid_table", 64), NVIDIA),
+        "float32 documents 64": (cases.documents(SINGLE, n=1024, d=64), ("sm_80",)),
+        "float32 buckets 64": (cases.t5_buckets(SINGLE, n=1024, d=64), ("sm_80",)),
+        "float32 64": (cases.causal(SINGLE, n=1024, d=64), NVIDIA),
+        "float32 128": (cases.causal(SINGLE, n=1024, d=128), ("sm_80",)),
+        "float32 fills 64": (cases.empty_added(SINGLE, n=1024, d=64), ("sm_80",)),
+    }, training)  # fmt: skip
+
+
+def training(region: Region, wide: bool = False) -> list[Kernel]:
+    """The forward that saves, and the backward's kernels."""
+    plan = flash_fit.default_plan(region)
+    wanted = frozenset(o.name for o, want in zip(region.operands, wanted_of(region)) if want)
+    return [
+        triton_engine.emit(region, plan, wide, saving=True),
+        *(
+            triton_backward.emit(region, wanted, task, backward_plan(region, plan, task.loop), wide)
+            for task in triton_backward.tasks(region, wanted)
+        ),
+    ]
+
+
+def _more(name: str, d: int) -> Case:
+    make: Callable[..., Case] = BACKWARD[name]
+    return make(HALF, n=1024, d=d)
+
+
+def _of(
+    chosen: dict[str, tuple[Case, tuple[str, ...]]], kernels: Callable[[Region], list[Kernel]]
+) -> Iterator[Compiled]:
+    for name, ((region, _, _), targets) in chosen.items():
+        for kernel in kernels(region):
+            for target in targets:
+                yield Compiled(name, kernel, target, plain=name.startswith("float32"))
+
+
+# ---------------------------------------------------------------------------------------------------- linear attention
+
+FORMS = {
+    "plain": LinearForm(sums=True),
+    "head": LinearForm(gate="head", sums=True, initial=True, final=True),
+    "channel": LinearForm(gate="channel", sums=True, initial=True, final=True),
+    "delta": LinearForm(gate="head", erase=True, initial=True, final=True),
+}
+# No products of matrices.
+PLAIN = {"gate_sums", "gates_backward", "channel_gates_backward", "linear_step"}
+
+
+def linear(
+    width: int, dtype: torch.dtype, forms: tuple[str, ...] = tuple(FORMS), targets: tuple[str, ...] = NVIDIA
+) -> Iterator[Compiled]:
+    """All that a call takes, forward and backward: of so many features and values, by their form."""
+    for name in forms:
+        for kernel in chunked(FORMS[name], width, dtype):
+            for target in targets:
+                yield Compiled(name, kernel, target, plain=dtype == SINGLE or kernel.name in PLAIN)
+
+
+def chunked(form: LinearForm, width: int, dtype: torch.dtype) -> list[ChunkKernel]:
+    """Those of a sequence, of a sequence that is cut into segments, and of a step."""
+    from refocus.codegen import chunk_call
+
+    sizes: dict[str, Any] = {"heads": 1, "d": width, "e": width, "dtype": dtype, "share": 2}
+    chunk = linear_triton.default_chunk(*tensors(form, **sizes)[:3])  # type: ignore[arg-type]
+    found = [*recorded(form, chunk, tensors(form, length=1024, **sizes))]
+    found += recorded(form, chunk, tensors(form, length=1, **sizes))
+    before, chunk_call.segments_of = chunk_call.segments_of, lambda *_: 4  # type: ignore[assignment]
+    found += recorded(form, chunk, tensors(form, length=1024, **sizes))
+    chunk_call.segments_of = before
+    return list({kernel.source: kernel for kernel in found}.values())
+
+
+GROUPS: dict[str, Callable[[], Iterator[Compiled]]] = {
+    "forward": forward,
+    "backward": backward,
+    "linear 64": partial(linear, 64, HALF, targets=ALL),
+    "linear 128": partial(linear, 128, HALF),
+    "linear float32 64": partial(linear, 64, SINGLE),
+    "linear float32 128": partial(linear, 128, SINGLE),
+    "linear float16 64": partial(linear, 64, FLOAT16, ("head", "delta")),
+    "linear float16 128": partial(linear, 128, FLOAT16, ("head", "delta")),
+}
