@@ -2,6 +2,7 @@
 # make test        the whole suite, likewise
 # make bench-cpu   every model of the list against eager and torch.compile; results in benchmarks/results/
 # make bench-training   the same, forward and backward
+# make bench-gpu   generated kernels on a GPU beside their peers, in eight minutes; tables in benchmarks/README.md
 # make recognition which attention sites of the list are recognised and fused
 # make lint        ruff and mypy
 #
@@ -19,7 +20,7 @@ JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -gt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.refocus-torch-$(TORCH)
 
-.PHONY: demo test bench-cpu bench-training recognition lint wheel clean
+.PHONY: demo test bench-cpu bench-training bench-gpu recognition lint wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -33,6 +34,9 @@ bench-cpu: $(STAMP)
 
 bench-training: $(STAMP)
 	$(BIN)/python -m benchmarks.training $(BENCH_ARGS)
+
+bench-gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu $(BENCH_ARGS)
 
 recognition: $(STAMP)
 	$(BIN)/python -m benchmarks.recognition $(BENCH_ARGS)

@@ -52,7 +52,7 @@ def channels(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     sums = gate.cumsum(2)
     keep = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
     between = (sums[:, :, :, None] - sums[:, :, None]).masked_fill(~keep[..., None], float("-inf"))
-    return torch.einsum("bhid,bhjd,bhijd->bhij", q, k, between.exp()) @ v
+    return torch.einsum("bhid,bhjd,bhijd->bhij", q, k, between.exp().to(q.dtype)) @ v
 
 
 def states(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:

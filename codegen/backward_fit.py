@@ -164,7 +164,7 @@ def supports_backward(region: Region, wanted: Collection[str]) -> str | None:
 
 
 # Widest product or value (padded) -> (block_q, block_k, num_warps) of the program of queries, of that of keys, and of
-# that of shared pairs: large tiles that spill no registers on sm_80 and sm_90 (tests/test_triton_backward_aot.py). The
+# that of shared pairs: large tiles that spill no registers on sm_80 and sm_90 (tests/test_triton_aot.py). The
 # second entry is for regions that keep more in registers than one product and its mask, and for sizes that are symbols.
 # float32 products run without tensor cores, which takes more registers.
 _NARROW = {

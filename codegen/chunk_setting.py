@@ -53,7 +53,7 @@ class Schedule:
     features: int = 0
 
 
-# Tiles that spill no registers on sm_80 and sm_90, at 64 and 128 features and values (tests/test_linear_triton_aot.py).
+# Tiles that spill no registers on sm_80 and sm_90, at 64 and 128 features and values (tests/test_triton_aot.py).
 # Products of float32 run without tensor cores, which takes more registers.
 _NARROW = Schedule(64, 4, 2)
 _FLOAT32 = Schedule(32, 8, 1)

@@ -1,7 +1,7 @@
-"""Kernels compiled ahead of time, without a GPU: they compile, spill nothing, and use the matrix units.
+"""Kernels without a GPU: compiled ahead of time they take no more than they may, and than they took; and the text of
+every kernel that tests know passes Triton's front end.
 
-A process that interprets Triton cannot compile, so a child process does it (this file as a program:
-`python -m tests.test_triton_aot`), with a compile cache of its own, and prints what each kernel takes.
+What is compiled is in tests/aot_kernels.py, what it took in tests/aot_resources.json.
 """
 
 from __future__ import annotations
@@ -10,34 +10,77 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from refocus.codegen import aot, flash_fit, triton_engine
 from refocus.codegen.launch import Kernel
+from refocus.ir import Region
+from tests import aot_resources
 from tests import region_cases as cases
+from tests.aot_kernels import GROUPS, training
+from tests.aot_resources import Taken, problems
 from tests.flash_cases import BINARY, MORE, UNARY, pointwise
 from tests.region_cases import Case
+from tests.test_triton_backward import ALL
 
-HALF, SINGLE = torch.bfloat16, torch.float32
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", GROUPS)
+def test_kernels_take_no_more_than_they_took(group: str) -> None:
+    version, table = aot_resources.read()
+    found = aot_resources.in_child(group)
+    same = version == aot_resources.version()
+    assert problems(found, table, same) + aot_resources.missing(found, table, group) == []
 
 
-def compiled() -> dict[str, tuple[Case, tuple[str, ...]]]:
-    """What is compiled, and for what."""
-    nvidia = ("sm_80", "sm_90")
-    return {
-        "causal 64": (cases.causal(HALF, n=1024, d=64), (*nvidia, "gfx942")),
-        "causal 128": (cases.causal(HALF, n=1024, d=128), nvidia),
-        "window 64": (cases.window(HALF, n=1024, d=64, width=256), nvidia),
-        "gqa 128": (cases.gqa(HALF, n=1024, d=128), nvidia),
-        "symbolic 64": (cases.symbolic(HALF, n=1024, d=64), nvidia),
-        "fills 64": (cases.empty_added(HALF, n=1024, d=64), nvidia),
-        "documents 64": (cases.documents(HALF, n=1024, d=64), nvidia),
-        "float32 64": (cases.causal(SINGLE, n=1024, d=64), ("sm_80",)),
-    }
+def test_table_is_within_the_limits() -> None:
+    """Also without compiling anything: nothing beyond a limit was written down, and no group was forgotten."""
+    _, table = aot_resources.read()
+    assert problems(table, table, True) == []
+    assert {name.split("/")[0] for name in table} == set(GROUPS)
+    fast = {name.split("/")[2].split()[0] for name, taken in table.items() if taken.unit == "wgmma"}
+    assert {"flash_forward", "queries_backward", "keys_backward", "pairs_backward"} <= fast
+    assert {"chunk_states", "chunk_outputs", "delta_states"} <= fast
+
+
+def test_page_shows_the_table() -> None:
+    shown = aot_resources.markdown(*aot_resources.read())
+    assert shown.strip() in aot_resources.README.read_text()
+
+
+BEFORE = Taken(100, 0, 1024, "wgmma")
+
+
+@pytest.mark.parametrize(
+    ("taken", "same", "expected"),
+    [
+        (BEFORE, True, []),
+        (replace(BEFORE, registers=110), True, []),
+        (replace(BEFORE, registers=111), True, ["111 registers, 100 before"]),
+        (replace(BEFORE, registers=111), False, []),
+        (replace(BEFORE, registers=256), False, ["256 registers of 255"]),
+        (replace(BEFORE, spills=4), False, ["spills 4 bytes"]),
+        (replace(BEFORE, shared=1 << 18), False, ["262144 bytes of shared memory, of 232448"]),
+        (replace(BEFORE, unit="mma"), True, ["products run on mma, wgmma before"]),
+        (replace(BEFORE, unit=""), False, ["products run on plain arithmetic, not on wgmma"]),
+        (replace(BEFORE, plain=True), False, ["products run on wgmma, and were to be exact"]),
+    ],
+)
+def test_a_regression_is_told(taken: Taken, same: bool, expected: list[str]) -> None:
+    name = "forward/causal 64/flash_forward sm_90"
+    assert problems({name: taken}, {name: BEFORE}, same) == [f"{name}: {text}" for text in expected]
+
+
+def test_what_comes_and_goes_is_told() -> None:
+    assert "not in the table" in problems({"g/c/k sm_90": BEFORE}, {}, False)[0]
+    assert aot_resources.missing({}, {"g/c/k sm_90": BEFORE, "h/c/k sm_90": BEFORE}, "g") == ["g/c/k sm_90"]
+
+
+# ------------------------------------------------------------------------------------------------------- the front end
 
 
 def read(kernel: Kernel) -> str:
@@ -60,58 +103,53 @@ def read(kernel: Kernel) -> str:
     return str(source.make_ir(target, options, functions, backend.get_module_map(), context))
 
 
-def child() -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name, (case, targets) in compiled().items():
-        kernel = triton_engine.emit(case[0], flash_fit.default_plan(case[0]))
-        for target in targets:
-            found = aot.compile_for(kernel, target)
-            taken = [found.registers, found.spills, found.shared_bytes, found.matrix_unit, len(found.assembly)]
-            out[f"{name} {target}"] = taken
-    problems = {}
-    everything = {name: make() for name, make in (*cases.CASES.items(), *MORE.items())}
-    everything |= {op: pointwise(op) for op in (*UNARY, *BINARY)}
-    for name, case in everything.items():
-        plan = flash_fit.default_plan(case[0])
+def forward(region: Region) -> list[Kernel]:
+    plan = flash_fit.default_plan(region)
+    return [triton_engine.emit(region, plan, wide) for wide in (False, True)]
+
+
+def backward(region: Region) -> list[Kernel]:
+    return [*training(region), *training(region, wide=True)]
+
+
+FRONT_END: dict[str, tuple[Callable[[Region], list[Kernel]], Callable[[], dict[str, Case]]]] = {
+    "forward": (
+        forward,
+        lambda: (
+            {name: make() for name, make in (*cases.CASES.items(), *MORE.items())}
+            | {op: pointwise(op) for op in (*UNARY, *BINARY)}
+        ),
+    ),
+    "backward": (backward, lambda: {name: make() for name, make in ALL.items()}),
+}
+
+
+def child(which: str) -> dict[str, str]:
+    kernels, make = FRONT_END[which]
+    found: dict[str, str] = {}
+    for name, (region, _, _) in make().items():
         try:
-            for wide in (False, True):
-                assert "tt.func" in read(triton_engine.emit(case[0], plan, wide))
-        except Exception as problem:
-            problems[name] = str(problem)
-    return out | {"problems": problems}
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "tests.test_triton_aot"]
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
+            assert all("tt.func" in read(kernel) for kernel in kernels(region))
+        except Exception as problem:  # told by the test
+            found[name] = str(problem)
     return found
 
 
-NAMES = [f"{name} {target}" for name, (_, targets) in compiled().items() for target in targets]
+def run(arguments: Sequence[str], cache: Path) -> str:
+    """This file as a program, in a process that does not interpret."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "tests.test_triton_aot", *arguments]
+    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_resources(results: dict[str, Any], name: str) -> None:
-    registers, spills, shared, unit, length = results[name]
-    target = name.split()[-1]
-    assert spills == 0
-    assert 0 < registers <= (512 if target == "gfx942" else 255)
-    # What one block may have: 164 KiB on sm_80 and 228 KiB on sm_90, less what the system takes; 64 KiB on gfx942.
-    assert 0 < shared <= {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}[target]
-    assert unit == ("" if "float32" in name else {"sm_80": "mma", "sm_90": "wgmma", "gfx942": "mfma"}[target])
-    assert length > 1000
-
-
-@pytest.mark.slow
-def test_every_kernel_passes_the_front_end(results: dict[str, Any]) -> None:
-    assert results["problems"] == {}
+@pytest.mark.parametrize("which", FRONT_END)
+def test_every_kernel_passes_the_front_end(which: str, tmp_path: Path) -> None:
+    assert json.loads(run([which], tmp_path)) == {}
 
 
 if __name__ == "__main__":
-    print(json.dumps(child()))
+    print(json.dumps(child(sys.argv[1])))

@@ -53,6 +53,6 @@ SUITE = Suite(
     "patterns that leave most tiles empty",
     cases(),
     build,
-    limits={"tokens": 256, "batch": 1, "width": 16},  # as many heads as the masks of heads have
+    limits={"tokens": 128, "batch": 1, "width": 16},  # as many heads as the masks of heads have
     share=3.0,
 )

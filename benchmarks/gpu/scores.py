@@ -45,6 +45,6 @@ SUITE = Suite(
     "what models add to scores or make of them",
     cases(),
     build,
-    limits={"tokens": 256, "batch": 1, "heads": 2, "width": 16},
+    limits={"tokens": 128, "batch": 1, "heads": 2, "width": 16},
     share=1.5,
 )

@@ -40,7 +40,8 @@ def build(case: Case, setting: Setting) -> Subject:
     side, device, dtype = round(case.tokens**0.5), setting.device, case.torch_dtype
     y, x = torch.arange(case.tokens) // side, torch.arange(case.tokens) % side
     down, aside = (at[:, None] - at[None] + side - 1 for at in (y, x))
-    region = (torch.arange(PLACES)[:, None] % 3 == 0) & (y >= side // 2)  # where images that were rolled meet
+    places = torch.arange(min(PLACES, case.batch))[:, None]
+    region = (places % 3 == 0) & (y >= side // 2)  # where images that were rolled meet
     mask = torch.where(region[:, :, None] == region[:, None], 0.0, -100.0)
     q, k, v = torch.randn(3, case.batch, case.heads, case.tokens, case.width, device=device, dtype=dtype).unbind(0)
     table = torch.randn((2 * side - 1) ** 2, case.heads, device=device, dtype=dtype)
@@ -94,6 +95,6 @@ SUITE = Suite(
     "many small attentions",
     cases(),
     build,
-    limits={"tokens": 49, "batch": PLACES, "heads": 1, "width": 16},
+    limits={"tokens": 49, "batch": 4, "heads": 1, "width": 16},
     share=1.0,
 )

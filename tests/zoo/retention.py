@@ -25,8 +25,9 @@ class Retention(nn.Module):
 
     def retain(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         length = q.shape[2]
-        gamma = 1 - torch.exp2(-5 - torch.arange(self.heads, dtype=q.dtype))
-        n, m = torch.arange(length).unsqueeze(1), torch.arange(length).unsqueeze(0)
+        gamma = 1 - torch.exp2(-5 - torch.arange(self.heads, dtype=q.dtype, device=q.device))
+        index = torch.arange(length, device=q.device)
+        n, m = index.unsqueeze(1), index.unsqueeze(0)
         decay = (gamma[:, None, None] ** (n - m)) * (n >= m)
         decay = torch.where(torch.isnan(decay), 0.0, decay)
         return (q @ k.transpose(-1, -2)) * decay @ v
@@ -37,8 +38,9 @@ class LogDecay(Retention):
 
     def retain(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         length = q.shape[2]
-        log_decay = torch.log(1 - 2 ** (-5 - torch.arange(self.heads, dtype=torch.float64))).to(q.dtype)
-        index = torch.arange(length, dtype=q.dtype)
+        head = torch.arange(self.heads, dtype=torch.float64, device=q.device)
+        log_decay = torch.log(1 - 2 ** (-5 - head)).to(q.dtype)
+        index = torch.arange(length, dtype=q.dtype, device=q.device)
         distance = index[:, None] - index[None, :]
         mask = (distance * log_decay.view(-1, 1, 1)).masked_fill(distance < 0, float("-inf")).exp()
         return torch.einsum("bhnm,bhme->bhne", torch.einsum("bhnd,bhmd->bhnm", q, k) * mask, v)
@@ -52,7 +54,7 @@ class Learned(Retention):
         self.decay = nn.Parameter(torch.linspace(1.0, 5.0, heads))
 
     def retain(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        index = torch.arange(q.shape[2])
+        index = torch.arange(q.shape[2], device=q.device)
         weights = torch.sigmoid(self.decay)[:, None, None] ** (index[:, None] - index[None]).clamp(min=0)
         return ((q @ k.mT) * weights).tril() @ v
 
@@ -61,7 +63,7 @@ class Recurrent(Retention):
     """The recurrent form: one state, step by step."""
 
     def retain(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        gamma = (1 - torch.exp2(-5 - torch.arange(self.heads, dtype=q.dtype))).view(-1, 1, 1)
+        gamma = (1 - torch.exp2(-5 - torch.arange(self.heads, dtype=q.dtype, device=q.device))).view(-1, 1, 1)
         state, rows = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]), []
         for n in range(q.shape[2]):
             state = gamma * state + k[:, :, n : n + 1].mT @ v[:, :, n : n + 1]
@@ -73,8 +75,8 @@ class Chunkwise(Retention):
     """The chunkwise form: pairs inside of a chunk, one state between chunks."""
 
     def retain(self, q: Tensor, k: Tensor, v: Tensor, size: int = 16) -> Tensor:
-        gamma = (1 - torch.exp2(-5 - torch.arange(self.heads, dtype=q.dtype))).view(-1, 1, 1)
-        n = torch.arange(size).unsqueeze(1)
+        gamma = (1 - torch.exp2(-5 - torch.arange(self.heads, dtype=q.dtype, device=q.device))).view(-1, 1, 1)
+        n = torch.arange(size, device=q.device).unsqueeze(1)
         inner_decay = (gamma ** (n - n.T).clamp(min=0)) * (n >= n.T)
         state, chunks = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]), []
         for query, key, value in zip(q.split(size, 2), k.split(size, 2), v.split(size, 2)):

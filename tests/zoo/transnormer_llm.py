@@ -36,7 +36,8 @@ class NormLinearAttention(nn.Module):
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         q, k = self.lrpe(nn.functional.silu(q)), self.lrpe(nn.functional.silu(k))
         n = x.shape[1]
-        mask = torch.arange(n)[None, :] - torch.arange(n)[:, None]
+        index = torch.arange(n, device=x.device)
+        mask = index[None, :] - index[:, None]
         decay = torch.exp((self.slope * mask).masked_fill(mask > 0, float("-inf")))
         output = torch.einsum("bhij,bhje->bhie", torch.einsum("bhid,bhjd->bhij", q, k) * decay, v)
         return self.out_proj(u * self.norm(output.transpose(1, 2).flatten(2)))
@@ -57,7 +58,7 @@ class Library(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = nn.functional.silu(self.qkv_proj(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        index = torch.arange(x.shape[1])
+        index = torch.arange(x.shape[1], device=x.device)
         decay = torch.exp(-self.slope[:, None, None] * (index[:, None] - index)).tril()
         weights = torch.einsum("bihd,bjhd->bhij", q, k) * decay
         y = torch.einsum("bhij,bjhe->bihe", weights, v).flatten(2)

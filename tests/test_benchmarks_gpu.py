@@ -1,0 +1,188 @@
+"""The GPU benchmark, without a GPU: cases run, results are kept and judged, time is shared out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import drive, page, targets
+from benchmarks.gpu.case import Case
+from benchmarks.gpu.drive import Deadline
+from benchmarks.gpu.store import Store
+from benchmarks.gpu.suites import SUITES, cases
+
+CASES = cases(list(SUITES), [])
+
+
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict[str, Any]:
+    """A run on the CPU, kernels interpreted: what its file holds."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    out = tmp_path / "results.json"
+    command.main(["--tiny", "--device", "cpu", "--out", str(out), "--budget", "0.1", *arguments])
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
+def test_cases_run_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["causal, backward, b=1 h=16 n=16384 d=128", "window, forward, b=2 h=8 n=16384 d=128"]
+    data = tiny(tmp_path, monkeypatch, "--suite", "dense", "masks", "--only", *names)
+    assert [key.split(":")[1].split(",")[0].strip() for key in data["cases"]] == ["causal", "window"]
+    for entry in data["cases"].values():
+        ran = {name for name, peer in entry["peers"].items() if "error" not in peer}
+        assert {"eager", "torch.compile", "refocus"} <= ran
+        own = entry["peers"]["refocus"]
+        assert own["agrees"] and own["seconds"] > 0
+        assert [(site["fused"], site["engine"]) for site in own["sites"]] == [(True, "triton")]
+    backward, forward = data["cases"].values()
+    assert "sdpa flash" in backward["peers"] and "flex mask" in forward["peers"]
+    assert "does not support backward" in backward["peers"]["flex"]["error"]  # on CPUs
+    assert data["bandwidth"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_suite_runs_without_a_gpu(suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One case of each, the first with a gradient where there is one."""
+    case = next((c for c in SUITES[suite].cases if c.trained), SUITES[suite].cases[0])
+    data = tiny(tmp_path, monkeypatch, "--suite", suite, "--only", case.key)
+    peers = data["cases"][case.key]["peers"]
+    assert peers["refocus"]["seconds"] > 0
+    if suite != "models":  # several layers of half precision apart
+        assert peers["refocus"]["agrees"]
+
+
+@pytest.mark.slow
+def test_numbers_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tiny(tmp_path, monkeypatch, "--suite", "numerics", "--only", "causal float32", "linear_attention float32")
+    values = {key: entry["value"] for key, entry in data["numerics"].items()}
+    assert values["causal float32"] == "exact"
+    assert values["linear_attention float32"].startswith("left: ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main([]) == 2
+    assert "no GPU" in capsys.readouterr().err
+
+
+def test_every_case_has_a_name_of_its_own() -> None:
+    assert len({case.key for case in CASES}) == len(CASES)
+    assert [case.rank for case in CASES] == sorted(case.rank for case in CASES)
+    text = page.README.read_text()
+    assert all(f"| {name} |" in text for name in SUITES)
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def entry(case: Case, **seconds: float) -> dict[str, Any]:
+    peers = {name.replace("_", " "): {"seconds": taken, "sites": []} for name, taken in seconds.items()}
+    known = {"suite": case.suite, "kind": case.kind, "work": case.work, "sizes": case.sizes, "tokens": case.tokens}
+    return known | {"width": case.width, "flops": 1e12, "bytes": 1e9, "against": "flex", "peers": peers, "source": "x"}
+
+
+def data_of(entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    where = {"gpu": "G", "torch": "2", "triton": "3", "cuda": "13"}
+    return {"where": where, "bandwidth": 2e12, "numerics": {}, "cases": entries}
+
+
+def verdict(data: dict[str, Any], start: str) -> targets.Verdict:
+    return next(v for v in page.judged(data) if v.target.startswith(start))
+
+
+def test_nothing_measured_is_not_met() -> None:
+    assert {v.word for v in page.judged(data_of({}))} == {"not measured"}
+
+
+def test_targets_are_ratios_of_what_was_measured() -> None:
+    flexed = [c for c in CASES if c.suite in ("masks", "scores") and c.work == "forward"]
+    good = {c.key: entry(c, refocus=1.0, flex=1.2, flex_mask=3.0) for c in flexed}
+    assert verdict(data_of(good), "FlexAttention, forward").word == "met"
+    assert verdict(data_of(good), "FlexAttention and its mask").found == "mean 4.20, least 4.20"
+    assert verdict(data_of(good), "FlexAttention, backward").word == "not measured"
+    some = {c.key: entry(c, refocus=1.0, flex=1.2) for c in flexed[:2]}
+    assert verdict(data_of(some), "FlexAttention, forward").word == f"met (2 of {len(flexed)} measured)"
+    slow = good | {flexed[3].key: entry(flexed[3], refocus=1.0, flex=0.9)}
+    found = verdict(data_of(slow), "FlexAttention, forward")
+    assert found.word == "not met" and found.worst.startswith(flexed[3].kind)
+
+
+def test_the_best_of_pytorchs_kernels_counts() -> None:
+    case = next(c for c in CASES if c.suite == "dense" and c.width == 128)
+    data = data_of({case.key: entry(case, refocus=1.0, refocus_triton=1.4, sdpa_flash=1.1, sdpa_cudnn=0.98)})
+    assert verdict(data, "dense and causal").found == "mean 0.98, least 0.98"
+    assert verdict(data, "our own kernel").found == "mean 0.70, least 0.70"
+
+
+def test_time_follows_the_tiles_or_not() -> None:
+    widths = [c for c in CASES if c.kind.startswith("window of ")]
+
+    def measured(*taken: float) -> targets.Verdict:
+        entries = {c.key: entry(c, refocus=t) for c, t in zip(widths, taken, strict=True)}
+        for e, tiles in zip(entries.values(), (10, 20, 40, 80)):
+            e["peers"]["refocus"]["sites"] = [{"tiles": {"partial": tiles, "full": 0}}]
+        return verdict(data_of(entries), "sparse")
+
+    assert measured(1.0, 2.0, 4.0, 8.0).word == "met"
+    assert measured(2.0, 2.5, 4.0, 8.0).word == "not met"
+
+
+def test_decoding_is_held_against_a_copy() -> None:
+    case = next(c for c in CASES if c.suite == "decode" and c.tokens == 65536)
+    found = verdict(data_of({case.key: entry(case, refocus=1e-3)}), "decoding")
+    assert found.found == "mean 0.50, least 0.50" and not found.met
+
+
+def test_results_as_a_page(tmp_path: Path) -> None:
+    case = next(c for c in CASES if c.suite == "decode")
+    data = data_of({case.key: entry(case, refocus=1e-3, flex=2e-3, sdpa_flash=1.5e-3)})
+    data["numerics"] = {"a": {"value": "exact"}, "b": {"error": "CheckFailed: off"}}
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- gpu -->\nold\n<!-- /gpu -->\nafter\n")
+    page.publish(data, readme)
+    text = readme.read_text()
+    assert f"| one query, forward | {case.sizes} | 1.000 | 2.000 | 1.500 | 1.50 | 1000 | 1000 | - | - |" in text
+    assert "1 exact, 0 left alone, 1 wrong" in text and "- b: CheckFailed: off" in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    with pytest.raises(ValueError, match="no place for 'gpu'"):
+        page.insert("nothing", "gpu", "")
+
+
+def test_what_failed_or_is_of_another_source_is_measured_again(tmp_path: Path) -> None:
+    store = Store(tmp_path / "r.json")
+    store.put("cases", "good", {"peers": {}})
+    store.put("cases", "bad", {"peers": {}, "error": "crashed"})
+    again = Store(tmp_path / "r.json")
+    assert again.has("cases", "good") and not again.has("cases", "bad") and not again.has("cases", "none")
+    again.source = "other"
+    assert not again.has("cases", "good")
+
+
+def test_what_is_wrong_is_told() -> None:
+    case = CASES[0]
+    bad = entry(case, refocus=1.0)
+    bad["peers"]["refocus"] |= {"agrees": False}
+    bad["peers"]["sdpa cudnn"] = {"error": "no"}  # a peer may fail
+    failed = entry(case) | {"error": "timed out"}
+    found = drive.wrong(data_of({"one": bad, "two": failed}) | {"numerics": {"n": {"error": "off"}}})
+    assert found == ["numbers, n: off", "one: refocus differs from flex", "two: timed out"]
+
+
+def test_a_suite_that_used_its_share_goes_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("benchmarks.gpu.drive.time.monotonic", lambda: now)
+    options = command.parse(["--suite", "dense", "decode"])
+    pending = [Case(suite, str(n), 1) for n in range(6) for suite in ("dense", "decode")]
+    drawn = []
+    # 100 seconds, of which two parts are for dense, one for decode; each case takes 15.
+    for task in drive.schedule(pending, options, Deadline(0.0, 100.0)):
+        drawn.append(f"{task.case.suite} {task.case.kind}")
+        now += 15.0
+    assert drawn[:4] == ["dense 0", "decode 0", "dense 1", "decode 1"]
+    assert [name for name in drawn if name.startswith("decode")][:3] == ["decode 0", "decode 1", "decode 2"]
+    assert drawn[5:] == ["dense 3"], drawn
