@@ -14,6 +14,7 @@ are (2, *batch, query), float32 or float64. Gradients come for operands that req
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -92,7 +93,19 @@ def attend(operands: list[Tensor], sizes: list[int], region: str, plan: str) -> 
     """Dispatch to the plan's engine. Raises `BadRegion` for tensors or sizes that the region does not describe."""
     (what, syms), how = parse_region(region), plans.parse(plan)
     _check(what, syms, operands, sizes)
-    return engine_named(how.engine)(what, how, operands, sizes)
+    run = engine_named(how.engine)
+    return run(what, _tuned(what, how, operands, sizes, run), operands, sizes)
+
+
+def _tuned(
+    region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[int], run: Callable[..., Any]
+) -> Plan:
+    """The plan, or a faster one where `REFOCUS_TUNE` asks for it."""
+    if plan.engine != "triton" or not os.environ.get("REFOCUS_TUNE"):
+        return plan
+    from refocus.codegen import tuning
+
+    return tuning.tuned(region, plan, operands, sizes, lambda one: run(region, one, operands, sizes))
 
 
 @attend.register_fake
@@ -141,7 +154,8 @@ def attend_saving(operands: list[Tensor], sizes: list[int], region: str, plan: s
     """As `attend`, with the row sums. Raises `BadRegion`, and `EngineUnavailable` for an engine without a backward."""
     (what, syms), how = parse_region(region), plans.parse(plan)
     _check(what, syms, operands, sizes)
-    result: tuple[Tensor, Tensor] = _trainer(how.engine)[0](what, how, operands, sizes)
+    run = _trainer(how.engine)[0]
+    result: tuple[Tensor, Tensor] = run(what, _tuned(what, how, operands, sizes, run), operands, sizes)
     return result
 
 
