@@ -17,7 +17,8 @@ from benchmarks.gpu.suites import SUITES
 from benchmarks.isolation import Outcome, run_isolated
 
 NUMERICS = "numerics"
-PREPARING = 0.5  # of the time, at most, goes to numbers and to filling caches
+# Of the time, at most: for numbers, and until caches are filled. What is not reached waits for the next run.
+NUMBERS, PREPARING = 0.3, 0.5
 ENDING = 10.0  # seconds kept for writing things up
 
 
@@ -44,12 +45,15 @@ def prepare(store: Store, options: argparse.Namespace, pending: Sequence[Case], 
 
     def drawn() -> Iterator[Numbers | Task]:
         asked = numerics.tasks(options.only, options.tiny) if NUMERICS in options.suite else iter(())
-        warm = (Task(case, warm=True, memory=0.9 / options.processes) for case in pending)
-        for task in (*asked, *(() if options.tiny else warm)):
-            if deadline.left(PREPARING) <= 0:
-                return
-            if not (isinstance(task, Numbers) and store.has(NUMERICS, task.key)):
+        for task in asked:
+            if deadline.left(NUMBERS if pending else 1.0) <= 0:
+                break
+            if options.again or not store.has(NUMERICS, task.key):
                 yield task
+        for case in () if options.tiny else pending:
+            if deadline.left(PREPARING) <= 0:
+                break
+            yield Task(case, warm=True, memory=0.9 / options.processes)
 
     for outcome in run_isolated(serve, drawn(), processes=options.processes, timeout=options.timeout):
         if isinstance(outcome.task, Numbers):
