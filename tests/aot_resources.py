@@ -54,9 +54,9 @@ def compile_group(group: str) -> Found:
     from tests.aot_kernels import GROUPS
 
     found: Found = {}
-    numbers: dict[tuple[str, str], list[str]] = {}
+    numbers: dict[tuple[str, str, str], list[str]] = {}
     for one in GROUPS[group]():
-        keys = numbers.setdefault((one.case, one.kernel.name), [])
+        keys = numbers.setdefault((one.case, one.kernel.name, one.target), [])
         if one.kernel.source not in keys:
             keys.append(one.kernel.source)
         number = keys.index(one.kernel.source) + 1
