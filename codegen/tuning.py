@@ -1,12 +1,12 @@
 """Tile sizes by measurement: a small space, pruned without running anything, then timed on the device, kept on disk.
 
 `REFOCUS_TUNE=1` asks for it, on GPUs: the first call of a region with sizes of some order of magnitude then compiles
-and times a few plans, which takes some seconds, and later calls, in later processes too, take the fastest. Without it
-the plan is what it is by default, which is meant to be good. The space is
+some thirty plans and times a few, which takes the better part of a minute, and later calls, in later processes too,
+take the fastest. Without it the plan is what it is by default, which is meant to be good. The space is
 
-    block_q, block_k    the default's, half and twice that, 16 to 128
+    block_q, block_k    the default's, half and twice that, 16 to 128; a tile of half to twice as many pairs
     num_warps           4 and 8
-    num_stages          2, 3 and 4
+    num_stages          2 and 3
 
 and what is pruned from it, by what each kernel takes when compiled ahead of time: plans that spill registers, want more
 shared memory than there is, or fall off the matrix units that the default runs on. Of the others, those are timed that
@@ -82,12 +82,12 @@ def space(plan: Plan) -> tuple[Plan, ...]:
     def near(block: int) -> list[int]:
         return sorted({b for b in (block // 2, block, 2 * block) if 16 <= b <= max(128, block)})
 
-    sizes = product(near(plan.block_q), near(plan.block_k), (4, 8), (2, 3, 4))
-    # A warp multiplies 16 rows at a time.
+    pairs = plan.block_q * plan.block_k
     found = [
         replace(plan, block_q=q, block_k=k, num_warps=warps, num_stages=stages)
-        for q, k, warps, stages in sizes
-        if warps * 16 <= max(q, 64)
+        for q, k, warps, stages in product(near(plan.block_q), near(plan.block_k), (4, 8), (2, 3))
+        # A warp multiplies 16 rows at a time.
+        if warps * 16 <= max(q, 64) and pairs // 2 <= q * k <= pairs * 2
     ]
     return (plan, *(p for p in found if p != plan))
 

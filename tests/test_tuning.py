@@ -23,7 +23,7 @@ def taken(registers: int = 128, spills: int = 0, shared: int = 40_000, unit: str
 
 def test_the_space_is_small_and_starts_with_the_default() -> None:
     plans = space(DEFAULT)
-    assert plans[0] == DEFAULT and len(set(plans)) == len(plans) <= 54
+    assert plans[0] == DEFAULT and len(set(plans)) == len(plans) <= 30
     assert {p.block_q for p in plans} == {p.block_k for p in plans} == {32, 64, 128}
     assert all(p.engine == "triton" and p.schedule == "flash" and not p.listed for p in plans)
     assert {p.block_k for p in space(Plan("triton", block_q=128, block_k=16))} == {16, 32}
@@ -47,7 +47,7 @@ def test_what_spills_or_does_not_fit_is_never_timed() -> None:
 def test_of_the_rest_those_with_the_most_pairs_in_flight_are() -> None:
     left = pruned(space(DEFAULT), lambda plan: taken(), SMALL, most=4)
     assert left[0] == DEFAULT and len(left) == 4
-    assert {(p.block_q, p.block_k) for p in left[1:]} == {(128, 128)}
+    assert {p.block_q * p.block_k for p in left[1:]} == {2 * 64 * 64}
 
 
 def test_the_default_stays_unless_another_is_clearly_faster() -> None:
