@@ -1,0 +1,3 @@
+from benchmarks.checkout import import_refocus
+
+import_refocus()

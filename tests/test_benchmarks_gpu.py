@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import checkout
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import drive, page, targets
 from benchmarks.gpu.case import Case
@@ -68,6 +72,27 @@ def test_numbers_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([]) == 2
     assert "no GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["refocus", "refocus.patterns", "refocus.codegen", "refocus.codegen.flash"])
+def test_a_bare_checkout_is_enough(name: str) -> None:
+    """A process that finds nothing installed imports the checkout."""
+    text = f"""
+import importlib.util, sys
+hidden = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "refocus" else hidden(name, *rest)
+own = ("BuiltinImporter", "FrozenImporter", "PathFinder")
+sys.meta_path[:] = [finder for finder in sys.meta_path if any(name in str(finder) for name in own)]
+import benchmarks
+importlib.util.find_spec = hidden
+print(hidden({name!r}).origin)
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", text], cwd=checkout.ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_relative_to(checkout.ROOT)
 
 
 def test_every_case_has_a_name_of_its_own() -> None:

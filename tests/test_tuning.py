@@ -109,3 +109,5 @@ def test_first_calls_ask_the_device_once(target: str, tmp_path: Path, monkeypatc
     assert first != DEFAULT and 1 < len(timed) <= tuning.TIMED
     assert tuning.tuned(region, DEFAULT, tensors, [], timed.append) == first
     assert len(timed) <= tuning.TIMED
+    other = Plan("triton", "windows", 64, 64)
+    assert tuning.tuned(region, other, tensors, [], pytest.fail) is other
