@@ -149,7 +149,8 @@ def markdown(triton: str, found: Mapping[str, Taken]) -> str:
     """The worst of each kernel over the cases of its group, for each target."""
     worst: dict[tuple[str, str], dict[str, Taken]] = {}
     for name, taken in found.items():
-        group, _, rest = name.split("/")
+        group, case, rest = name.split("/")
+        group = f"{group} float32" if case.startswith("float32") else group  # for other units, with other tiles
         kernel, target = rest.split()[0], rest.split()[-1]
         row = worst.setdefault((group, kernel), {})
         known = row.get(target, taken)
