@@ -41,11 +41,8 @@ spans = st.tuples(st.integers(-6, 6), st.integers(-2, 9), st.integers(1, 3))
 
 @st.composite
 def strokes(draw: st.DrawFn) -> tuple[str, tuple[int, int, int], tuple[int, int, int], int]:
-    return (
-        draw(st.sampled_from(["block", "row", "column", "turned", "band", "kept"])),
-        draw(spans),
-        draw(spans),
-        draw(st.integers(1, 5)),
+    return draw(st.sampled_from(["block", "row", "column", "turned", "band", "kept"])), draw(spans), draw(spans), draw(
+        st.integers(1, 5)
     )
 
 
