@@ -7,8 +7,9 @@
 
 `operands` are in the order of `region.operands`, `sizes` in that of `region.syms`. `region` and `plan` are the
 `repr` of a `Region` and a `Plan`: a graph that holds the call can be printed, hashed, saved and loaded. The result is
-contiguous, (*batch, query, *value), of dtype `region.out_dtype`, and shares no memory with the operands; the row sums
-are (2, *batch, query), float32 or float64. Gradients come for operands that require one, and only for those.
+contiguous, (*batch, query, *value) or what `region.output` says, of dtype `region.out_dtype`, and shares no memory with
+the operands; the row sums are (2, *batch, query), float32 or float64. Gradients come for operands that require one, and
+only for those.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 from refocus import ir
+from refocus.codegen import placing
 from refocus.codegen import plan as plans
 from refocus.codegen.plan import Plan
 from refocus.codegen.second_order import refuse_second_order
@@ -42,6 +45,8 @@ TRAINERS: dict[str, tuple[str, str]] = {
     "tiled": ("refocus.codegen.tiled", "refocus.codegen.tiled_backward"),
     "triton": ("refocus.codegen.triton_engine", "refocus.codegen.triton_backward"),
 }
+# Engines that put results where `region.output` says; for others, these are moved there.
+PLACERS = frozenset(("tiled",))
 Engine = Callable[[Region, Plan, Sequence[Tensor], Sequence[int]], Tensor]
 
 
@@ -72,7 +77,9 @@ def engine_named(name: str) -> Engine:
 
 
 def result_shape(region: Region, numbers: Mapping[Sym, int]) -> list[int]:
-    """(*batch, query, *value) for these sizes."""
+    """(*batch, query, *value), or the shape of the output, for these sizes."""
+    if region.output is not None:
+        return placing.shape_of(region.output, numbers)
     return [size_of(axis.size, numbers) for axis in (*region.batch, region.query, *region.value)]
 
 
@@ -92,7 +99,14 @@ def attend(operands: list[Tensor], sizes: list[int], region: str, plan: str) -> 
     """Dispatch to the plan's engine. Raises `BadRegion` for tensors or sizes that the region does not describe."""
     (what, syms), how = parse_region(region), plans.parse(plan)
     _check(what, syms, operands, sizes)
-    return engine_named(how.engine)(what, how, operands, sizes)
+    run = engine_named(how.engine)
+    if what.output is None or how.engine in PLACERS:
+        return run(what, how, operands, sizes)
+    return _moved(what, run(replace(what, output=None), how, operands, sizes), dict(zip(syms, sizes)))
+
+
+def _moved(region: Region, result: Tensor, numbers: Mapping[Sym, int]) -> Tensor:
+    return placing.put(region, result, result, numbers)
 
 
 @attend.register_fake
@@ -141,8 +155,12 @@ def attend_saving(operands: list[Tensor], sizes: list[int], region: str, plan: s
     """As `attend`, with the row sums. Raises `BadRegion`, and `EngineUnavailable` for an engine without a backward."""
     (what, syms), how = parse_region(region), plans.parse(plan)
     _check(what, syms, operands, sizes)
-    result: tuple[Tensor, Tensor] = _trainer(how.engine)[0](what, how, operands, sizes)
-    return result
+    run = _trainer(how.engine)[0]
+    if what.output is None or how.engine in PLACERS:
+        result: tuple[Tensor, Tensor] = run(what, how, operands, sizes)
+        return result
+    out, sums = run(replace(what, output=None), how, operands, sizes)
+    return _moved(what, out, dict(zip(syms, sizes))), sums
 
 
 @torch.library.custom_op(
@@ -156,7 +174,10 @@ def attend_backward(
     needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of the operands for which `needs` holds."""
-    (what, _), how = parse_region(region), plans.parse(plan)
+    (what, syms), how = parse_region(region), plans.parse(plan)
+    if what.output is not None:
+        grad, out = (placing.taken(what, t, dict(zip(syms, sizes))) for t in (grad, out))
+        what = replace(what, output=None)
     result: list[Tensor] = _trainer(how.engine)[1](what, how, grad, operands, out, sums, sizes, needs)
     return result
 
@@ -176,7 +197,7 @@ def _fake_saving(operands: list[Tensor], sizes: list[int], region: str, plan: st
     what, syms = parse_region(region)
     out = _fake(operands, sizes, region, plan)
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in operands) else torch.float32
-    rows = result_shape(what, dict(zip(syms, sizes, strict=True)))[: len(what.batch) + 1]
+    rows = result_shape(replace(what, output=None), dict(zip(syms, sizes, strict=True)))[: len(what.batch) + 1]
     return out, out.new_empty([2, *rows], dtype=dtype)
 
 
