@@ -7,8 +7,9 @@
 
 `operands` are in the order of `region.operands`, `sizes` in that of `region.syms`. `region` and `plan` are the
 `repr` of a `Region` and a `Plan`: a graph that holds the call can be printed, hashed, saved and loaded. The result is
-contiguous, (*batch, query, *value), of dtype `region.out_dtype`, and shares no memory with the operands; the row sums
-are (2, *batch, query), float32 or float64. Gradients come for operands that require one, and only for those.
+contiguous, (*batch, query, *value) or what `region.output` says, of dtype `region.out_dtype`, and shares no memory with
+the operands; the row sums are (2, *batch, query), float32 or float64. Gradients come for operands that require one, and
+only for those.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor
 
 from refocus import ir
+from refocus.codegen import placing
 from refocus.codegen import plan as plans
 from refocus.codegen.plan import Plan
 from refocus.codegen.second_order import refuse_second_order
@@ -43,6 +46,8 @@ TRAINERS: dict[str, tuple[str, str]] = {
     "tiled": ("refocus.codegen.tiled", "refocus.codegen.tiled_backward"),
     "triton": ("refocus.codegen.triton_engine", "refocus.codegen.triton_backward"),
 }
+# Engines that put results where `region.output` says; for others, these are moved there.
+PLACERS = frozenset(("tiled",))
 Engine = Callable[[Region, Plan, Sequence[Tensor], Sequence[int]], Tensor]
 
 
@@ -73,7 +78,9 @@ def engine_named(name: str) -> Engine:
 
 
 def result_shape(region: Region, numbers: Mapping[Sym, int]) -> list[int]:
-    """(*batch, query, *value) for these sizes."""
+    """(*batch, query, *value), or the shape of the output, for these sizes."""
+    if region.output is not None:
+        return placing.shape_of(region.output, numbers)
     return [size_of(axis.size, numbers) for axis in (*region.batch, region.query, *region.value)]
 
 
@@ -94,7 +101,11 @@ def attend(operands: list[Tensor], sizes: list[int], region: str, plan: str) -> 
     (what, syms), how = parse_region(region), plans.parse(plan)
     _check(what, syms, operands, sizes)
     run = engine_named(how.engine)
-    return run(what, _tuned(what, how, operands, sizes, run), operands, sizes)
+    if what.output is None or how.engine in PLACERS:
+        return run(what, _tuned(what, how, operands, sizes, run), operands, sizes)
+    bare = replace(what, output=None)
+    out = run(bare, _tuned(bare, how, operands, sizes, run), operands, sizes)
+    return _moved(what, out, dict(zip(syms, sizes)))
 
 
 def _tuned(
@@ -106,6 +117,10 @@ def _tuned(
     from refocus.codegen import tuning
 
     return tuning.tuned(region, plan, operands, sizes, lambda one: run(region, one, operands, sizes))
+
+
+def _moved(region: Region, result: Tensor, numbers: Mapping[Sym, int]) -> Tensor:
+    return placing.put(region, result, result, numbers)
 
 
 @attend.register_fake
@@ -155,8 +170,12 @@ def attend_saving(operands: list[Tensor], sizes: list[int], region: str, plan: s
     (what, syms), how = parse_region(region), plans.parse(plan)
     _check(what, syms, operands, sizes)
     run = _trainer(how.engine)[0]
-    result: tuple[Tensor, Tensor] = run(what, _tuned(what, how, operands, sizes, run), operands, sizes)
-    return result
+    if what.output is None or how.engine in PLACERS:
+        result: tuple[Tensor, Tensor] = run(what, _tuned(what, how, operands, sizes, run), operands, sizes)
+        return result
+    bare = replace(what, output=None)
+    out, sums = run(bare, _tuned(bare, how, operands, sizes, run), operands, sizes)
+    return _moved(what, out, dict(zip(syms, sizes))), sums
 
 
 @torch.library.custom_op(
@@ -170,7 +189,10 @@ def attend_backward(
     needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of the operands for which `needs` holds."""
-    (what, _), how = parse_region(region), plans.parse(plan)
+    (what, syms), how = parse_region(region), plans.parse(plan)
+    if what.output is not None:
+        grad, out = (placing.taken(what, t, dict(zip(syms, sizes))) for t in (grad, out))
+        what = replace(what, output=None)
     result: list[Tensor] = _trainer(how.engine)[1](what, how, grad, operands, out, sums, sizes, needs)
     return result
 
@@ -190,7 +212,7 @@ def _fake_saving(operands: list[Tensor], sizes: list[int], region: str, plan: st
     what, syms = parse_region(region)
     out = _fake(operands, sizes, region, plan)
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in operands) else torch.float32
-    rows = result_shape(what, dict(zip(syms, sizes, strict=True)))[: len(what.batch) + 1]
+    rows = result_shape(replace(what, output=None), dict(zip(syms, sizes, strict=True)))[: len(what.batch) + 1]
     return out, out.new_empty([2, *rows], dtype=dtype)
 
 

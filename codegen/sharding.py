@@ -261,6 +261,8 @@ class _Call:
                 raise RuntimeError(
                     f"an attention got DTensors, and a plain torch.Tensor for {operand.name!r}: make it a DTensor, too"
                 )
+        if region.output is not None:
+            raise RuntimeError("an attention of DTensors puts its result nowhere but where it is made")
         numbers = dict(zip(region.syms, sizes, strict=True))
         given = [t.placements if isinstance(t, DTensor) else None for t in operands]
         cut = cut_of(region, tuple(mesh.shape), numbers, given)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from refocus import grid as grids
+from refocus.codegen import placing
 from refocus.codegen.plan import Plan
 from refocus.evaluate import Scope, arange_env, device_of, size_of
 from refocus.grid import Term, contract
@@ -30,7 +31,7 @@ _TILE_COST = 1 << 14
 
 
 def run(region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[int] = ()) -> Tensor:
-    """The region's result: contiguous (*batch, query, *value) of dtype `region.out_dtype`.
+    """The region's result: contiguous (*batch, query, *value), or as `region.output` says, of dtype `region.out_dtype`.
 
     `operands` in the order of `region.operands`, `sizes` in that of `region.syms`.
     """
@@ -107,7 +108,8 @@ class Tiles:
         """The result (*batch, query, *value) and the row sums (2, *batch, query)."""
         lead, device = self.lead, self.scope.device
         dtype = getattr(torch, self.region.out_dtype)
-        out = torch.empty([*lead, self.queries, *self.value], dtype=dtype, device=device)
+        filled, whole = placing.empty(self.region, self.sizes, dtype, device)
+        out = filled.view([*lead, self.queries, *self.value])
         sums = torch.empty([2, *lead, self.queries], dtype=self.scope.float_dtype, device=device)
         if self.keys == 0:
             out.zero_()
@@ -120,7 +122,7 @@ class Tiles:
                     for tile, result in zip(tiles, self._row(rows, states[row], tiles[0])):
                         tile.copy_(result)
         return (
-            out.reshape([*self.batch, self.queries, *self.value]),
+            placing.put(self.region, filled, whole, self.sizes),
             sums.reshape([2, *self.batch, self.queries]),
         )
 

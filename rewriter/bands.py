@@ -21,10 +21,10 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from refocus import simplify as s
-from refocus.ir import Axis, Call, Const, Dot, Expr, Load, rewrite
+from refocus.ir import TRUE, Axis, Call, Const, Dot, Expr, Load, rewrite
 from refocus.lift_joins import clamped
 from refocus.patterns.declined import Declined
-from refocus.patterns.softmax import Softmax
+from refocus.patterns.softmax import Softmax, separate_mask
 from refocus.polynomial import from_poly, isolate, to_poly
 
 Index = tuple[Expr, ...]
@@ -158,7 +158,9 @@ def to_tokens(reading: Reading, query_axes: frozenset[Axis], tensors: Tensors) -
     moving = [a for a in free if a not in beside and any(a in p.axes for ps in places for p in ps)]
     if not moving:
         return Declined("every query reads the same keys")
-    # Padding that was written out is a condition on the place: then tokens run past both ends.
+    # Padding that was written out is a condition on the place: then tokens run past both ends, unless none is kept.
+    kept = s.assume(separate_mask(reading.softs[0].logits)[1]) if len(reading.softs) == 1 else {}
+    conditional = conditional and not _all_inside(index, kept)
     low: list[Expr] = []
     sizes: list[Expr] = []
     for entry, extent in index:
@@ -177,7 +179,7 @@ def to_tokens(reading: Reading, query_axes: frozenset[Axis], tensors: Tensors) -
     at = tuple(s.add(x, first) for x, first in zip(unflatten(token, sizes), low))
     read_at = tuple(clamped(x, extent) for x, (_, extent) in zip(at, index)) if conditional else at
     placed = tuple((p.over(to_query), x) for ps, x in zip(places, at) for p in ps)
-    change = _Change(key, whole, index, read_at, placed, to_query, tensors)
+    change = _Change(key, whole, index, read_at, placed, to_query, tensors, kept)
     keep = s.and_(*(place.reached(x) for place, x in change.places))
     values = change(reading.values)
     softs = tuple(_masked(soft, change, keep) for soft in reading.softs)
@@ -212,6 +214,11 @@ def _unguarded(reading: Reading) -> tuple[Reading, bool]:
     return replace(reading, values=side(reading.values), softs=softs), bool(found)
 
 
+def _all_inside(index: _Index, kept: s.Knowledge) -> bool:
+    """Whether a mask keeps no key that is read past the border."""
+    return all(s.under(s.and_(s.ge(e, 0), s.lt(e, extent)), kept) == TRUE for e, extent in index)
+
+
 @dataclass(frozen=True)
 class _Change:
     """Rewrites expressions over (queries, offsets) to ones over (query, tokens)."""
@@ -223,6 +230,7 @@ class _Change:
     places: tuple[tuple[_Place, Expr], ...]  # with the token's coordinate that each decides
     to_query: Mapping[Expr, Expr]
     tensors: Tensors
+    kept: s.Knowledge  # what holds of the offsets that the mask keeps
 
     def __call__(self, value: Expr) -> Expr:
         digits: dict[Expr, Expr] = {p.digit: p.digit_at(token) for p, token in self.places}
@@ -235,7 +243,7 @@ class _Change:
             if isinstance(node, Axis):
                 return self.whole if node == self.key else self.to_query.get(node, node)
             if isinstance(node, Load) and self.key in node.axes:
-                if _places_of(node, self.key, self.tensors.shape_of) == self.index:
+                if self.index in (self._places(node), self._places(s.under(node, self.kept))):
                     there = iter(self.at)
                     index = (next(there) if self.key in e.axes else s.substitute(e, self.to_query) for e in node.index)
                 else:  # where no offset reaches a token nothing is kept, but something is read
@@ -245,6 +253,9 @@ class _Change:
 
         # First in digits, whose ranges are known: what is asked of one of them is then asked of it alone.
         return s.substitute(rewrite(value, visit, s.rebuild), digits)
+
+    def _places(self, load: Expr) -> _Index | None:
+        return _places_of(load, self.key, self.tensors.shape_of) if isinstance(load, Load) else None
 
 
 def _masked(soft: Softmax, change: _Change, keep: Expr) -> Softmax:

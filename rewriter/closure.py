@@ -8,6 +8,7 @@ from torch import fx
 from refocus.facts import Candidate, Facts
 from refocus.lift import is_tensor, op_name
 from refocus.lift_reductions import CONTRACTIONS
+from refocus.lift_tables import MOVES
 from refocus.lift_views import SPLITS
 from refocus.patterns.declined import Declined, Stop
 
@@ -22,6 +23,19 @@ def interior_of(candidate: Candidate, facts: Facts, visited: set[fx.Node]) -> se
     starts = scores & below
     forward = starts.union(*(nx.descendants(read, start) & below for start in starts))
     return {n for n in forward if is_tensor(n) or op_name(n) in (*SPLITS, "unbind", "max")}
+
+
+def is_returned(node: fx.Node) -> bool:
+    """Whether what reads a value moves it, and hands it to whoever runs the graph: a graph break is enough."""
+    seen, stack = {node}, [node]
+    while stack:
+        reader = stack.pop()
+        if reader.op == "output":
+            return True
+        if reader is node or op_name(reader) in MOVES or op_name(reader) in ("scatter", "scatter_"):
+            stack.extend(user for user in reader.users if user not in seen)
+            seen.update(reader.users)
+    return False
 
 
 def _sums_product(node: fx.Node) -> bool:

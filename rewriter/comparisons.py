@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from refocus.ir import Call, Expr
-from refocus.polynomial import from_poly, poly_add, poly_sub, to_poly
+from refocus.division import nearest
+from refocus.ir import Call, Const, Expr
+from refocus.polynomial import Poly, from_poly, poly_add, poly_shift, poly_sub, to_poly
+from refocus.proofs import Facts, limit
 
 
 def decided(op: str, parts: list[Expr]) -> bool:
@@ -17,6 +19,32 @@ def decided(op: str, parts: list[Expr]) -> bool:
             if set(total) <= {()} and total.get((), 0) * (1 if op == "and" else -1) < (0 if op == "and" else 2):
                 return True
     return False
+
+
+# A remainder is followed through this many rounds.
+_ROUNDS = 4
+
+
+def remainder_between(diff: Poly, facts: Facts) -> list[Poly] | None:
+    """Polynomials that are not negative where `diff`, a multiple of a remainder and a number, is not: a remainder that
+    is small or large in one round only. (y - i) % 14 <= 8 with -4 < y - i < 12 is 0 <= y - i <= 8."""
+    varying = [m for m in diff if m]
+    if len(varying) != 1 or len(varying[0]) != 1:
+        return None
+    (atom,) = varying[0]
+    if not (isinstance(atom, Call) and atom.op == "mod" and isinstance(atom.args[1], Const)):
+        return None
+    size, slope, number = int(atom.args[1].value), diff[varying[0]], diff.get((), 0)
+    low, high = (-(number // slope), size - 1) if slope > 0 else (0, number // -slope)
+    x = nearest(to_poly(atom.args[0]), size)
+    first, last = limit(x, False, facts), limit(x, True, facts)
+    if first is None or last is None or last // size - first // size >= _ROUNDS:
+        return None
+    rounds = [k * size for k in range(first // size, last // size + 1)]
+    reached = [start for start in rounds if start + low <= last and start + high >= first]
+    if len(reached) != 1:
+        return None
+    return [poly_shift(x, -(reached[0] + low)), poly_sub({(): reached[0] + high}, x)]
 
 
 def _is_int_le(a: Expr) -> bool:

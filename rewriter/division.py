@@ -81,6 +81,11 @@ def _reduce(poly: Poly, size: Poly, nearest: bool = False) -> tuple[Poly, Poly]:
     return whole, rest
 
 
+def nearest(poly: Poly, size: int) -> Poly:
+    """poly less a multiple of a number, so that its coefficients are small: the same remainder."""
+    return _reduce(poly, {(): size}, nearest=True)[1]
+
+
 def _times(coef: int, size: int, nearest: bool, round_down: bool) -> int:
     if round_down:
         return coef // size
@@ -130,6 +135,11 @@ def _moves(part: Poly, size: Poly, facts: Facts) -> list[int]:
             moves.append(low // size[()])
         if not facts:
             return moves
+        # What is known of a sum bounds it better than what is known of its terms.
+        for fact in facts.polys:
+            low = limit(poly_sub(part, fact), False, facts)
+            if low is not None and low // size[()] not in moves:
+                moves.append(low // size[()])
     return moves + [k for k in (-1, 1) if k not in moves]
 
 

@@ -5,6 +5,7 @@ All of it is one forward pass over the nodes, shared by every site of the graph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,7 @@ from refocus.lift import arguments, is_tensor, op_name
 from refocus.lift_reductions import CONTRACTIONS
 from refocus.lift_tables import MOVES, OPERATIONS
 from refocus.lift_views import SPLITS
-from refocus.sizes import shape_of
+from refocus.sizes import hint, shape_of
 
 NORMALISERS = ("softmax", "_softmax", "_safe_softmax", "special_softmax", "exp", "exp2", "log_softmax", "_log_softmax")
 ATTENTION_OPS = ("scaled_dot_product_attention",)
@@ -303,6 +304,29 @@ def candidates(facts: Facts) -> list[list[Candidate]]:
             if group:
                 groups.append(group)
     return groups
+
+
+def given_scores(facts: Facts) -> list[fx.Node]:
+    """Softmaxes over scores that come into the graph ready-made: as large as one of its inputs, and made of no product
+    in it."""
+    found = []
+    for node in facts.order:
+        if node.op != "call_function" or not is_tensor(node) or "softmax" not in op_name(node) or node in facts.pure:
+            continue
+        if node.meta["val"].dim() < 3 or _of_one(node) or taint_of(node, facts):
+            continue
+        for source in nx.ancestors(facts.flow, node):
+            value = source.meta.get("val")
+            if source.op != "placeholder" or not is_tensor(source) or isinstance(value, torch.nn.Parameter):
+                continue
+            if value.is_floating_point() and 0.5 < _elements(source) / max(1, _elements(node)) < 1.5:
+                found.append(node)
+                break
+    return found
+
+
+def _elements(node: fx.Node) -> int:
+    return math.prod(hint(size) for size in node.meta["val"].shape)
 
 
 def _of_one(node: fx.Node) -> bool:

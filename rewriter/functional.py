@@ -56,6 +56,9 @@ def make_functional(gm: fx.GraphModule, mode: Any) -> None:
             _replace_after(target, new, position, order)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
+    for node in reversed(gm.graph.nodes):
+        if node.op == "call_function" and not node.users and _is_exact_view(node):
+            gm.graph.erase_node(node)  # a view that was made anew, and that nobody reads after the write
 
 
 def _drop_unread_writes(gm: fx.GraphModule) -> None:
@@ -179,7 +182,7 @@ def _only_seen_here(target: fx.Node, write: fx.Node, order: dict[fx.Node, int]) 
 
 # Views that can be put back into what they view, by these operations.
 _SCATTERS = {"slice": torch.ops.aten.slice_scatter.default, "select": torch.ops.aten.select_scatter.default}
-_EXACT_VIEWS = frozenset((*_SCATTERS, "squeeze", "unsqueeze", "transpose", "alias", "detach"))
+_EXACT_VIEWS = frozenset((*_SCATTERS, "squeeze", "unsqueeze", "transpose", "view", "alias", "detach"))
 
 # A tensor painted in more strokes than this is left to be evaluated as a constant.
 _STROKES = 32
@@ -202,14 +205,24 @@ class _Written:
         position = order[write]
 
         def insert(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+            with mode:
+                values, options = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+                result = target(*values, **options)
             with gm.graph.inserting_before(write):
                 new = gm.graph.call_function(target, args, kwargs)
             new.meta.update(write.meta)
-            with mode:
-                values, options = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-                new.meta["val"] = target(*values, **options)
+            new.meta["val"] = result
             order[new] = position
             return new
+
+        def seen_as(source: fx.Node, shape: Any) -> fx.Node:
+            try:
+                return insert(torch.ops.aten.view.default, (source, shape), {})
+            except (RuntimeError, ValueError):  # it does not lie in memory as that takes
+                options = {"memory_format": torch.contiguous_format}
+                return insert(
+                    torch.ops.aten.view.default, (insert(torch.ops.aten.clone.default, (source,), options), shape), {}
+                )
 
         whole = part
         for view in reversed(self.chain):
@@ -222,11 +235,16 @@ class _Written:
                 whole = insert(torch.ops.aten.squeeze.dim, (whole, *view.args[1:]), {})
             elif name == "transpose":
                 whole = insert(torch.ops.aten.transpose.int, (whole, *view.args[1:]), {})
+            elif name == "view":
+                whole = seen_as(whole, list(source.meta["val"].shape))  # type: ignore[union-attr]
         renewed = {self.base: whole}
         for view in dict.fromkeys((*self.chain, *self.later)):
             source = view.args[0]
             assert isinstance(source, fx.Node)
-            renewed[view] = insert(view.target, (renewed[source], *view.args[1:]), dict(view.kwargs))
+            if _name(view) == "view":
+                renewed[view] = seen_as(renewed[source], *view.args[1:])
+            else:
+                renewed[view] = insert(view.target, (renewed[source], *view.args[1:]), dict(view.kwargs))
         for old, new in renewed.items():
             _replace_after(old, new, position, order)
         return renewed[self.chain[-1]]
@@ -235,6 +253,8 @@ class _Written:
 def _is_exact_view(node: fx.Node) -> bool:
     if _name(node) == "squeeze" and (len(node.args) < 2 or not isinstance(node.args[1], int)):
         return False  # of all dimensions, or of several
+    if _name(node) == "view" and not all(type(n) is int for n in node.args[0].meta["val"].shape):  # type: ignore[union-attr]
+        return False
     return _name(node) in _EXACT_VIEWS
 
 
@@ -244,7 +264,8 @@ def _rank(node: Any) -> int:
 
 def _written_part(target: fx.Node, write: fx.Node, order: dict[fx.Node, int]) -> _Written | None:
     """How to put a write through a view back; None where that is not possible, or not worth it: what is made of
-    products is no mask, and copying it costs more than it tells."""
+    products is no mask, and copying it costs more than it tells; but for what is put together part by part in memory
+    that was made for it."""
     chain: list[fx.Node] = []
     base = target
     while base.op == "call_function" and _aliases(base):
@@ -253,7 +274,10 @@ def _written_part(target: fx.Node, write: fx.Node, order: dict[fx.Node, int]) ->
             return None
         chain.insert(0, base)
         base = source
-    if base.op != "call_function" or not chain or _made_of_products((base, *write.all_input_nodes)):
+    if base.op != "call_function" or not chain:
+        return None
+    made_for_it = _name(_first_of(base)) in _CREATIONS
+    if _takes_many_strokes(base) or (not made_for_it and _made_of_products((base, *write.all_input_nodes))):
         return None
     views: list[fx.Node] = []
     stack = [base]
@@ -274,6 +298,28 @@ def _written_part(target: fx.Node, write: fx.Node, order: dict[fx.Node, int]) ->
             view = view.args[0]
     later = sorted(read_later - set(chain), key=order.__getitem__)
     return _Written(base, tuple(chain), tuple(later))
+
+
+def _first_of(node: fx.Node) -> fx.Node:
+    """The tensor as it was before the writes to it that were made functional."""
+    while _name(node) in _PAINTED and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+_PAINTED = frozenset(("slice_scatter", "select_scatter", "view", "transpose", "squeeze", "unsqueeze", "clone", "fill"))
+_CREATIONS = frozenset(
+    ("zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "full", "full_like", "new_full", "empty",
+     "empty_like", "new_empty")
+)  # fmt: skip
+
+
+def _takes_many_strokes(node: fx.Node) -> bool:
+    strokes = 0
+    while _name(node) in _PAINTED and isinstance(node.args[0], fx.Node):
+        strokes += _name(node) in ("slice_scatter", "select_scatter")
+        node = node.args[0]
+    return strokes > _STROKES
 
 
 def _made_of_products(nodes: Iterable[fx.Node]) -> bool:

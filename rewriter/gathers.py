@@ -8,7 +8,7 @@ from refocus.facts import Facts
 from refocus.ir import Axis, Load
 from refocus.lift import arguments, is_tensor, op_name
 from refocus.lift_tables import MOVES
-from refocus.lift_views import dimension
+from refocus.lift_views import SPLITS, dimension
 
 
 def distinct(load: Load, axis: Axis, facts: Facts) -> bool:
@@ -33,7 +33,7 @@ def _option(node: fx.Node, position: int, name: str, default: int) -> int:
 
 def gathered(node: fx.Node) -> bool:
     """Whether a value was read from others at several places at once, without being computed with."""
-    while op_name(node) in MOVES and is_tensor(node):
+    while (op_name(node) in MOVES and is_tensor(node)) or op_name(node) in (*SPLITS, "unbind"):
         source = arguments(node)[0]
         if op_name(node) in _GATHERS:
             return True

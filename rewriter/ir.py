@@ -226,6 +226,15 @@ class Operand:
 
 
 @dataclass(frozen=True)
+class Output:
+    """Where a result is put: its element at (*batch, query, *value) at `index` of a contiguous tensor of `shape`, each
+    place taken once."""
+
+    shape: tuple[Expr, ...]
+    index: tuple[Expr, ...]
+
+
+@dataclass(frozen=True)
 class Region:
     """One attention, in index notation.
 
@@ -241,7 +250,7 @@ class Region:
     `extra`: further logits without key axis (sinks), each a column that is dropped after the softmax.
     `gate` multiplies the normalised weight (Const 1.0 when there is none).
     `out_dtype`: dtype of the result; accumulation is always float32 (float64 for float64 inputs).
-    The operator's result is contiguous with dimensions (*batch, query, *value).
+    The operator's result is contiguous with dimensions (*batch, query, *value), or what `output` says.
     """
 
     batch: tuple[Axis, ...]
@@ -258,6 +267,7 @@ class Region:
     extra: tuple[Expr, ...] = ()
     gate: Expr = Const(1.0, "float32")
     empty_row: str = "logits"
+    output: Output | None = None
 
     @property
     def dots(self) -> tuple[Dot, ...]:
@@ -272,7 +282,8 @@ class Region:
         """The symbolic sizes, sorted by name: the order in which the operator takes their values."""
         found: set[Sym] = set()
         axes: set[Axis] = {*self.batch, self.query, self.key, *self.value}
-        for root in (*self.expressions, *(d for o in self.operands for d in o.shape)):
+        places = () if self.output is None else (*self.output.shape, *self.output.index)
+        for root in (*self.expressions, *(d for o in self.operands for d in o.shape), *places):
             for node in root.walk():
                 if isinstance(node, Sym):
                     found.add(node)
@@ -307,7 +318,7 @@ def rewrite(expr: Expr, visit: Callable[[Expr], Expr | None], build: Callable[[E
 
 
 _NAMES: dict[str, Any] = {
-    c.__name__: c for c in (Const, Sym, Axis, Load, Call, Dot, Reduce, Operand, Region)
+    c.__name__: c for c in (Const, Sym, Axis, Load, Call, Dot, Reduce, Operand, Output, Region)
 } | {"inf": inf, "nan": nan, "__builtins__": {}}
 
 

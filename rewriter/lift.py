@@ -108,6 +108,7 @@ class Lifter:
     joining: bool = False
     budget: int = 20_000
     expands: bool = False
+    unpads: bool = False
     _memo: dict[tuple[fx.Node, Index, bool], Expr] = field(default_factory=dict)
 
     # ------------------------------------------------------------------------------------------------ the entry
@@ -164,7 +165,8 @@ class Lifter:
                 return self.constant(node, index) or self.leaf(node, index)
             self.visited.add(node)
             return value
-        inside = self.within(node, index)
+        # Of what is put together piece by piece, a piece may stand at one key.
+        inside = self.within(node, index) or (self.unpads and name in CONTRACTIONS and self.tainted(node))
         if not inside and (not self.tainted(node) or name in CONTRACTIONS):
             return self.leaf(node, index)
         value = handler(self, node, index)
@@ -226,7 +228,7 @@ class Lifter:
             return below
         if isinstance(below, Load):
             source = self.known.nodes[below.tensor]
-            if self.far and (self.joining or not _laid_out(node, source)):
+            if self.far and (self.joining or self.unpads or not _laid_out(node, source)):
                 return below
             # Read far, what was gathered after it was reordered is a gather of blocks there.
             measure = _terms if self.far else complexity
@@ -239,7 +241,7 @@ class Lifter:
             return below
         if self.far and isinstance(below, Call) and below.op == "where" and len(below.loads) == 1:
             # Windows with zeros past the border are many times their source; a padded tensor is not.
-            if _numel(node) >= 2 * _numel(self.known.nodes[below.loads[0].tensor]):
+            if self.unpads or _numel(node) >= 2 * _numel(self.known.nodes[below.loads[0].tensor]):
                 return below
         return self.leaf(node, index)
 
@@ -383,7 +385,7 @@ def contract(axes: tuple[Axis, ...], factors: list[Expr], lifter: Lifter, dtype:
     query = [f for f in factors if not f.axes & lifter.key_axes]
     if not axes:
         return _product(factors, dtype)
-    if not key or any(f.axes & lifter.query_axes for f in key):
+    if (not key and not lifter.unpads) or any(f.axes & lifter.query_axes for f in key):
         return None
     return Dot(axes, _product(query, dtype), _product(key, dtype), dtype)
 

@@ -50,10 +50,10 @@ def _pieces(lift: Lifter, parts: list[fx.Node], index: Index, dim: int) -> Expr:
     sizes = [shape_of(t)[dim] for t in parts]
     start: Expr = Const(0)
     pieces: list[tuple[Expr, Expr]] = []  # (end, value)
-    for tensor, size in zip(parts, sizes):
+    for k, (tensor, size) in enumerate(zip(parts, sizes)):
         local = s.sub(index[dim], start)
         end = s.add(start, size)
-        reached = s.lt(index[dim], end) if tensor is not parts[-1] else Const(True, BOOL)
+        reached = s.lt(index[dim], end) if k < len(parts) - 1 else Const(True, BOOL)  # one tensor may come twice
         begun = s.ge(index[dim], start)
         if begun != Const(False, BOOL) and reached != Const(False, BOOL):
             facts = {**s.assume(s.and_(begun, reached))}

@@ -5,6 +5,7 @@
     recognize    lift and match: regions in index notation, or why not              refocus.recognize
     plan         region + shapes + device -> engine and tile sizes, or leave it     refocus.codegen.policy
     splice       swap each root for its fused form; keep shape, strides, order      refocus.splice
+    place        results are put where they are first computed with                 refocus.output_chain
 
 Bodies of activation checkpoints are graphs of their own, and rewritten first (refocus.bodies). The result is lowered by
 `refocus.backend`. `REFOCUS_DUMP=dir` writes what every stage produced.
@@ -29,14 +30,15 @@ from refocus.codegen.choose import plan_part
 from refocus.codegen.plan import Chosen, Leave, Plan
 from refocus.codegen.readings import prefers_tokens
 from refocus.errors import RegionNotFused
-from refocus.facts import Facts, gather_facts
+from refocus.facts import Facts, gather_facts, given_scores
 from refocus.linear_sites import describe_linear, plan_linear
 from refocus.options import Options
+from refocus.output_chain import place_results
 from refocus.recognize import recognize
 from refocus.recognize_linear import LinearSite, recognize_linear
 from refocus.report import Report, joined
 from refocus.report import Site as Row
-from refocus.sites import describe_left, describe_site, numbers_of
+from refocus.sites import describe_left, describe_site, location_of, numbers_of
 from refocus.splice import IN_GRAPH, CannotSplice, Splicer
 from refocus.splice_linear import replace_linear
 from refocus.training import trained_operands, with_cancelled
@@ -95,12 +97,19 @@ def _rewrite_outer(gm: fx.GraphModule, options: Options, inputs: Sequence[Any]) 
         else:
             rows.append(_replace(name, site, splicer, facts, options))
     fused = any(row.fused for row in rows)
-    report = Report(tuple(rows), 1, time.perf_counter() - started)
+    notes = [
+        f"{location_of(node)}: a softmax over what came into its graph; attention is fused only where the product of "
+        "queries and keys is in the same graph (a graph break stands between them, if they are not the model's input)"
+        for node in given_scores(facts)
+    ]
+    report = Report(tuple(rows), 1, time.perf_counter() - started, tuple(dict.fromkeys(notes)))
     debug.dump("report", report)
     if options.require:
         _require(report)
     if not fused:
         return Rewritten(gm, report)
+    traced.graph.eliminate_dead_code()
+    place_results(traced)
     traced.graph.eliminate_dead_code()
     traced.graph.lint()
     traced.recompile()

@@ -98,6 +98,13 @@ class Facts(Mapping[Expr, Range]):
         that they only ever get smaller."""
         return Facts(self._ranges, subtract=False) if self._subtract else self
 
+    def only(self, atom: Expr) -> int | None:
+        """The one value that an atom can have."""
+        if atom not in self.atoms:
+            return None
+        low, high = (limit({(atom,): 1}, upper, self) for upper in (False, True))
+        return low if low == high else None
+
     def concern(self, target: Expr) -> bool:
         """Whether anything here may bear on an expression."""
         return self.about_sizes or not self.axes.isdisjoint(target.axes)

@@ -20,23 +20,25 @@ from torch import fx
 from refocus import simplify as s
 from refocus.attention import Left, Part, Readings, Site, closed_under_sharing
 from refocus.bands import Reading, Tensors, to_tokens
-from refocus.closure import check_no_writes, interior_of
+from refocus.closure import check_no_writes, interior_of, is_returned
 from refocus.facts import Candidate, Facts, candidates, contraction_operands, taint_of
 from refocus.gathers import distinct, gathered
 from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Reduce
 from refocus.joint import NOTHING, Joint, joints, lift_joint
-from refocus.lift import Lifter, Unliftable, complexity, dtype_of, op_name
+from refocus.lift import Lifter, Unliftable, dtype_of, op_name
+from refocus.lifted import Lifted, all_loads, split_axis, stands_in_pieces, untidy
 from refocus.merge import Merge, lift_merge, merges
 from refocus.normal_form import Draft, finish, in_pieces
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.sdpa import lift_sdpa
 from refocus.patterns.softmax import Softmax, holds_scores, match, terms_of
-from refocus.polynomial import to_poly
+from refocus.pieces import holds_pieces, whole
 from refocus.products import reads_of
 from refocus.quotient import Quotient, Rescaled, lift_rescaled, quotients
 from refocus.roles import Axes, cut_axes, one_key
 from refocus.running_softmax import lift_chunked
 from refocus.sizes import shape_of
+from refocus.skews import unskewed
 
 
 def recognize(facts: Facts) -> list[Site | Left]:
@@ -125,11 +127,11 @@ def _recognize(candidate: Candidate, facts: Facts, attempt: _Attempt) -> Site | 
         for _ in range(3):
             if isinstance(outcome, Declined):
                 return left(outcome)
-            split = _split_axis(outcome, axes)
+            split = split_axis(outcome, axes)
             if split is None:
                 break
             again = attempt(split, False)
-            if isinstance(again, Declined) or _untidy(again) > _untidy(outcome):
+            if isinstance(again, Declined) or untidy(again) > untidy(outcome):
                 break
             outcome, axes = again, split
         if isinstance(outcome, Declined):
@@ -142,8 +144,10 @@ def _recognize(candidate: Candidate, facts: Facts, attempt: _Attempt) -> Site | 
         return left(stop.declined)
 
 
-def _other_readings(candidate: Candidate, facts: Facts, axes: Axes, near: _Lifted, attempt: _Attempt) -> Readings:
-    copies = any(near.key in x.axes and gathered(facts.nodes[x.tensor]) for x in _all_loads(near) if x.is_float)
+def _other_readings(candidate: Candidate, facts: Facts, axes: Axes, near: Lifted, attempt: _Attempt) -> Readings:
+    copies = near.lifter.far or any(
+        near.key in x.axes and gathered(facts.nodes[x.tensor]) for x in all_loads(near) if x.is_float
+    )
     if not copies and not in_pieces(near.values):
         return Readings()
     try:
@@ -156,7 +160,7 @@ def _other_readings(candidate: Candidate, facts: Facts, axes: Axes, near: _Lifte
         return Readings()
 
 
-def _over_tokens(candidate: Candidate, facts: Facts, axes: Axes, far: _Lifted, in_place: Site) -> Site | None:
+def _over_tokens(candidate: Candidate, facts: Facts, axes: Axes, far: Lifted, in_place: Site) -> Site | None:
     if not (isinstance(far.rest, Const) and far.rest.value == 0) or far.added != NOTHING:
         return None
     softs = tuple(soft for _, _, soft in far.terms)
@@ -181,31 +185,27 @@ def _over_tokens(candidate: Candidate, facts: Facts, axes: Axes, far: _Lifted, i
     return replace(site, parts=tuple(parts))
 
 
-@dataclass
-class _Lifted:
-    """A candidate in index notation, before its axes have roles."""
-
-    key: Axis
-    values: Expr
-    terms: list[tuple[tuple[Axis, ...], Expr, Softmax]]  # (mixed, factor, softmax)
-    rest: Expr
-    lifter: Lifter
-    zero_rows: bool
-    added: Expr = NOTHING  # to the result, beside what the weights make
+_Attempt = Callable[[Axes, bool], "Lifted | Declined"]
 
 
-_Attempt = Callable[[Axes, bool], "_Lifted | Declined"]
+def _attempt(candidate: Candidate, facts: Facts, axes: Axes, far: bool = False) -> Lifted | Declined:
+    outcome = _attempt_at(candidate, facts, axes, Lifter(facts, far=far))
+    if isinstance(outcome, Lifted) and stands_in_pieces(outcome):
+        # Copies of keys that overlap hold one key in several places: only where keys lie may the pieces be the same.
+        through = _attempt_at(candidate, facts, axes, Lifter(facts, far=True, unpads=True))
+        if isinstance(through, Lifted) and not stands_in_pieces(through):
+            outcome = through
+    return replace(outcome, in_place=far) if isinstance(outcome, Lifted) else outcome
 
 
-def _attempt(candidate: Candidate, facts: Facts, axes: Axes, far: bool = False) -> _Lifted | Declined:
+def _attempt_at(candidate: Candidate, facts: Facts, axes: Axes, lifter: Lifter) -> Lifted | Declined:
     root = candidate.root
     index = axes.index()
-    lifter = Lifter(facts, far=far)
     if candidate.weights < 0:
         found = lift_sdpa(lifter, root, index)
         if isinstance(found, Declined):
             return found
-        return _Lifted(
+        return Lifted(
             found.key,
             found.values,
             [((), Const(1.0, "float32"), found.softmax)],
@@ -223,7 +223,7 @@ def _product(
     lifter: Lifter,
     index: tuple[Expr, ...],
     rescaled: Rescaled | None = None,
-) -> _Lifted | Declined:
+) -> Lifted | Declined:
     """Read weights times values at a position of their product. `rescaled`: what the row is multiplied with after."""
     root = candidate.root
     if rescaled is not None:
@@ -242,6 +242,12 @@ def _product(
     if not keys or len(keys) != len(summed):
         return Declined("the values are not summed over one key axis", op_name(root))
     key, weights_index, values_index = one_key(keys, weights_index, values_index)
+    skew = unskewed(lifter, weights_node, weights_index, key) if rescaled is None else None
+    if skew is not None:
+        # What was moved to stand beside its key has no copy of keys to be read from: it is read where keys lie.
+        lifter.far = lifter.unpads = True
+        values_index = tuple(s.substitute(e, {key: skew.place}) for e in values_index)
+        weights_node, weights_index, key = skew.node, skew.index, skew.key
     lifter.key_axes.add(key)
     if _shares_scores(weights_node, values_node, facts):
         return Declined("the values depend on the weights", values_node.name)
@@ -258,9 +264,7 @@ def _shares_scores(weights: fx.Node, values: fx.Node, facts: Facts) -> bool:
     return any(not any(nx.has_path(facts.flow, x, y) for y in own) for x in shared)
 
 
-def _attempt_joint(
-    joint: Joint, candidate: Candidate, facts: Facts, axes: Axes, far: bool
-) -> _Lifted | Declined:
+def _attempt_joint(joint: Joint, candidate: Candidate, facts: Facts, axes: Axes, far: bool) -> Lifted | Declined:
     lifter = Lifter(facts, far=far)
     after = frozenset(nx.descendants(facts.flow, joint.products[0].normaliser)) | {joint.products[0].normaliser}
     found = lift_joint(joint, lifter, axes.index(), after)
@@ -274,16 +278,16 @@ def _attempt_joint(
     return replace(outcome, added=s.call("add", outcome.added, found.rest, dtype="float32"))
 
 
-def _attempt_merge(merge: Merge, facts: Facts, axes: Axes, far: bool) -> _Lifted | Declined:
+def _attempt_merge(merge: Merge, facts: Facts, axes: Axes, far: bool) -> Lifted | Declined:
     lifter = Lifter(facts, far=far)
     weights = [contraction_operands(c.root)[c.weights] for c in merge.parts]
     lifter.tainted = _tainted_like(weights, facts)
     found = lift_merge(merge, lifter, axes.index())
     terms: list[tuple[tuple[Axis, ...], Expr, Softmax]] = [((), Const(1.0, "float32"), found.softmax)]
-    return _Lifted(found.key, found.values, terms, NOTHING, lifter, False)
+    return Lifted(found.key, found.values, terms, NOTHING, lifter, False)
 
 
-def _attempt_quotient(quotient: Quotient, facts: Facts, axes: Axes, far: bool) -> _Lifted | Declined:
+def _attempt_quotient(quotient: Quotient, facts: Facts, axes: Axes, far: bool) -> Lifted | Declined:
     lifter = Lifter(facts, far=far)
     rescaled = lift_rescaled(quotient, facts, lifter, axes.index())
     if rescaled is not None:
@@ -293,7 +297,7 @@ def _attempt_quotient(quotient: Quotient, facts: Facts, axes: Axes, far: bool) -
         if found.seamless:
             break
     terms: list[tuple[tuple[Axis, ...], Expr, Softmax]] = [((), Const(1.0, "float32"), found.softmax)]
-    return _Lifted(found.key, found.values, terms, NOTHING, running, False)
+    return Lifted(found.key, found.values, terms, NOTHING, running, False)
 
 
 def _tainted_like(weights: list[fx.Node], facts: Facts) -> Callable[[fx.Node], bool]:
@@ -324,7 +328,7 @@ class _Weighted:
     rescaled: Rescaled | None = None
 
 
-def _weighted(candidate: Candidate, facts: Facts, axes: Axes, lifter: Lifter, found: _Weighted) -> _Lifted | Declined:
+def _weighted(candidate: Candidate, facts: Facts, axes: Axes, lifter: Lifter, found: _Weighted) -> Lifted | Declined:
     """Read the weights as softmaxes over the key."""
     root, key, weights_node, weights_index, values = candidate.root, found.key, found.node, found.index, found.values
     lifter.query_axes = cut_axes([a for a in axes.flat() if a not in values.axes], weights_index, key)
@@ -354,61 +358,13 @@ def _weighted(candidate: Candidate, facts: Facts, axes: Axes, lifter: Lifter, fo
             if lifter.blame is not None:
                 return Declined(f"{read.reason} (`{op_name(lifter.blame)}` is not understood)", lifter.blame.name)
             return read
+        if holds_pieces(read.logits):
+            read = replace(read, logits=whole(read.logits, key, lambda name: shape_of(facts.nodes[name])))
         cores.append((part.mixed, part.factor, read))
     if not cores:
         return Declined("the weights are not normalised over the keys")
     safe = any(op_name(n) == "_safe_softmax" for n in lifter.visited)
-    return _Lifted(key, values, cores, rest, lifter, safe, added)
-
-
-# ---------------------------------------------------------------------------------------------------- splitting axes
-
-
-def _expressions(lifted: _Lifted) -> list[Expr]:
-    out = [lifted.values, lifted.rest]
-    for _, factor, soft in lifted.terms:
-        out += [factor, soft.logits, soft.gate, *soft.extra]
-    return out
-
-
-def _all_loads(lifted: _Lifted) -> list[Load]:
-    return [load for e in _expressions(lifted) for load in e.loads]
-
-
-def _untidy(lifted: _Lifted) -> int:
-    """How many index entries of loads are neither an axis, a constant, nor an axis over a constant."""
-    return sum(complexity(load.index) for load in _all_loads(lifted))
-
-
-def _split_axis(lifted: _Lifted, axes: Axes) -> Axes | None:
-    """An axis a that is used as a % c becomes (a // c, a % c).
-
-    A query axis (one that neither values nor keys have) stays whole: halves of it would only make for fewer rows."""
-    shared = lifted.values.axes.union(
-        *(n.key.axes for _, _, soft in lifted.terms for n in soft.logits.walk() if isinstance(n, Dot))
-    )
-    for d, group in enumerate(axes.dims):
-        for k, axis in enumerate(group):
-            if axis not in shared:
-                continue
-            by: dict[Expr, None] = {}
-            for e in _expressions(lifted):
-                for node in e.walk():
-                    if isinstance(node, Call) and node.op == "mod" and node.args[0] == axis:
-                        by[node.args[1]] = None
-            for inner in by:
-                outer = s.floordiv(axis.size, inner)
-                if (
-                    outer == Const(1)
-                    or s.mul(outer, inner) != axis.size
-                    or any(isinstance(a, Call) for m in to_poly(outer) for a in m)
-                ):
-                    continue
-                halves = [Axis(f"{axis.name}a", outer), Axis(f"{axis.name}b", inner)]
-                dims = [list(g) for g in axes.dims]
-                dims[d] = group[:k] + halves + group[k + 1 :]
-                return Axes(dims)
-    return None
+    return Lifted(key, values, cores, rest, lifter, safe, added)
 
 
 # ---------------------------------------------------------------------------------------------------- closing a site
@@ -418,7 +374,7 @@ def _close(
     candidate: Candidate,
     facts: Facts,
     axes: Axes,
-    lifted: _Lifted,
+    lifted: Lifted,
     free: tuple[Axis, ...] = (),
     places: Mapping[Axis, Expr] | None = None,
 ) -> Site:
@@ -434,11 +390,11 @@ def _close(
             if not facts.order[node] >= facts.order[candidate.normaliser]:
                 shared.append((node, user))
             elif user not in facts.roots:  # the same weights applied to other values are a site of its own
-                raise Stop(Declined(f"the probabilities are read elsewhere (by `{op_name(user)}`)", node.name))
+                reason = f"the probabilities are read elsewhere (by `{op_name(user)}`)"
+                raise Stop(Declined(reason + ", and the graph returns them" * is_returned(user), node.name))
     check_no_writes(facts, interior | lifted.lifter.visited | {root}, root)
     result = list(free) or axes.flat()
-    far = lifted.lifter.far
-    drafts = [Draft(result, mixed, lifted.key, soft, lifted.values, far) for mixed, _, soft in lifted.terms]
+    drafts = [Draft(result, mixed, lifted.key, soft, lifted.values, lifted.uncopied) for mixed, _, soft in lifted.terms]
     parts, orders = [], []
     epilogue: Expr | None = None
     dtype = dtype_of(root)

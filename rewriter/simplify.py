@@ -14,7 +14,7 @@ from functools import lru_cache
 from math import gcd
 
 from refocus import division
-from refocus.comparisons import decided, resolve, tightest
+from refocus.comparisons import decided, remainder_between, resolve, tightest
 from refocus.constants import fold, identities
 from refocus.division import canonical
 from refocus.ir import BOOL, FALSE, INT, TRUE, Call, Const, Dot, Expr, Load, Reduce, rewrite
@@ -150,6 +150,9 @@ def _sign_of(diff: Poly, facts: Facts) -> Expr:
     spread = _over_where(diff, lambda d: _sign_of(d, facts))
     if spread is not None:
         return spread
+    ends = remainder_between(diff, facts)
+    if ends is not None:
+        return and_(*(_sign_of(end, facts) for end in ends))
     divisor = gcd(*(c for m, c in diff.items() if m))
     if divisor > 1:
         diff = {m: c // divisor for m, c in diff.items() if c // divisor}
@@ -469,8 +472,8 @@ def _under(target: Expr, facts: Facts) -> Expr:
     if facts and not facts.concern(target):
         facts = NO_FACTS
     if not target.children:
-        known = facts.atoms.get(target)
-        return Const(known[0]) if known is not None and known[0] is not None and known[0] == known[1] else target
+        known = facts.only(target)
+        return target if known is None else Const(known)
     if target.dtype == BOOL:
         for predicate, value in (target, True), (not_(target), False):
             truth = facts.get(predicate, (None, None))[0]

@@ -212,3 +212,24 @@ def test_multihead_attention_weights() -> None:
     torch.manual_seed(0)
     report = check(WithWeights().eval(), (torch.randn(2, 24, 16),), fused=False, lower=False).report
     assert not any(site.fused for site in report.sites)
+
+
+def test_a_graph_break_before_the_softmax_is_named() -> None:
+    """Scores that another graph has made cannot be fused, and the report says so; so it does of weights returned."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT
+        torch._dynamo.graph_break()
+        return scores.softmax(-1) @ v
+
+    report = refocus.explain(attend, *tensors())
+    assert not report.sites
+    [note] = report.notes
+    assert "graph break" in note and "test_escapes.py" in note
+
+    def gates(x: Tensor) -> Tensor:
+        return x.mean(1).softmax(-1).unsqueeze(1) * x
+
+    assert not refocus.explain(gates, tensors()[0]).notes
+    [site] = refocus.explain(Weights(), *tensors()).sites
+    assert site.reason.endswith("and the graph returns them")

@@ -41,8 +41,11 @@ spans = st.tuples(st.integers(-6, 6), st.integers(-2, 9), st.integers(1, 3))
 
 @st.composite
 def strokes(draw: st.DrawFn) -> tuple[str, tuple[int, int, int], tuple[int, int, int], int]:
-    return draw(st.sampled_from(["block", "row", "column", "turned", "band", "kept"])), draw(spans), draw(spans), draw(
-        st.integers(1, 5)
+    return (
+        draw(st.sampled_from(["block", "row", "column", "turned", "band", "flat", "kept"])),
+        draw(spans),
+        draw(spans),
+        draw(st.integers(1, 5)),
     )
 
 
@@ -58,6 +61,8 @@ def paint(canvas: Tensor, kept: list[Tensor], kind: str, a: tuple[int, ...], b: 
         canvas.transpose(0, 1)[rows].fill_(value)
     elif kind == "band":
         canvas[:, None][rows, 0, columns].add_(value)
+    elif kind == "flat":
+        canvas.view(-1)[columns].mul_(value)
     else:
         kept.append(canvas[rows])  # read at the end: it sees later writes
 
@@ -89,17 +94,33 @@ def test_writes_that_others_see_stay() -> None:
         y[1:].fill_(2)
         return y + 1
 
-    def seen_reshaped(x: Tensor) -> Tensor:
+    def seen_strided(x: Tensor) -> Tensor:
         y = torch.zeros(4, 4)
-        flat = y.view(-1)
+        across = y.as_strided((4,), (5,))
         y[1:].fill_(2)
-        return flat + x.view(-1)
+        return across + x[0]
 
-    for run in (to_input, to_products, seen_reshaped):
+    for run in (to_input, to_products, seen_strided):
         x = torch.randn(4, 4)
         traced = functional(run, x.clone())
         assert writes(traced)
         assert torch.equal(traced(x.clone()), run(x.clone()))
+
+
+def test_products_are_written_into_memory_made_for_them() -> None:
+    def run(x: Tensor) -> Tensor:
+        y = x.new_zeros(4, 3, 4)
+        y[:, 1:, :2] = (x @ x).view(2, 2, 4).transpose(0, 2)[:, :, :2]
+        y.view(12, 4)[::2] += x[:1]
+        turned = y.transpose(0, 1)
+        turned.view(3, 4, 2, 2)[1, :, 1].fill_(2)
+        return turned.clone(), y.view(-1)
+
+    x = torch.randn(4, 4)
+    traced = functional(run, x)
+    for got, expected in zip(traced(x), run(x), strict=True):
+        assert torch.equal(got, expected)
+    assert not writes(traced)
 
 
 class Painted(nn.Module):

@@ -27,16 +27,19 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "assumptions",
     ),
     "lift": (
-        "blank", "bodies", "capture", "functional", "strokes", "fold", "sizes", "lift", "lift_*", "facts", "gathers",
+        "blank", "bodies", "capture", "functional", "strokes", "fold", "sizes", "lift", "lift_*", "equal_values",
+        "facts", "gathers",
     ),
     "patterns": ("patterns", "patterns.*"),
     "recognize": (
-        "attention", "bands", "closure", "joint", "merge", "products", "normal_form", "recognize", "expand",
+        "attention", "bands", "closure", "joint", "lifted", "merge", "pieces", "piecewise", "products", "normal_form",
+        "quotient", "recognize", "roles", "row_sums", "running_softmax", "skews", "expand",
         "linear_candidates", "recognize_linear", "loops", "recognize_loops",
     ),
     "codegen": ("codegen", "codegen.*"),
     "pipeline": (
-        "mask_report", "sites", "splice", "training", "pipeline", "emit", "linear_sites", "splice_linear",
+        "mask_report", "sites", "splice", "output_chain", "training", "pipeline", "emit", "linear_sites",
+        "splice_linear",
     ),
     "backend": ("backend",),
     "front": ("", "api", "__main__", "testing"),

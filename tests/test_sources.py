@@ -393,3 +393,19 @@ def test_a_copy_into_the_whole_of_a_tensor_has_a_derivative() -> None:
         return scores(q, keys.to(q.dtype)).softmax(-1) @ v
 
     fuses(function, 10)
+
+
+def keys_twice(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    """One tensor is both the first and the last part of a concatenation."""
+    k, v = torch.cat([k, k2, k], -2), torch.cat([v, v2, v], -2)
+    return scores(q, k).softmax(-1) @ v
+
+
+def channels_thrice(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    first, second, third = torch.cat([q, q, q], -1).chunk(3, -1)
+    return scores(first, second + k[..., : q.shape[-2], :]).softmax(-1) @ third
+
+
+@pytest.mark.parametrize("function", [keys_twice, channels_thrice], ids=lambda f: f.__name__)
+def test_one_tensor_several_times(function: Callable[..., Tensor]) -> None:
+    fuses(function, 40, 24)

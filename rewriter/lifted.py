@@ -1,0 +1,83 @@
+"""A candidate in index notation, and which axes of its result are two."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from refocus import simplify as s
+from refocus.ir import Axis, Call, Const, Dot, Expr, Load
+from refocus.joint import NOTHING
+from refocus.lift import Lifter, complexity
+from refocus.patterns.softmax import Softmax
+from refocus.pieces import holds_pieces
+from refocus.polynomial import to_poly
+from refocus.roles import Axes
+
+
+@dataclass
+class Lifted:
+    """A candidate in index notation, before its axes have roles."""
+
+    key: Axis
+    values: Expr
+    terms: list[tuple[tuple[Axis, ...], Expr, Softmax]]  # (mixed, factor, softmax)
+    rest: Expr
+    lifter: Lifter
+    zero_rows: bool
+    added: Expr = NOTHING  # to the result, beside what the weights make
+    in_place: bool | None = None  # whether keys are not copied together; None: as the lifter reads
+
+    @property
+    def uncopied(self) -> bool:
+        return self.lifter.far if self.in_place is None else self.in_place
+
+
+def stands_in_pieces(lifted: Lifted) -> bool:
+    return any(holds_pieces(soft.logits) for _, _, soft in lifted.terms)
+
+
+def _expressions(lifted: Lifted) -> list[Expr]:
+    out = [lifted.values, lifted.rest]
+    for _, factor, soft in lifted.terms:
+        out += [factor, soft.logits, soft.gate, *soft.extra]
+    return out
+
+
+def all_loads(lifted: Lifted) -> list[Load]:
+    return [load for e in _expressions(lifted) for load in e.loads]
+
+
+def untidy(lifted: Lifted) -> int:
+    """How many index entries of loads are neither an axis, a constant, nor an axis over a constant."""
+    return sum(complexity(load.index) for load in all_loads(lifted))
+
+
+def split_axis(lifted: Lifted, axes: Axes) -> Axes | None:
+    """An axis a that is used as a % c becomes (a // c, a % c).
+
+    A query axis (one that neither values nor keys have) stays whole: halves of it would only make for fewer rows."""
+    shared = lifted.values.axes.union(
+        *(n.key.axes for _, _, soft in lifted.terms for n in soft.logits.walk() if isinstance(n, Dot))
+    )
+    for d, group in enumerate(axes.dims):
+        for k, axis in enumerate(group):
+            if axis not in shared:
+                continue
+            by: dict[Expr, None] = {}
+            for e in _expressions(lifted):
+                for node in e.walk():
+                    if isinstance(node, Call) and node.op == "mod" and node.args[0] == axis:
+                        by[node.args[1]] = None
+            for inner in by:
+                outer = s.floordiv(axis.size, inner)
+                if (
+                    outer == Const(1)
+                    or s.mul(outer, inner) != axis.size
+                    or any(isinstance(a, Call) for m in to_poly(outer) for a in m)
+                ):
+                    continue
+                halves = [Axis(f"{axis.name}a", outer), Axis(f"{axis.name}b", inner)]
+                dims = [list(g) for g in axes.dims]
+                dims[d] = group[:k] + halves + group[k + 1 :]
+                return Axes(dims)
+    return None
