@@ -22,10 +22,11 @@ from refocus import simplify as s
 from refocus.expand import Expander, step_of, viewed
 from refocus.facts import Facts
 from refocus.hoist import Hoisted
-from refocus.ir import Axis, Const, Expr, Load, Operand, Reduce
+from refocus.ir import ONE, Axis, Const, Expr, Load, Operand, Reduce
 from refocus.lift import Unliftable, dtype_of, is_tensor, op_name
 from refocus.linear_candidates import LinearCandidate, data_of, linear_candidates, upstream
 from refocus.linear_ir import LinearRegion, notation
+from refocus.loop_steps import Ends, Rolled
 from refocus.loops import Loop, depends, loop_at
 from refocus.normal_form import BATCH_NAMES
 from refocus.patterns.declined import Declined, Stop
@@ -44,7 +45,8 @@ from refocus.patterns.linear import (
 )
 from refocus.patterns.linear_sums import Shared, shared_by, sums_in
 from refocus.recognize import Left, Site
-from refocus.recognize_loops import Rolled, rolled
+from refocus.recognize_chunked import chunked_at, inside_of
+from refocus.recognize_loops import rolled
 from refocus.sizes import shape_of
 
 
@@ -61,7 +63,8 @@ class Output:
 class LinearSite:
     """A recognised linear attention. `bindings` are what the operands of `region` are computed from, over the site's
     own axes in the order of their dimensions. `spelled`: "pairs" where the model makes an N x N tensor, "states" where
-    it makes a state for each position, "steps" where it loops over them, "linear" where it does none of these."""
+    it makes a state for each position, "steps" where it loops over them, "chunks" where it makes pairs and states of
+    chunks of `rows` positions, "linear" where it does none of these."""
 
     root: fx.Node
     region: LinearRegion
@@ -69,6 +72,7 @@ class LinearSite:
     outputs: tuple[Output, ...]
     spelled: str
     interior: frozenset[fx.Node]
+    rows: Expr = ONE
     family: str = "linear"
 
     def __str__(self) -> str:
@@ -93,6 +97,13 @@ def recognize_linear(facts: Facts, found: Sequence[Site | Left]) -> list[Site | 
             continue
         linear.append(site)
         closed.update((gather, *site.interior))
+    for root in facts.order:
+        roll = chunked_at(root, facts, data, closed)
+        if roll is not None:
+            with suppress(Stop):
+                site = _rolled_site(root, roll, inside_of(root, roll.visited, facts), facts)
+                linear.append(site)
+                closed.update((root, *site.interior))
     for root in facts.order:
         if root in closed:
             continue
@@ -219,13 +230,19 @@ def _of_loop(loop: Loop, facts: Facts, data: set[fx.Node]) -> LinearSite:
     if outside is not None:
         raise Stop(Declined("a value inside a loop is read after it", outside.name))
     roll = rolled(loop, facts, data)
+    inside = inside_of(loop.gather, roll.visited | loop.body, facts)
+    return _rolled_site(loop.gather, roll, (inside | loop.body) - {loop.final}, facts)
+
+
+def _rolled_site(root: fx.Node, roll: Rolled, interior: frozenset[fx.Node], facts: Facts) -> LinearSite:
+    """The site of what is an attention over all positions. Raises Stop with what it lacks."""
     pair = roll.query, roll.key
-    read = _Read(tuple(a for a in roll.dims if a is not None), roll.dims, roll.product, roll.visited)
+    read = _Read(roll.free, roll.dims, roll.product, roll.visited)
     roles = sort(read.product, read.free, *pair)
     if roles is None:
-        raise Stop(Declined("a loop's results are no products of queries with its state"))
+        raise Stop(Declined("the results are no products of queries with a state"))
     weight = roll.weight or _weight(read.product, pair, facts)
-    candidate = LinearCandidate(loop.gather, frozenset(), loop.body | {loop.gather})
+    candidate = LinearCandidate(root, frozenset(), interior)
     return _close(candidate, facts, read, roles, weight, roll)
 
 
@@ -259,7 +276,8 @@ def _close(
     """`roll`: the loop that this was."""
     root = candidate.root
     inner = [*(t for d in (*read.product.divisors, *roles.rows) for t in sums_in(d, roles.query))]
-    beside = _sums_beside(candidate, facts, read, roles)
+    ended = None if roll is None or roll.ends is None else roll.ends.final
+    beside = _sums_beside(candidate, facts, read, roles, ended)
     read_sums = [*inner, *(total for _, _, total in beside)]
     shared: Shared | None = None
     besides: dict[Reduce, tuple[Expr, ...]] = {}
@@ -279,8 +297,13 @@ def _close(
     )
     if dtype == "float16" and read_sums:
         dtype = "float32"  # before it is normalised, a sum over all keys may be larger than half precision holds
-    names, region, bindings = _region(read, roles, weight, parts, dtype, bool(read_sums), erase)
-    back = {new: old for old, new in names.items()}
+    ends = None if roll is None else roll.ends
+    if ends is not None:
+        parts = _stateful(ends, parts, read_sums)
+    names, region, bindings = _region(read, roles, weight, parts, dtype, bool(read_sums), erase, ends)
+    back: dict[Axis, Expr] = {new: old for old, new in names.items()}
+    if roll is not None:
+        back[region.query] = roll.place
     out: Expr = Load("out", tuple(back[a] for a in region.out_axes), dtype)
     sums = Load("sums", tuple(back[a] for a in region.sums_axes), "float32")
     known: dict[Expr, Expr] = {t: _times(rest, sums) for t, rest in besides.items()}
@@ -290,13 +313,33 @@ def _close(
         out = s.call("div", out, s.substitute(divisor, known), dtype=dtype)
     outputs = [Output(root, read.dims, out)]
     outputs += [Output(node, dims, known[total]) for node, dims, total in beside]
+    if ends is not None and ends.final is not None:
+        last = Load("final", tuple(back[a] for a in region.state_axes), "float32")
+        outputs.append(Output(ends.final, tuple(x if isinstance(x, Axis) else None for x in ends.index), last))
     if any(holds_sum(o.value) for o in outputs):
         raise Stop(Declined("what the weights are normalised by is no function of their sums"))
     outputs.sort(key=lambda o: facts.order[o.node])
     interior = frozenset(candidate.interior - {o.node for o in outputs})
     _no_writes(facts, outputs, bindings, interior | read.visited)
-    spelled = "steps" if roll is not None else _spelled(candidate, roles)
-    return LinearSite(root, region, bindings, tuple(outputs), spelled, interior)
+    if roll is None:
+        return LinearSite(root, region, bindings, tuple(outputs), _spelled(candidate, roles), interior)
+    spelled = "steps" if roll.rows == Const(1) else "chunks"
+    return LinearSite(root, region, bindings, tuple(outputs), spelled, interior, roll.rows)
+
+
+def _stateful(ends: Ends, parts: _Parts, sums: list[Reduce]) -> _Parts:
+    """The parts, so that the region's state, which adds up keys times values, is that of the loop. Raises Stop."""
+    if sums:
+        raise Stop(Declined("a loop with a normaliser starts from a state, or its last state is read"))
+    if ends.written is None:
+        return parts
+    written, mine, queries = (Counter(x) for x in (ends.written, (*parts.keys, *parts.values), parts.queries))
+    moved = written - mine  # factors of whole heads, which are anyone's
+    if mine - written or moved - queries:
+        raise Stop(Declined("a loop's state is no sum of its keys times values"))
+    return replace(
+        parts, queries=tuple((queries - moved).elements()), values=(*parts.values, *moved.elements())
+    )  # fmt: skip
 
 
 def _looked_up(parts: _Parts, keys: tuple[Expr, ...], sums: list[Reduce]) -> _Parts:
@@ -323,14 +366,14 @@ def _times(factors: tuple[Expr, ...], value: Expr) -> Expr:
 
 
 def _sums_beside(
-    candidate: LinearCandidate, facts: Facts, read: _Read, roles: Roles
+    candidate: LinearCandidate, facts: Facts, read: _Read, roles: Roles, ended: fx.Node | None
 ) -> list[tuple[fx.Node, tuple[Axis | None, ...], Reduce]]:
     """Sums of the weights over the keys that the model takes besides the root. Raises Stop where it reads a weight in
-    any other way."""
+    any other way. `ended`: a loop's last state, which may be read."""
     found = []
     for node in candidate.interior - {candidate.root}:
         for user in node.users:
-            if user in candidate.interior or op_name(user) in ("sym_size", "sym_numel", "sym_stride"):
+            if user in candidate.interior or user is ended or op_name(user) in ("sym_size", "sym_numel", "sym_stride"):
                 continue
             total = _total_at(candidate, facts, user, read, roles) if op_name(user) == "sum" else None
             if total is None:
@@ -391,7 +434,14 @@ def _parts(product: Product, roles: Roles, shared: Shared | None) -> _Parts:
 
 
 def _region(
-    read: _Read, roles: Roles, weight: Weight, parts: _Parts, dtype: str, sums: bool, erase: Expr | None
+    read: _Read,
+    roles: Roles,
+    weight: Weight,
+    parts: _Parts,
+    dtype: str,
+    sums: bool,
+    erase: Expr | None,
+    ends: Ends | None,
 ) -> tuple[dict[Axis, Axis], LinearRegion, tuple[Hoisted, ...]]:
     """The axes' names, the region, and its operands."""
     q, k, v = (_product(f, read, dtype) for f in (parts.queries, parts.keys, parts.values))
@@ -420,9 +470,13 @@ def _region(
         values["gate"] = (weight.gate, (*batch, roles.key, *(roles.dot if channel else ())))
     if erase is not None:
         values["erase"] = (erase, (*batch, roles.key))
+    if ends is not None and {x for x in ends.index if isinstance(x, Axis)} != {*batch, *roles.dot, *roles.value}:
+        raise Stop(Declined("a loop's state has other axes than its keys and values"))
+    if ends is not None and ends.initial is not None:
+        values["initial"] = (ends.initial, (*batch, *roles.dot, *roles.value))
     wide = "float64" if dtype == "float64" else "float32"
     operands = tuple(
-        Operand(name, wide if name in ("gate", "erase") else dtype, tuple(a.size for a in axes))
+        Operand(name, wide if name in ("gate", "erase", "initial") else dtype, tuple(a.size for a in axes))
         for name, (_, axes) in values.items()
     )
     region = LinearRegion(
@@ -439,6 +493,7 @@ def _region(
         gate="none" if weight.gate is None else "channel" if channel else "head",
         sums=sums,
         erase=erase is not None,
+        final=ends is not None and ends.final is not None,
     )
     return names, region, tuple(Hoisted(value, axes) for value, axes in values.values())
 

@@ -349,6 +349,13 @@ def test_what_is_linear_already_stays() -> None:
     assert "linear in the length already" in site.reason
 
 
+def test_three_matrices_are_left_in_their_order() -> None:
+    """A bilinear transform: nothing is a key axis more than any other, and no order is cheaper."""
+    given = [torch.rand(2, 3, 16, 16) for _ in range(3)]
+    (site,) = refocus.explain(Module(lambda p, x, q: p @ x @ q), *given).sites
+    assert not site.fused and "a product of three matrices" in site.reason
+
+
 @pytest.mark.parametrize("engine", ["cpp", "sdpa"])
 def test_engines_without_linear_attention_say_so(engine: str) -> None:
     (site,) = refocus.explain(Module(by_where), *inputs()[:3], engine=engine).sites
