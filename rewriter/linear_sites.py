@@ -9,13 +9,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from refocus import debug
 from refocus import notation as notes
+from refocus.close_linear import LinearSite, sources_of
 from refocus.codegen.linear_policy import LinearWork, Sample, choose_linear
 from refocus.codegen.plan import Chosen, Leave, Plan
 from refocus.evaluate import size_of
 from refocus.facts import Facts
 from refocus.ir import Axis, Expr, Load, Sym, rewrite
 from refocus.linear_ir import mask_of, notation
-from refocus.recognize_linear import LinearSite, sources_of
 from refocus.report import Cost
 from refocus.report import Site as Row
 from refocus.simplify import rebuild

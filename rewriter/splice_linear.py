@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from refocus import grid
+from refocus.close_linear import LinearSite, sources_of
 from refocus.codegen import linear_operator
 from refocus.codegen.linear_form import LinearForm
 from refocus.codegen.plan import Plan
@@ -21,7 +22,6 @@ from refocus.evaluate import arange_env, evaluate, size_of
 from refocus.hoist import Hoisted
 from refocus.ir import Axis, Expr, Load, Sym
 from refocus.linear_ir import LinearRegion
-from refocus.recognize_linear import LinearSite, sources_of
 from refocus.sizes import shape_of
 from refocus.splice import Splicer, laid_out
 

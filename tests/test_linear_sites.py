@@ -12,9 +12,10 @@ import refocus
 from refocus import linear_ir
 from refocus.assumptions import model_buffers
 from refocus.capture import capture
+from refocus.close_linear import LinearSite
 from refocus.facts import gather_facts
 from refocus.recognize import recognize
-from refocus.recognize_linear import LinearSite, recognize_linear
+from refocus.recognize_linear import recognize_linear
 from refocus.testing import CheckFailed, check
 
 pytestmark = pytest.mark.filterwarnings("error::refocus.backend.FallbackWarning")
