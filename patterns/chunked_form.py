@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import permutations
 
 from refocus import simplify as s
@@ -102,20 +103,20 @@ class Joined:
 
 def over_all(value: Expr, at: Cut, values: Values = no_values) -> Joined:
     """What both parts are together. `values`: what is known of constants. Raises `Stop`."""
-    parts = [part_of(term if sign > 0 else s.call("neg", term, dtype=term.dtype)) for sign, term, _ in _summands(value)]
-    if len(parts) != 2:
-        raise Stop(Declined("what is in a chunk is not added to what is before it"))
+    parts = _two_parts(value)
     for inside, outer in (parts, parts[::-1]):
         for z, apart in _earlier(outer, at):
             return _Parts(inside, apart, z, at, values).joined()
     raise Stop(Declined("there is no state of the chunks before"))
 
 
-def _summands(value: Expr) -> list[tuple[int, Expr, tuple[Expr, ...]]]:
+@lru_cache(maxsize=16)  # every pair of axes may be chunks and rows of one value
+def _two_parts(value: Expr) -> tuple[Part, Part]:
     found = list(terms_of(value, 1))
-    if any(conditions for _, _, conditions in found):
+    if len(found) != 2 or any(conditions for _, _, conditions in found):
         raise Stop(Declined("what is in a chunk is not added to what is before it"))
-    return found
+    one, other = (part_of(x if sign > 0 else s.call("neg", x, dtype=x.dtype)) for sign, x, _ in found)
+    return one, other
 
 
 def part_of(e: Expr) -> Part:

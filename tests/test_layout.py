@@ -33,6 +33,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "recognize": (
         "attention", "bands", "closure", "joint", "merge", "products", "normal_form", "recognize", "expand",
         "linear_candidates", "recognize_linear", "loops", "recognize_loops",
+        "chunk_solutions", "close_linear", "factored", "held_values", "loop_steps", "recognize_chunk_loops",
+        "recognize_chunked",
     ),
     "codegen": ("codegen", "codegen.*"),
     "pipeline": (
