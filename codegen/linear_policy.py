@@ -3,9 +3,9 @@
 The figures are of one core with AVX-512, float32, torch 2.13, d = e = 16 and 64, in nanoseconds; only their ratios
 matter. A quadratic spelling, compiled, costs each pair of positions 1.1 and 3.1 while the weights fit into the caches,
 2 more beyond, 0.8 more with a decay, 0.35 more for each channel that decays by itself. A running sum of outer products
-costs 5 for each element of each state; a loop over the steps costs as much, and 20000 for each step. The chunked engine
-costs each position 150 and 520, or 700 and 2700 with a decay for each channel, and each call a tenth of a millisecond,
-or four.
+costs 5 for each element of each state; a loop over the steps costs as much, and 20000 for each step. What a model does
+in chunks itself costs the pairs and the states of these. The chunked engine costs each position 150 and 520, or 700 and
+2700 with a decay for each channel, and each call a tenth of a millisecond, or four.
 
 On other devices the generated kernels run what they take: what is left to them is longer than a few chunks.
 """
@@ -69,6 +69,7 @@ class LinearWork:
     value_width: int
     gate: str
     spelled: str
+    rows: int = 1  # positions of a chunk, where the model works in chunks
 
     def __str__(self) -> str:
         return f"{self.heads} heads x {self.queries} queries x {self.keys} keys"
@@ -83,6 +84,10 @@ def choose_linear(work: LinearWork, sample: Sample, device: Any, engine: str | N
         return Leave(f"needs gradients, and {debug.off('training')}")
     if engine is not None:
         return _forced(work, sample, device, engine)
+    if not sample.form.causal and not sample.form.sums and work.width >= work.keys:
+        return Leave(
+            f"a product of three matrices, with no fewer features than keys: no order of them is cheaper, at {work}"
+        )
     if work.spelled == "linear":
         return Leave(f"its cost is linear in the length already, at {work}")
     declined = ""
@@ -139,10 +144,15 @@ def _left(work: LinearWork) -> float:
         return work.heads * work.queries * work.width * work.value_width * 5.0
     if work.spelled == "steps":  # the same, one after the other
         return work.heads * work.queries * work.width * work.value_width * 5.0 + work.queries * _STEP
-    pairs = work.heads * work.queries * work.keys
+    chunks = work.spelled == "chunks"
+    pairs = work.heads * work.queries * (work.rows if chunks else work.keys)
     each = 0.4 + (work.width + work.value_width) / 48 + (2.0 if pairs > _CACHED_PAIRS else 0.0)
     decays = {"none": 0.0, "head": 0.8, "channel": work.width * 0.35}[work.gate]
-    return pairs * (each + decays)
+    if not chunks:
+        return pairs * (each + decays)
+    # Its pairs are those of chunks; states are written, decayed and read once for each.
+    between = work.heads * work.queries * work.width * work.value_width * (1 / 25 + 5.0 / work.rows)
+    return pairs * (each + decays) + between + work.queries // work.rows * _STEP
 
 
 def _chunked(work: LinearWork) -> float:

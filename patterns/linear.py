@@ -115,11 +115,11 @@ def settled(product: Product, pair: Pair) -> Product:
             out = out.times(Product(factors=(simple,)) if inner.summed else inner)
         else:
             out = out.times(Product(factors=(factor,)))
-    conditions = tuple(c for c in product.conditions if not _always(c, known))
+    conditions = tuple(c for c in product.conditions if not always(c, known))
     return out.times(Product(conditions=conditions))
 
 
-def _always(condition: Expr, known: s.Knowledge) -> bool:
+def always(condition: Expr, known: s.Knowledge) -> bool:
     """Whether a condition only asks if a number is one, and it is."""
     if isinstance(condition, Call) and condition.op == "not":
         inner = condition.args[0]

@@ -8,7 +8,7 @@ a parameter read at places that data decide (the weights of an expert), no more 
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Set
 from dataclasses import dataclass
 
 import networkx as nx
@@ -40,10 +40,10 @@ class LinearCandidate:
 def linear_candidates(root: fx.Node, facts: Facts, data: set[fx.Node], closed: set[fx.Node]) -> list[LinearCandidate]:
     """What may be a linear attention that ends in `root`, to be tried in this order. `data`: the nodes that depend on
     the model's input; `closed`: contractions that are attention already, and are not looked into."""
-    operands = _product(root, data)
+    operands = product_operands(root, data)
     if operands is None:
         return []
-    reached = [_cores(node, data, closed) for node in operands]
+    reached = [cores_of(node, data, closed) for node in operands]
     choices = []
     for k, cores in enumerate(reached):
         others = [n for m, n in enumerate(operands) if m != k and n in data]
@@ -65,7 +65,9 @@ def _chained(other: fx.Node, cores: frozenset[fx.Node], facts: Facts, data: set[
     if other in cores or any(nx.has_path(facts.flow, core, other) for core in cores):
         return True
     within = [core for core in cores if core in below]
-    return any(n in below and _product(n, data) is not None for core in within for n in nx.ancestors(facts.flow, core))
+    return any(
+        n in below and product_operands(n, data) is not None for core in within for n in nx.ancestors(facts.flow, core)
+    )
 
 
 def data_of(facts: Facts) -> set[fx.Node]:
@@ -106,7 +108,7 @@ def _is_kept(node: fx.Node) -> bool:
     return kept or isinstance(node.meta.get("example_value"), torch.nn.Parameter)
 
 
-def _product(node: fx.Node, data: set[fx.Node]) -> list[fx.Node] | None:
+def product_operands(node: fx.Node, data: Set[fx.Node]) -> list[fx.Node] | None:
     """The operands of a product of data that is summed over something, or laid out as one (an outer product)."""
     name = op_name(node)
     if node.op != "call_function" or not is_tensor(node) or not node.meta["val"].is_floating_point():
@@ -121,7 +123,7 @@ def _product(node: fx.Node, data: set[fx.Node]) -> list[fx.Node] | None:
     return operands if len(factors) > 1 else None
 
 
-def _cores(start: fx.Node, data: set[fx.Node], closed: set[fx.Node]) -> frozenset[fx.Node]:
+def cores_of(start: fx.Node, data: set[fx.Node], closed: set[fx.Node]) -> frozenset[fx.Node]:
     """The nearest products of data that an operand is made of; failing these, products under a running sum."""
     found: set[fx.Node] = set()
     running: set[fx.Node] = set()
@@ -129,7 +131,7 @@ def _cores(start: fx.Node, data: set[fx.Node], closed: set[fx.Node]) -> frozense
         if node in closed:
             continue
         if op_name(node) in CONTRACTIONS:
-            if _product(node, data) is not None:
+            if product_operands(node, data) is not None:
                 found.add(node)
         elif op_name(node) == "cumsum" and (outer := _outer(arguments(node)[0], data)) is not None:
             running.add(outer)

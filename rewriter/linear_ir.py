@@ -25,9 +25,10 @@ from refocus.ir import Axis, Expr, Operand, Sym
 
 @dataclass(frozen=True)
 class LinearRegion:
-    """One linear attention. `operands` are "q", "k", "v" and, where there are, "gate" and "erase", in this order; their
-    dimensions are the axes above. `batch` are the axes that keys, values or gates have, `share` those that only queries
-    have. `strict`: a position does not see itself. `gate` is "none", "head" or "channel". `sums`: they are asked for.
+    """One linear attention. `operands` are "q", "k", "v" and, where there are, "gate", "erase" and "initial", the state
+    before the first step, in this order; their dimensions are the axes above. `batch` are the axes that keys, values or
+    gates have, `share` those that only queries have. `strict`: a position does not see itself. `gate` is "none", "head"
+    or "channel". `sums`: they are asked for. `final`: so is the state after the last step.
     """
 
     batch: tuple[Axis, ...]
@@ -43,6 +44,11 @@ class LinearRegion:
     gate: str = "none"
     sums: bool = False
     erase: bool = False
+    final: bool = False
+
+    @property
+    def initial(self) -> bool:
+        return any(o.name == "initial" for o in self.operands)
 
     def axes_of(self, operand: str) -> tuple[Axis, ...]:
         """The axes of an operand's dimensions."""
@@ -52,11 +58,16 @@ class LinearRegion:
             "v": (*self.batch, self.key, *self.value),
             "gate": (*self.batch, self.key, *(self.dot if self.gate == "channel" else ())),
             "erase": (*self.batch, self.key),
+            "initial": self.state_axes,
         }[operand]
 
     @property
     def out_axes(self) -> tuple[Axis, ...]:
         return (*self.batch, *self.share, self.query, *self.value)
+
+    @property
+    def state_axes(self) -> tuple[Axis, ...]:
+        return (*self.batch, *self.dot, *self.value)
 
     @property
     def sums_axes(self) -> tuple[Axis, ...]:
@@ -103,7 +114,13 @@ def notation(region: LinearRegion) -> str:
     lines = [(f"W[{','.join(a.name for a in (*region.sums_axes, region.key))}]", weight)]
     if region.causal:
         lines.append(("mask", mask_of(region)))
-    lines.append((f"O[{','.join(a.name for a in region.out_axes)}]", f"W . {load('v')}"))
+    out = f"W . {load('v')}"
+    if region.initial:
+        passed = f" * exp(sum_{{t<={query}}} {step})" if region.gate != "none" else ""
+        out += f" + sum_{dots} {load('q')} * {load('initial')}{passed}"
+    lines.append((f"O[{','.join(a.name for a in region.out_axes)}]", out))
+    if region.final:
+        lines.append((f"S[{','.join(a.name for a in region.state_axes)}]", f"the state after the last {key}"))
     if region.sums:
         lines.append((f"Z[{','.join(a.name for a in region.sums_axes)}]", f"sum_{key} W"))
     width = max(len(left) for left, _ in lines)
@@ -118,10 +135,14 @@ def _delta_rule(region: LinearRegion, load: Callable[[str], str]) -> str:
     before = f"exp({gate}) * S[t-1]" if gate else "S[t-1]"
     out = f"O[{','.join(a.name for a in region.out_axes)}]".replace(f",{region.query.name}", ",t")
     read = "R[t-1]" if region.strict else "S[t]"
+    first = (f"S[-1] = {load('initial')}",) if region.initial else ()
+    last = (f"S[{','.join(a.name for a in region.state_axes)}] = S after the last t",) if region.final else ()
     return "\n".join((
+        *first,
         f"R[t-1] = {before}",
         f"S[t] = R[t-1] + {erase} * {k} * ({v} - sum_{dot} {k} * R[t-1])",
         f"{out} = sum_{dot} {q.replace(f',{region.query.name}', ',t')} * {read}",
+        *last,
     ))  # fmt: skip
 
 

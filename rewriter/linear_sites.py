@@ -9,13 +9,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from refocus import debug
 from refocus import notation as notes
+from refocus.close_linear import LinearSite, sources_of
 from refocus.codegen.linear_policy import LinearWork, Sample, choose_linear
 from refocus.codegen.plan import Chosen, Leave, Plan
 from refocus.evaluate import size_of
 from refocus.facts import Facts
 from refocus.ir import Axis, Expr, Load, Sym, rewrite
 from refocus.linear_ir import mask_of, notation
-from refocus.recognize_linear import LinearSite, sources_of
 from refocus.report import Cost
 from refocus.report import Site as Row
 from refocus.simplify import rebuild
@@ -43,6 +43,7 @@ def sample_of(site: LinearSite, facts: Facts) -> Sample:
         "v": (*steps, work.value_width),
         "gate": (*steps, *([work.width] if region.gate == "channel" else [])),
         "erase": steps,
+        "initial": (work.key_heads, work.width, work.value_width),
     }
     device = site.root.meta["val"].device
     with FakeTensorMode():
@@ -78,6 +79,7 @@ def work_of(site: LinearSite, facts: Facts) -> LinearWork:
         value_width=count(*region.value),
         gate=region.gate,
         spelled=site.spelled,
+        rows=size_of(site.rows, numbers),
     )
 
 
@@ -130,6 +132,8 @@ def _costs(site: LinearSite, facts: Facts) -> tuple[Cost, Cost]:
     chunked = Cost(state + 2 * rows * min(64, work.keys) * widths, io)
     if site.spelled == "pairs":
         return Cost(2 * rows * work.keys * widths, io + 4 * rows * work.keys * size), chunked
+    if site.spelled == "chunks":
+        return Cost(state + 2 * rows * work.rows * widths, io + 4 * rows * work.rows * size), chunked
     if site.spelled in ("states", "steps"):
         return Cost(state, io + 3 * rows * work.width * work.value_width * size), chunked
     return Cost(state, io), chunked

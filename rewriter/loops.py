@@ -14,10 +14,11 @@ the steps are one function of t remains to be proved (`refocus.recognize_loops`)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+import networkx as nx
 from torch import fx
 
 from refocus.facts import Facts
@@ -31,7 +32,8 @@ _NEAR = 64  # how far from the last state the state after it is looked for
 @dataclass(frozen=True)
 class Loop:
     """An unrolled loop. Each state has one value more than there are steps, or as many, where nobody reads the last.
-    `firsts`: the counterpart of each node of the body in the earliest step that has one."""
+    `firsts`: the counterpart of each node of the body in the earliest step that has one. `tail`: a last part that has
+    fewer rows than the others."""
 
     gather: fx.Node
     dim: int
@@ -40,15 +42,23 @@ class Loop:
     states: tuple[tuple[fx.Node, ...], ...]
     body: frozenset[fx.Node]
     firsts: dict[fx.Node, fx.Node]
+    tail: fx.Node | None = None
 
     @property
     def steps(self) -> int:
         return len(self.parts)
 
     def read_elsewhere(self) -> fx.Node | None:
-        """A value of the body that is read outside of the loop, other than by its gather."""
+        """A value of the body that is read outside of the loop, other than by its gather; the last state may be."""
         inside = self.body | {self.gather}
-        return next((n for n in self.body for user in n.users if user not in inside), None)
+        return next((n for n in self.body - {self.final} for user in n.users if user not in inside), None)
+
+    @property
+    def final(self) -> fx.Node | None:
+        """The state after the last step, where it is read."""
+        last = self.states[0][-1]
+        known = len(self.states) == 1 and len(self.states[0]) == self.steps + 1 and self.tail is None
+        return last if known and any(user not in self.body for user in last.users) else None
 
 
 def loop_at(gather: fx.Node, facts: Facts) -> Loop | None:
@@ -58,6 +68,10 @@ def loop_at(gather: fx.Node, facts: Facts) -> Loop | None:
     parts = tuple(arguments(gather)[0])
     if len(parts) < 2 or len(set(parts)) < len(parts):
         return None
+    tail: fx.Node | None = None
+    if op_name(gather) != "stack" and len(parts) > 2 and not _same_kind(parts[-2], parts[-1]):
+        *whole, tail = parts
+        parts = tuple(whole)
     follows: dict[fx.Node, fx.Node] = {}
     starts: list[fx.Node] = []
     for earlier, later in reversed(list(pairwise(parts))):
@@ -80,7 +94,18 @@ def loop_at(gather: fx.Node, facts: Facts) -> Loop | None:
     firsts = {n: first for first in begun for n in _chain(first, follows)}
     dim: Any = arguments(gather)[1] if len(arguments(gather)) > 1 else gather.kwargs.get("dim", 0)
     rank = gather.meta["val"].dim()
-    return Loop(gather, dim % rank, op_name(gather) == "stack", parts, tuple(states), body, firsts)
+    loop = Loop(gather, dim % rank, op_name(gather) == "stack", parts, tuple(states), body, firsts)
+    return loop if tail is None else _with_tail(loop, tail, facts)
+
+
+def _with_tail(loop: Loop, tail: fx.Node, facts: Facts) -> Loop:
+    """The loop with a shorter last part, and what was computed for that part alone."""
+    own = {tail}
+    above = nx.ancestors(facts.flow, tail) - loop.body
+    for node in sorted(above, key=facts.order.__getitem__, reverse=True):
+        if node.op == "call_function" and all(user in own for user in node.users):
+            own.add(node)
+    return replace(loop, body=loop.body | own, tail=tail)
 
 
 def _chain(start: fx.Node, follows: dict[fx.Node, fx.Node]) -> Iterator[fx.Node]:
@@ -162,4 +187,3 @@ def depends(loop: Loop, facts: Facts) -> set[fx.Node]:
         if any(n in found for n in node.all_input_nodes):
             found.add(node)
     return found & loop.body
-

@@ -26,6 +26,7 @@ from refocus.assumptions import Assumption, model_buffers
 from refocus.attention import Left, Site
 from refocus.bodies import with_bodies
 from refocus.capture import CaptureFailed, capture
+from refocus.close_linear import LinearSite
 from refocus.codegen.choose import plan_part
 from refocus.codegen.plan import Chosen, Leave, Plan
 from refocus.codegen.readings import prefers_tokens
@@ -35,7 +36,7 @@ from refocus.linear_sites import describe_linear, plan_linear
 from refocus.options import Options
 from refocus.output_chain import place_results
 from refocus.recognize import recognize
-from refocus.recognize_linear import LinearSite, recognize_linear
+from refocus.recognize_linear import recognize_linear
 from refocus.report import Report, joined
 from refocus.report import Site as Row
 from refocus.sites import describe_left, describe_site, location_of, numbers_of

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from refocus import grid
+from refocus.close_linear import LinearSite, sources_of
 from refocus.codegen import linear_operator
 from refocus.codegen.linear_form import LinearForm
 from refocus.codegen.plan import Plan
@@ -21,7 +22,6 @@ from refocus.evaluate import arange_env, evaluate, size_of
 from refocus.hoist import Hoisted
 from refocus.ir import Axis, Expr, Load, Sym
 from refocus.linear_ir import LinearRegion
-from refocus.recognize_linear import LinearSite, sources_of
 from refocus.sizes import shape_of
 from refocus.splice import Splicer, laid_out
 
@@ -29,8 +29,9 @@ from refocus.splice import Splicer, laid_out
 def form_of(region: LinearRegion) -> LinearForm:
     """What the kernels are asked for."""
     return LinearForm(
-        causal=region.causal, strict=region.strict, gate=region.gate, erase=region.erase, sums=region.sums
-    )
+        causal=region.causal, strict=region.strict, gate=region.gate, erase=region.erase, sums=region.sums,
+        initial=region.initial, final=region.final,
+    )  # fmt: skip
 
 
 def replace_linear(splicer: Splicer, site: LinearSite, plan: Plan) -> None:
@@ -102,11 +103,13 @@ def _function(
             o.name: _operand(region, o.name, getattr(torch, o.dtype), b, named, sizes, device)
             for o, b in zip(region.operands, site.bindings)
         }
-        given = [operands.get(name) for name in ("q", "k", "v", "gate", "erase")]
-        out, sums, _ = linear_operator.call(form, plan, (*given, None))
+        given = [operands.get(name) for name in ("q", "k", "v", "gate", "erase", "initial")]
+        out, sums, final = linear_operator.call(form, plan, given)
         results = {"out": out.reshape([size_of(a.size, sizes) for a in region.out_axes])}
         if form.sums:
             results["sums"] = sums.reshape([size_of(a.size, sizes) for a in region.sums_axes])
+        if form.final:
+            results["final"] = final.reshape([size_of(a.size, sizes) for a in region.state_axes])
         found = []
         for output in site.outputs:
             flat = [a for a in output.dims if a is not None]
@@ -136,6 +139,10 @@ def _operand(
     value = _valued(binding.value, list(binding.axes), named, sizes).to(device=device, dtype=dtype)
     lengths = [size_of(a.size, sizes) for a in binding.axes]
     heads = len(region.batch) + (len(region.share) if name == "q" else 0)
+    if name == "initial":
+        first = heads + len(region.dot)
+        shape = [math.prod(lengths[a:b]) for a, b in ((0, heads), (heads, first), (first, len(lengths)))]
+        return value.expand(lengths).reshape(shape)
     # A decay that is the same at every step stays one number a head.
     steady = name == "gate" and value.shape[heads] == 1 and lengths[heads] != 1
     given = [*lengths[:heads], 1 if steady else lengths[heads], *lengths[heads + 1 :]]

@@ -73,6 +73,13 @@ class _Filled:
             parts.append(part)
         operation = _ATEN.stack.default if self.strokes[0].selects else _ATEN.cat.default
         joined = insert(operation, (parts, self.strokes[0].dim), {})
+        order_of = _layout(wanted)
+        if order_of is not None and order_of != list(range(wanted.dim())):
+            # As the tensor that was filled lies in memory: what follows may be a view of it.
+            back = sorted(range(wanted.dim()), key=order_of.__getitem__)
+            moved = insert(_ATEN.permute.default, (joined, order_of), {})
+            moved = insert(_ATEN.clone.default, (moved,), {"memory_format": torch.contiguous_format})
+            joined = insert(_ATEN.permute.default, (moved, back), {})
         self.base.replace_all_uses_with(joined, delete_user_cb=lambda user: order.get(user, position + 1) > position)
         for stroke in self.strokes:
             graph.erase_node(stroke.write)
@@ -81,11 +88,20 @@ class _Filled:
                 graph.erase_node(node)
 
 
+def _layout(value: torch.Tensor) -> list[int] | None:
+    """The order of the dimensions in memory, the outermost first; None for a tensor with holes."""
+    order = sorted(range(value.dim()), key=lambda k: (-int(value.stride()[k]), k))
+    if tuple(value.permute(order).stride()) == tuple(make_contiguous_strides_for(value.permute(order).shape)):
+        return order
+    plain = tuple(value.stride()) == tuple(make_contiguous_strides_for(value.shape))
+    return list(range(value.dim())) if plain else None
+
+
 def _filled(base: fx.Node, order: dict[fx.Node, int]) -> _Filled | None:
     value = base.meta["val"]
     if any(isinstance(d, torch.SymInt) for d in value.shape) or value.requires_grad:
         return None
-    if tuple(value.stride()) != tuple(make_contiguous_strides_for(value.shape)):
+    if _layout(value) is None:
         return None
     strokes: list[_Stroke] = []
     for user in base.users:

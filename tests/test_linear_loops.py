@@ -96,7 +96,23 @@ def unbound(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     return torch.stack(rows, 2)
 
 
-SPELLINGS = [summed, in_place, before_its_own_step, normalised, gated, unbound]
+def started(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state, rows = torch.ones_like(zero(q, v)), []
+    for t in range(q.shape[2]):
+        state = state + outer(k[:, :, t], v[:, :, t])
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2)
+
+
+def returned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state, rows = zero(q, v), []
+    for t in range(q.shape[2]):
+        state = state + outer(k[:, :, t], v[:, :, t])
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2).sum() + state.sum()
+
+
+SPELLINGS = [started, returned, summed, in_place, before_its_own_step, normalised, gated, unbound]
 
 
 @pytest.mark.parametrize("function", SPELLINGS, ids=[f.__name__ for f in SPELLINGS])
@@ -160,20 +176,21 @@ def late_decay(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     return torch.stack(rows, 2)
 
 
-def started(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    state, rows = torch.ones_like(zero(q, v)), []
+def normalised_from_a_state(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state, total, rows = torch.ones_like(zero(q, v)), torch.ones_like(k[:, :, 0]), []
     for t in range(q.shape[2]):
-        state = state + outer(k[:, :, t], v[:, :, t])
-        rows.append(read(q[:, :, t], state))
+        state, total = state + outer(k[:, :, t], v[:, :, t]), total + k[:, :, t]
+        rows.append(read(q[:, :, t], state) / (q[:, :, t] * total).sum(-1, keepdim=True))
     return torch.stack(rows, 2)
 
 
-def returned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    state, rows = zero(q, v), []
+def read_halfway(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state, rows, kept = zero(q, v), [], []
     for t in range(q.shape[2]):
         state = state + outer(k[:, :, t], v[:, :, t])
         rows.append(read(q[:, :, t], state))
-    return torch.stack(rows, 2).sum() + state.sum()
+        kept.append(state)
+    return torch.stack(rows, 2).sum() + kept[2].sum()
 
 
 def other_key_erased(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
@@ -209,8 +226,8 @@ NEAR_MISSES = [
     (another_factor, "not the same function"),
     (any_sign, "not known to be a positive decay"),
     (late_decay, "decay"),
-    (started, "starts from a state that is not zero"),
-    (returned, "read after it"),
+    (normalised_from_a_state, "starts from a state that is not zero"),
+    (read_halfway, "read after it"),
     (other_key_erased, "what the delta rule does"),
     (added_back, "what the delta rule does"),
     (other_total, "sum of other weights"),

@@ -12,9 +12,10 @@ import refocus
 from refocus import linear_ir
 from refocus.assumptions import model_buffers
 from refocus.capture import capture
+from refocus.close_linear import LinearSite
 from refocus.facts import gather_facts
 from refocus.recognize import recognize
-from refocus.recognize_linear import LinearSite, recognize_linear
+from refocus.recognize_linear import recognize_linear
 from refocus.testing import CheckFailed, check
 
 pytestmark = pytest.mark.filterwarnings("error::refocus.backend.FallbackWarning")
@@ -347,6 +348,13 @@ def test_what_is_linear_already_stays() -> None:
     (site,) = refocus.explain(Module(keys_first), *inputs(2048)[:3]).sites
     assert site.recognized and not site.fused
     assert "linear in the length already" in site.reason
+
+
+def test_three_matrices_are_left_in_their_order() -> None:
+    """A bilinear transform: nothing is a key axis more than any other, and no order is cheaper."""
+    given = [torch.rand(2, 3, 16, 16) for _ in range(3)]
+    (site,) = refocus.explain(Module(lambda p, x, q: p @ x @ q), *given).sites
+    assert not site.fused and "a product of three matrices" in site.reason
 
 
 @pytest.mark.parametrize("engine", ["cpp", "sdpa"])

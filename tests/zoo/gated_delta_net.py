@@ -44,11 +44,46 @@ class GatedDeltaNet(nn.Module):
         return out.transpose(1, 2).contiguous()
 
 
+class Chunked(GatedDeltaNet):
+    """In chunks, as it runs on whole sequences: two triangular solves, then a loop over chunks with a state."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, size: int = 8) -> Tensor:
+        length = query.shape[1]
+        query, key, value, beta, g = (x.transpose(1, 2).contiguous() for x in (query, key, value, beta, g))
+        query, key = unit(query) * query.shape[-1] ** -0.5, unit(key)
+        rest = (size - length % size) % size
+        query, key, value = (nn.functional.pad(x, (0, 0, 0, rest)) for x in (query, key, value))
+        beta, g = (nn.functional.pad(x, (0, rest)) for x in (beta, g))
+        v_beta, k_beta = value * beta.unsqueeze(-1), key * beta.unsqueeze(-1)
+        query, key, k_beta, v_beta = (x.unflatten(2, (-1, size)) for x in (query, key, k_beta, v_beta))
+        sums = g.unflatten(2, (-1, size)).cumsum(-1)
+        upper = torch.ones(size, size, dtype=torch.bool, device=query.device).triu(1)
+        decay = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).masked_fill(upper, float("-inf")).exp()
+        system, inside = (k_beta @ key.mT) * decay, (query @ key.mT) * decay
+        solve = torch.linalg.solve_triangular
+        values = solve(system, v_beta, upper=False, unitriangular=True)
+        seen = solve(system, k_beta * sums.exp().unsqueeze(-1), upper=False, unitriangular=True)
+        state = value.new_zeros(*value.shape[:2], key.shape[-1], value.shape[-1])
+        out = torch.zeros_like(values)
+        query, key = query * sums.exp().unsqueeze(-1), key * (sums[..., -1:] - sums).exp().unsqueeze(-1)
+        whole = sums[..., -1].exp()[..., None, None]
+        for i in range(values.shape[2]):
+            new = values[:, :, i] - seen[:, :, i] @ state
+            out[:, :, i] = query[:, :, i] @ state + inside[:, :, i] @ new
+            state = state * whole[:, :, i] + key[:, :, i].mT @ new
+        return out.flatten(2, 3)[:, :, :length].transpose(1, 2)
+
+
 def unit(x: Tensor) -> Tensor:
     return x * torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + 1e-6)
 
 
-make = Variant(lambda: (GatedDeltaNet(), (torch.randn(2, 24, 32),))).make
+def _maker(build: type[GatedDeltaNet], length: int) -> Variant:
+    return Variant(lambda: (build(), (torch.randn(2, length, 32),)))
+
+
+make = _maker(GatedDeltaNet, 24).make
+VARIANTS = {"chunked": _maker(Chunked, 30)}
 
 
 def reference(module: GatedDeltaNet, x: Tensor) -> Tensor:

@@ -45,12 +45,27 @@ class Einsum(GatedLinearAttention):
         return torch.einsum("bhid,bhjd,bhijd,bhje->bhie", q, k, between.exp(), v)
 
 
+class Chunks(GatedLinearAttention):
+    """In chunks: decays from and to the start of a chunk on queries and keys, one state between chunks."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, gk: Tensor, size: int = 10) -> Tensor:
+        q, k, v, gk = (x.unflatten(2, (-1, size)) for x in (q, k, v, gk))
+        sums = gk.cumsum(dim=3)
+        inside = ((q * sums.exp()) @ (k * (-sums).exp()).mT).tril() @ v
+        state, rows = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]), []
+        for i in range(q.shape[2]):
+            total = sums[:, :, i, -1:]
+            rows.append(inside[:, :, i] + (q[:, :, i] * sums[:, :, i].exp()) @ state)
+            state = total.exp().mT * state + (k[:, :, i] * (total - sums[:, :, i]).exp()).mT @ v[:, :, i]
+        return torch.cat(rows, dim=2)
+
+
 def _maker(build: type[GatedLinearAttention]) -> Variant:
     return Variant(lambda: (build(), (torch.randn(2, 50, 32),)))
 
 
 make = _maker(GatedLinearAttention).make
-VARIANTS = {"einsum": _maker(Einsum)}
+VARIANTS = {"einsum": _maker(Einsum), "chunks": _maker(Chunks)}
 
 
 def reference(module: GatedLinearAttention, x: Tensor) -> Tensor:

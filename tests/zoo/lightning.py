@@ -84,6 +84,41 @@ class Blocks(Lightning):
         return self.out(torch.cat(blocks, dim=-2).transpose(1, 2).flatten(2))
 
 
+class Buffers(Lightning):
+    """The same, its decays kept as buffers, the pairs' filled by a loop; the last block is shorter."""
+
+    query_decay: Tensor
+    key_decay: Tensor
+    diagonal_decay: Tensor
+
+    def __init__(self, width: int = 64, heads: int = 4, size: int = 16) -> None:
+        super().__init__(width, heads)
+        self.size = size
+        index = torch.arange(size) + 1
+        diagonal = torch.zeros(1, heads, size, size)
+        for i in range(size):
+            for j in range(i + 1):
+                diagonal[0, :, i, j] = torch.exp(-self.slope.flatten() * (i - j))
+        self.register_buffer("query_decay", torch.exp(-self.slope * index[:, None]))
+        self.register_buffer("key_decay", torch.exp(-self.slope * (size - index[:, None])))
+        self.register_buffer("diagonal_decay", diagonal)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        q, k, v = nn.functional.silu(self.qkv(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        state = torch.zeros(*q.shape[:2], q.shape[-1], v.shape[-1], device=v.device, dtype=v.dtype)
+        blocks = []
+        for i in range((length + self.size - 1) // self.size):
+            start, end = i * self.size, min((i + 1) * self.size, length)
+            query, key, value = q[:, :, start:end], k[:, :, start:end], v[:, :, start:end]
+            n = end - start
+            intra = torch.matmul(torch.matmul(query, key.mT) * self.diagonal_decay[:, :, :n, :n], value)
+            blocks.append(torch.matmul(query * self.query_decay[:, :n], state) + intra)
+            update = torch.matmul((key * self.key_decay[:, -n:]).mT, value)
+            state = state * torch.exp(-self.slope * n) + update
+        return self.out(torch.cat(blocks, dim=-2).transpose(1, 2).flatten(2))
+
+
 def _maker(build: type[Lightning], length: int = 100) -> Variant:
     return Variant(lambda: (build(), (torch.randn(2, length, 64),)))
 
@@ -91,7 +126,7 @@ def _maker(build: type[Lightning], length: int = 100) -> Variant:
 make = _maker(Lightning).make
 VARIANTS = {
     "triangle": _maker(Triangle), "multiplied": _maker(Multiplied), "undecayed": _maker(Undecayed),
-    "blocks": _maker(Blocks, 64),
+    "blocks": _maker(Blocks, 64), "buffers": _maker(Buffers, 60),
 }  # fmt: skip
 
 

@@ -53,12 +53,30 @@ class Differences(Dual):
         return torch.einsum("bhls,bshp->blhp", scores, x)
 
 
+class Chunked(Dual):
+    """In chunks, as the reference implementation without kernels: pairs inside, states between, all at once."""
+
+    def mix(self, x: Tensor, a: Tensor, b: Tensor, c: Tensor, size: int = 16) -> Tensor:
+        length = x.shape[1]
+        rest = -length % size
+        x, b, c = (nn.functional.pad(t, (0, 0) * (t.dim() - 2) + (0, rest)).unflatten(1, (-1, size)) for t in (x, b, c))
+        a = nn.functional.pad(a, (0, 0, 0, rest)).unflatten(1, (-1, size)).permute(0, 3, 1, 2)
+        sums = torch.cumsum(a, dim=-1)
+        inside = torch.einsum("bcln,bcsn,bhcls,bcshp->bclhp", c, b, torch.exp(segment_sum(a)), x)
+        states = torch.einsum("bcln,bhcl,bclhp->bchpn", b, torch.exp(sums[..., -1:] - sums), x)
+        states = torch.cat([torch.zeros_like(states[:, :1]), states], dim=1)
+        carried = torch.exp(segment_sum(nn.functional.pad(sums[..., -1], (1, 0))))
+        states = torch.einsum("bhzc,bchpn->bzhpn", carried, states)[:, :-1]
+        between = torch.einsum("bcln,bchpn,bhcl->bclhp", c, states, torch.exp(sums))
+        return (inside + between).flatten(1, 2)[:, :length]
+
+
 def _maker(build: type[Dual]) -> Variant:
     return Variant(lambda: (build(), (torch.randn(2, 100, 64),)))
 
 
 make = _maker(Dual).make
-VARIANTS = {"differences": _maker(Differences)}
+VARIANTS = {"differences": _maker(Differences), "chunked": _maker(Chunked)}
 
 
 def reference(module: Dual, u: Tensor) -> Tensor:

@@ -1,0 +1,280 @@
+"""The steps of an unrolled loop in index notation, and as one function of the step.
+
+Each step is lifted by itself; where whole numbers grow evenly from one step to the next, they are taken to be linear
+in the step, and then every step is compared with what that says of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from refocus import simplify as s
+from refocus.expand import Expander
+from refocus.factored import Factored
+from refocus.facts import Facts
+from refocus.ir import BOOL, ONE, ZERO, Axis, Call, Const, Expr, Load, Reduce
+from refocus.lift import Index, Lifter, arguments, dtype_of, op_name
+from refocus.loops import Loop
+from refocus.patterns.declined import Declined, Stop
+from refocus.patterns.linear import Product, Weight
+from refocus.sizes import shape_of
+
+BEFORE, AFTER = "state {} before", "state {} after"
+
+
+@dataclass
+class _OfStep(Expander):
+    """Lifts one step of a loop. `held`: what is loaded under a name, at the given first indices (a state; what a step
+    solved for). Sums are named after the first step's nodes, so that equal steps are equal expressions."""
+
+    held: dict[fx.Node, tuple[str, Index]] = field(default_factory=dict)
+    firsts: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    data: Set[fx.Node] = frozenset()
+
+    def at(self, node: fx.Node, index: Sequence[Expr]) -> Expr:  # type: ignore[override]
+        if node in self.held:
+            name, first = self.held[node]
+            return Load(name, (*first, *index), dtype_of(node))
+        return super().at(node, index)
+
+    def bound(self, node: fx.Node, which: int, size: object) -> Axis:
+        return super().bound(self.firsts.get(node, node), which, size)
+
+    def sums_keys(self, node: fx.Node) -> bool:
+        return False
+
+    def constant(self, node: fx.Node, index: Index) -> Expr | None:
+        """Of a body, only what the first step makes of a constant start is a constant; other steps are not like it."""
+        return None if node in self.interior else super().constant(node, index)
+
+
+@dataclass
+class Step(_OfStep):
+    """What does not depend on `data` is followed to its source: decays are, which are often made before the loop."""
+
+    def within(self, node: fx.Node, index: Index) -> bool:
+        return node in self.interior or node not in self.data
+
+    def _choose(self, node: fx.Node, index: Index, below: Expr) -> Expr:
+        return below if node not in self.data else super()._choose(node, index, below)
+
+
+@dataclass
+class ApartStep(_OfStep, Factored):
+    """Products that were made before the loop are taken apart, too."""
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The states before the first step and after the last: of what the loop starts with, None for zero, and the node
+    that it ends with, where that is read. `index`: a state's dimensions, as axes of the result and of the sums.
+    `written`: the factors of what is written to the state, or None where they are known to be the keys' and values'."""
+
+    initial: Expr | None
+    final: fx.Node | None
+    index: Index
+    written: tuple[Expr, ...] | None
+
+
+@dataclass(frozen=True)
+class Rolled:
+    """A loop as one function: what it gives out at `query`, as a sum over `key`; the weight of a pair, where it is read
+    already. `dims` are those of what it gives out, at the position `place`, over the axes `free` and the query.
+    `erase`: what the delta rule takes away at each key, of which `keys` are the factors of what is looked up. `rows`:
+    how many positions are in a chunk; 1 where there are none."""
+
+    product: Product
+    weight: Weight | None
+    dims: tuple[Axis | None, ...]
+    query: Axis
+    key: Axis
+    place: Expr
+    visited: frozenset[fx.Node]
+    erase: Expr | None = None
+    keys: tuple[Expr, ...] = ()
+    rows: Expr = ONE
+    ends: Ends | None = None
+
+    @property
+    def free(self) -> tuple[Axis, ...]:
+        """The axes of the result, its positions numbered by `query`."""
+        return (self.query, *(a for a in self.dims if a is not None and a not in self.place.axes | {self.query}))
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What all steps do: the updates of the states, over `own` axes, and what they give out, as functions of `step`."""
+
+    out: Expr
+    updates: tuple[Expr, ...]
+    visited: frozenset[fx.Node]
+    shortened: frozenset[str] = frozenset()  # the names of axes over which the last step sums up less
+
+
+def step_axis(loop: Loop) -> Axis:
+    """The axis of the steps; where results are stacked, it is one of theirs."""
+    return Axis(f"o{loop.dim}" if loop.stacked else "step", Const(loop.steps + (loop.tail is not None)))
+
+
+def own_axes(loop: Loop) -> list[Index]:
+    """Axes for the dimensions of each state."""
+    return [
+        tuple(Const(0) if d == Const(1) else Axis(f"s{n}.{k}", d) for k, d in enumerate(shape_of(states[0])))
+        for n, states in enumerate(loop.states)
+    ]
+
+
+def lifted(
+    loop: Loop, facts: Facts, data: Set[fx.Node], part: Index, step: Axis, kind: type[_OfStep],
+    held: Sequence[Mapping[fx.Node, tuple[str, Index]]] = (),
+) -> Steps:  # fmt: skip
+    """The steps as one. `part`: where what they give out is read; `held`: what each step loads besides its states."""
+    outs: list[Expr] = []
+    updates: list[list[Expr]] = [[] for _ in loop.states]
+    visited: set[fx.Node] = set()
+    own = own_axes(loop)
+    for t in range(loop.steps):
+        mine = held[t] if held else {}
+        before = {states[t]: (BEFORE.format(n), ()) for n, states in enumerate(loop.states)}
+        after = {states[t + 1]: (AFTER.format(n), ()) for n, states in enumerate(loop.states) if t + 1 < len(states)}
+        both = kind(facts, interior=loop.body, held={**mine, **before, **after}, firsts=loop.firsts, data=data)
+        outs.append(both.at(loop.parts[t], part))
+        earlier = kind(facts, interior=loop.body, held={**mine, **before}, firsts=loop.firsts, data=data)
+        for n, states in enumerate(loop.states):
+            if t + 1 < len(states):
+                updates[n].append(earlier.at(states[t + 1], own[n]))
+        visited |= both.visited | earlier.visited
+    out = as_one(outs, step)
+    shortened: set[str] = set()
+    if loop.tail is not None:
+        ready: dict[fx.Node, tuple[str, Index]] = {
+            x[loop.steps]: (BEFORE.format(n), ()) for n, x in enumerate(loop.states)
+        }
+        last = kind(facts, interior=loop.body, held=ready, firsts=loop.firsts, data=data)
+        size = shape_of(loop.tail)[loop.dim]
+        index = tuple(Axis(a.name, size) if k == loop.dim and isinstance(a, Axis) else a for k, a in enumerate(part))
+        # Where the mask is causal, a shorter chunk is one whose last rows are not asked for.
+        if not _shortened(s.substitute(out, {step: Const(loop.steps)}), last.at(loop.tail, index), shortened):
+            raise Stop(Declined("the last step of a loop is not the same function of what it reads"))
+        visited |= last.visited
+    return Steps(out, tuple(as_one(x, step) for x in updates), frozenset(visited), frozenset(shortened))
+
+
+def _shortened(whole: Expr, part: Expr, names: set[str]) -> bool:
+    """Whether two values are the same, but for what is summed over being shorter in `part`, and for its names. The
+    `names` of such axes are collected."""
+    if isinstance(whole, Reduce) and isinstance(part, Reduce):
+        axis = whole.axis
+        here = s.substitute(part.body, {part.axis: Axis(axis.name, part.axis.size)})
+        if axis.size != part.axis.size:
+            names.add(axis.name)
+            if not s.is_nonneg(s.sub(axis.size, part.axis.size)):
+                return False
+        return whole.op == part.op and whole.dtype == part.dtype and _shortened(whole.body, here, names)
+    sizes: dict[str, Axis] = {a.name: a for a in part.axes}
+    if isinstance(whole, Call | Load) and type(whole) is type(part) and not whole.is_int and whole.dtype != BOOL:
+        same = [getattr(x, "op", None) or getattr(x, "tensor", None) for x in (whole, part)]
+        pairs = list(zip(whole.children, part.children))
+        return (
+            same[0] == same[1]
+            and len(whole.children) == len(part.children)
+            and all(_shortened(*x, names) for x in pairs)
+        )
+    return s.substitute(whole, {a: sizes.get(a.name, a) for a in whole.axes}) == part
+
+
+def starts_at_zero(loop: Loop, facts: Facts) -> bool:
+    starts = (Lifter(facts).at(states[0], axes) for states, axes in zip(loop.states, own_axes(loop)))
+    return all(isinstance(x, Const) and x.value == 0 for x in starts)
+
+
+def ends_of(loop: Loop, facts: Facts, out: Expr, written: tuple[Expr, ...] | None) -> Ends | None:
+    """What a loop starts from and ends with; None where it starts from zero, and nobody asks. Raises `Stop` where
+    there are more states than one, or more places where they are read."""
+    zero = starts_at_zero(loop, facts)
+    if zero and loop.final is None:
+        return None
+    if len(loop.states) > 1:
+        raise Stop(Declined("a loop starts from a state that is not zero"))
+    reads = {x.index for x in out.loads if x.tensor in (BEFORE.format(0), AFTER.format(0))}
+    plain = [i for i in reads if all(isinstance(x, Axis) or x == ZERO for x in i)]
+    if len(reads) != 1 or not plain or len({*plain[0]} - {ZERO}) != sum(x != ZERO for x in plain[0]):
+        raise Stop(Declined("a loop reads its state at more than one place"))
+    initial = None if zero else Lifter(facts).at(loop.states[0][0], plain[0])
+    return Ends(initial, loop.final, plain[0], written)
+
+
+# ---------------------------------------------------------------------------------------------------- all steps
+
+
+def as_one(values: list[Expr], step: Axis) -> Expr:
+    """The values of all steps as one function of the step. Raises Stop where they are none."""
+    one = _between(values[-2], values[-1], len(values) - 1, step) if len(values) > 1 else values[0]
+    for t, value in enumerate(values):
+        if one is None or s.substitute(one, {step: Const(t)}) != value:
+            raise Stop(Declined("the steps of a loop are not the same function of what they read"))
+    assert one is not None
+    return one
+
+
+def _between(earlier: Expr, later: Expr, number: int, step: Axis) -> Expr | None:
+    """What is `later` at step `number`, and `earlier` one step before, whole numbers taken to grow evenly."""
+    if earlier == later:
+        return earlier
+    if earlier.is_int and later.is_int:
+        by = s.sub(later, earlier)
+        if isinstance(by, Const):
+            return s.add(later, s.mul(by, s.sub(step, number)))
+    old, new = earlier.children, later.children
+    if type(earlier) is not type(later) or len(old) != len(new):
+        return None
+    found = [_between(a, b, number, step) for a, b in zip(old, new)]
+    if any(x is None for x in found):
+        return None
+    return s.rebuild(later, tuple(found)) if found else None  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------------- decays
+
+
+def log_of(decay: Expr, facts: Facts) -> Expr | None:
+    """The logarithm of a decay, where it is known to be one: of an exponential or a sigmoid, here or where the value
+    that is read was made."""
+    if isinstance(decay, Call) and decay.op == "exp":
+        return decay.args[0]
+    if isinstance(decay, Load) and decay.tensor in facts.nodes:
+        node, index = facts.nodes[decay.tensor], decay.index
+        while node not in facts.opaque and op_name(node) in _VIEWS:
+            below = _Seen(facts).at(node, index)
+            if not isinstance(below, Load) or below.tensor not in facts.nodes or below.tensor == node.name:
+                return None
+            node, index = facts.nodes[below.tensor], below.index
+        if node in facts.opaque or op_name(node) not in ("exp", "sigmoid"):
+            return None
+        inner = Lifter(facts).at(arguments(node)[0], index)
+        if op_name(node) == "exp":
+            return inner
+        decay = s.call("sigmoid", inner, dtype=dtype_of(node))
+    if isinstance(decay, Call) and decay.op == "sigmoid":
+        # log(sigmoid(x)) = -log(1 + exp(-x)), which is finite wherever x is.
+        x = s.call("neg", decay.args[0], dtype=decay.dtype)
+        total = s.call("logaddexp", x, Const(0.0, decay.dtype), dtype=decay.dtype)
+        return s.call("neg", total, dtype=decay.dtype)
+    return None
+
+
+@dataclass
+class _Seen(Lifter):
+    """Looks through whatever only moves values."""
+
+    def _choose(self, node: fx.Node, index: Index, below: Expr) -> Expr:
+        return below
+
+
+_VIEWS = frozenset(
+    ("view", "reshape", "permute", "transpose", "select", "slice", "unsqueeze", "squeeze", "expand", "getitem",
+     "unbind", "split", "chunk", "to", "_to_copy", "contiguous", "clone", "flatten", "unflatten", "mT", "t")
+)  # fmt: skip

@@ -1,0 +1,133 @@
+"""Loops over chunks of positions: pairs inside of a chunk, a state between chunks.
+
+The state before a chunk is a sum over all chunks before it, as of any recurrence; with that, what a step gives out is
+an attention in two parts (`refocus.patterns.chunked_form`). For the delta rule, see `refocus.chunk_solutions`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from refocus import simplify as s
+from refocus.chunk_solutions import SOLUTION, Delta, Solved, solved_by
+from refocus.facts import Facts
+from refocus.held_values import HeldValues
+from refocus.ir import Axis, Call, Const, Expr, Load, Reduce, rewrite
+from refocus.lift import Index
+from refocus.loop_steps import BEFORE, ApartStep, Ends, Rolled, Steps, ends_of, lifted, own_axes, step_axis
+from refocus.loops import Loop
+from refocus.patterns.chunked_form import Cut, Joined, over_all
+from refocus.patterns.declined import Declined, Stop
+from refocus.patterns.linear import terms_of
+from refocus.patterns.recurrence import Update, closed_form, read_update
+from refocus.sizes import shape_of
+
+
+def in_chunks(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
+    """Raises Stop with the reason where a loop is none over chunks."""
+    if len(loop.states) > 1:
+        raise Stop(Declined("a loop over chunks has several states"))
+    form = _Form(loop, facts, data, solved_by(loop, facts, data))
+    steps = form.steps()
+    update = read_update(steps.updates[0], BEFORE.format(0), own_axes(loop)[0], form.step, _log)
+    if update.erase is not None:
+        raise Stop(Declined("what a loop takes from its state is not what the delta rule does"))
+    first: Stop | None = None
+    for row in form.rows():
+        try:
+            return form.whole(steps, update, row)
+        except Stop as stop:
+            first = first or stop
+    raise first or Stop(Declined("a loop's results are no products of queries with its state"))
+
+
+def _log(decay: Expr) -> Expr | None:
+    return decay.args[0] if isinstance(decay, Call) and decay.op == "exp" else None
+
+
+@dataclass(frozen=True)
+class _Form:
+    loop: Loop
+    facts: Facts
+    data: Set[fx.Node]
+    solved: Solved | None
+
+    @property
+    def dims(self) -> tuple[Axis | None, ...]:
+        return tuple(
+            None if d == Const(1) else Axis(f"o{k}", d) for k, d in enumerate(shape_of(self.loop.gather))
+        )  # fmt: skip
+
+    @property
+    def step(self) -> Axis:
+        return step_axis(self.loop)
+
+    @property
+    def part(self) -> tuple[Axis | None, ...]:
+        """The axes of what a step gives out."""
+        if self.loop.stacked:
+            return (*self.dims[: self.loop.dim], *self.dims[self.loop.dim + 1 :])
+        rows = Axis("row", shape_of(self.loop.parts[0])[self.loop.dim])
+        return tuple(rows if k == self.loop.dim else a for k, a in enumerate(self.dims))
+
+    def steps(self) -> Steps:
+        held: list[Mapping[fx.Node, tuple[str, Index]]] = []
+        if self.solved is not None:
+            held = [{node: (SOLUTION, (Const(t),))} for t, node in enumerate(self.solved.nodes)]
+        index = tuple(Const(0) if a is None else a for a in self.part)
+        return lifted(self.loop, self.facts, self.data, index, self.step, ApartStep, held)
+
+    def rows(self) -> Iterator[Axis]:
+        """What may be the positions inside of a chunk."""
+        if not self.loop.stacked:
+            row = self.part[self.loop.dim]
+            yield from () if row is None else (row,)
+            return
+        yield from (a for a in self.part if a is not None)
+
+    def whole(self, steps: Steps, update: Update, row: Axis) -> Rolled:
+        """The loop as one function, if `row` are the positions inside of a chunk."""
+        stacked = self.loop.stacked
+        length = s.mul(self.step.size, row.size) if stacked else shape_of(self.loop.gather)[self.loop.dim]
+        query = Axis("position" if stacked else f"o{self.loop.dim}", length)
+        at = Cut(self.step, row, query, Axis(f"{self.loop.gather.name}.key", length))
+        earlier = Axis("earlier", self.step.size)
+
+        def state(node: Expr) -> Expr | None:
+            if isinstance(node, Load) and node.tensor == BEFORE.format(0):
+                return closed_form(update, own_axes(self.loop)[0], node.index, self.step, earlier, s.lt)
+            return None
+
+        value = rewrite(steps.out, state, s.rebuild)
+        values = HeldValues(self.facts)
+        joined = over_all(value, at, values)
+        product = joined.product
+        ends = self._ends(steps, joined, at, values)
+        values.assume()
+        # A shorter chunk may sum up fewer keys, whose weights are zero in a whole one; anything else is another sum.
+        left = [*product.summed, *(n.axis for f in product.factors for n in f.walk() if isinstance(n, Reduce))]
+        if any(a.name in steps.shortened for a in left):
+            raise Stop(Declined("the last step of a loop is not the same function of what it reads"))
+        place = s.add(s.mul(self.step, row.size), row) if stacked else query
+        found = Rolled(product, joined.weight, self.dims, query, at.key, place, steps.visited, rows=row.size, ends=ends)
+        if self.solved is None:
+            return found
+        lifter = ApartStep(
+            self.facts, interior=self.loop.body | {self.solved.system}, firsts=self.loop.firsts, data=self.data
+        )
+        return Delta(self.solved, lifter, lambda e: rewrite(e, state, s.rebuild), at).of(found, steps.out)
+
+    def _ends(self, steps: Steps, joined: Joined, at: Cut, values: HeldValues) -> Ends | None:
+        """What the loop starts from and ends with: states at the ends of chunks, which must be read as such."""
+        ends = ends_of(self.loop, self.facts, steps.out, None)
+        if ends is None:
+            return None
+        terms = [term for _, term, _ in terms_of(steps.out, 1) if any(x.tensor == BEFORE.format(0) for x in term.loads)]
+        if len(terms) != 1 or not joined.reads(terms[0], at, values):
+            raise Stop(Declined("a loop over chunks does not read its state as it is at the end of a chunk"))
+        names = joined.names
+        initial = None if ends.initial is None else s.substitute(ends.initial, names)
+        return replace(ends, initial=initial, index=tuple(s.substitute(x, names) for x in ends.index))
