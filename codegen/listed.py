@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from refocus.codegen.plan import Plan
 from refocus.codegen.positions import Positions
@@ -15,9 +15,16 @@ from refocus.simplify import add, mul
 NAMES = ("tile", "tile_row", "tile_whole", "tile_stop", "tile_counts_ptr", "tile_indices_ptr", "tile_states_ptr")
 
 
-def loops(body: Block, root: Place, positions: Positions, plan: Plan) -> Iterator[tuple[Block, Expr]]:
+Ends = tuple[str, str]  # of a range: where it starts and where it stops, as texts
+# Adjacent ranges and how far apart their elements are, to the part of each that a program goes through.
+Share = Callable[[Block, list[Ends], str], list[Ends]]
+
+
+def loops(
+    body: Block, root: Place, positions: Positions, plan: Plan, share: Share | None = None
+) -> Iterator[tuple[Block, Expr]]:
     """The body of each loop over tiles of the axis that a program has no tile of, which begin at `start` there; and
-    what the mask is in them."""
+    what the mask is in them. `share`: which of them are this program's, if not all."""
     region, scope = positions.region, positions.scope
     queries = positions.own == region.query
     other, tile = (region.key, "BLOCK_K") if queries else (region.query, "BLOCK_Q")
@@ -26,10 +33,9 @@ def loops(body: Block, root: Place, positions: Positions, plan: Plan) -> Iterato
     body.line(f"tile_whole = tl.load({counts} + tile_row * 2)")
     body.line(f"tile_stop = tl.load({counts} + tile_row * 2 + 1)")
     per_row = _tiles(root, other, tile, plan.block_k if queries else plan.block_q)
-    for note, start, stop, mask in (
-        ("# Tiles of which every pair counts.", "0", "tile_whole", TRUE),
-        ("# Tiles that are cut.", "tile_whole", "tile_stop", region.mask),
-    ):
+    ends = [("0", "tile_whole"), ("tile_whole", "tile_stop")]
+    notes = (("# Tiles of which every pair counts.", TRUE), ("# Tiles that are cut.", region.mask))
+    for (note, mask), (start, stop) in zip(notes, share(body, ends, "1") if share else ends):
         body.line(note)
         block = body.nested(f"for tile in range({start}, {stop}):")
         block.line(f"start = tl.load({indices} + tile_row * {per_row} + tile) * {tile}")

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from refocus.codegen import listed
 from refocus.codegen.backward_fit import Gradient, value_dtype
 from refocus.codegen.cotangents import Cotangents
-from refocus.codegen.flash import COLUMN, ROW, marks_empty, tame
 from refocus.codegen.flash_fit import OUT_DTYPES, dot_dtype, padded, width
 from refocus.codegen.kernel_file import Source, kernel_file, precision
+from refocus.codegen.key_tiles import COLUMN, ROW, marks_empty, tame
 from refocus.codegen.plan import Plan
 from refocus.codegen.positions import Positions
 from refocus.codegen.printer import ADD, ATOM, MUL, Dots, Place, Scope, conjunction, split_scale
