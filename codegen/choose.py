@@ -49,7 +49,7 @@ def plan_part(
     if trained is not None:
         return _plan_training(region, numbers, device, engine, was_sdpa, trained, written)
     if engine is not None:
-        return _forced(region, device, engine)
+        return _forced(region, numbers, device, engine)
     if device.type == "cpu":
         from refocus.codegen.policy import choose_cpu  # what it weighs up, FlexAttention among it, is slow to import
 
@@ -57,7 +57,7 @@ def plan_part(
     reason = unsupported("triton", region)
     if reason is not None:
         return Leave(f"the triton engine does not take it: {reason}")
-    return Chosen(default_plan("triton", region), "the generated kernel")
+    return Chosen(default_plan("triton", region, numbers), "the generated kernel")
 
 
 def _plan_training(
@@ -88,8 +88,9 @@ def _plan_training(
         if reason is not None:
             return Leave(f"the triton engine does not train it: {reason}; engine='tiled' does")
     if engine is None:
-        return Chosen(default_plan("triton", region), "the generated kernels, forward and backward")
-    forced = _forced(region, device, engine)
+        plan = default_plan("triton", region, numbers, trained=True)
+        return Chosen(plan, "the generated kernels, forward and backward")
+    forced = _forced(region, numbers, device, engine, trained=True)
     if isinstance(forced, Chosen) and engine == "tiled":
         return replace(forced, plan=training_plan(engine))
     return forced
@@ -111,18 +112,20 @@ def must_run(engine: str, device: Any) -> None:
         )
 
 
-def _forced(region: Region, device: Any, engine: str) -> Chosen | Leave:
+def _forced(
+    region: Region, numbers: Mapping[Sym, int], device: Any, engine: str, trained: bool = False
+) -> Chosen | Leave:
     must_run(engine, device)
     reason = unsupported(engine, region)
     if reason is not None:
         return Leave(f"the {engine} engine does not take it: {reason}")
-    return Chosen(default_plan(engine, region), f"engine={engine!r} was asked for")
+    return Chosen(default_plan(engine, region, numbers, trained), f"engine={engine!r} was asked for")
 
 
-def default_plan(engine: str, region: Region) -> Plan:
-    """The plan of an engine without tuning."""
+def default_plan(engine: str, region: Region, numbers: Mapping[Sym, int], trained: bool = False) -> Plan:
+    """The plan of an engine without tuning. `numbers`: as for `plan_part`; `trained`: a backward will be asked for."""
     if engine == "triton":
-        from refocus.codegen.flash_fit import default_plan as flash_plan
+        from refocus.codegen import schedules
 
-        return flash_plan(region)
+        return schedules.default_plan(region, numbers, trained)
     return replace(Plan(engine), block_q=128, block_k=128) if engine == "cpp" else Plan(engine)

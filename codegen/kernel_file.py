@@ -40,7 +40,7 @@ def kernel_file(
         text.lines(("", "", *function.split("\n")))
     text.lines(("", "", "@triton.jit", f"def {name}("))
     signature = text.nested()
-    for kind in ("tensor", "saved", "list", "output", "stride", "size"):
+    for kind in ("tensor", "saved", "list", "output", "stride", "size", "count"):
         names = [a.name for a in scope.arguments if a.kind == kind]
         signature.lines(f"    {', '.join(names[k : k + 6])}," for k in range(0, len(names), 6))
     text.line("):")

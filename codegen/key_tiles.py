@@ -139,10 +139,7 @@ class KeyTiles(Dots):
     def _main(self, body: Block) -> None:
         """The sums of a row, and the loops over tiles of keys: of those that the mask keeps whole, where they come
         first, and of the others."""
-        body.line()
-        body.line('row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)')
-        body.line("row_sum = tl.zeros([BLOCK_Q], tl.float32)")
-        body.line(f"acc = tl.zeros([BLOCK_Q, {self.value_lanes}], tl.float32)")
+        self._start(body)
         if self.plan.listed:
             for block, mask in listed.loops(body, self.root, self.positions, self.plan, self._share):
                 self._tile(self._inside(block, "start"), mask)
@@ -152,6 +149,12 @@ class KeyTiles(Dots):
         for one, (start, stop) in zip(ranges, ends):
             body.lines((one.note,) if one.note else ())
             self._tile(self._open(body, "start", start, stop, one.unmasked), one.mask)
+
+    def _start(self, body: Block) -> None:
+        body.line()
+        body.line('row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)')
+        body.line("row_sum = tl.zeros([BLOCK_Q], tl.float32)")
+        body.line(f"acc = tl.zeros([BLOCK_Q, {self.value_lanes}], tl.float32)")
 
     def _share(self, body: Block, ranges: list[listed.Ends], tile: str) -> list[listed.Ends]:
         """What this program does of these adjacent ranges, in which tiles are so far apart: here, all."""

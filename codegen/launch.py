@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from refocus.codegen.cache import load_module, save
+from refocus.codegen.cache import key_of, load_module, save
 from refocus.codegen.interpreter import interpreted, mend
+from refocus.codegen.kernel_file import Source
 from refocus.codegen.plan import Plan
 from refocus.codegen.printer import Argument
 from refocus.codegen.tile_lists import QUERIES, lists_of
@@ -56,11 +57,17 @@ class Kernel:
     own: str = QUERIES
 
 
+def saved(source: Source, region: Region, plan: Plan, *more: object) -> Kernel:
+    """A kernel whose source is saved; `more`: what it depends on besides region and plan."""
+    key = key_of(region, plan, *more)
+    return Kernel(source.name, source.text, save(source.text, key), key, region, plan, source.arguments)
+
+
 def launch(kernel: Kernel, operands: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The region's result (*batch, query, *value), contiguous, of `region.out_dtype`, on the operands' device; and the
     row sums (2, *batch, query), which are nothing but memory unless the kernel saves them."""
     region = kernel.region
-    shape, keys = _shape(region, tuple(sizes))
+    shape, keys = result_shape(region, tuple(sizes))
     device, rank = device_of(operands), len(region.batch)
     out = torch.empty(shape, dtype=getattr(torch, region.out_dtype), device=device)
     saves = any(a.kind == "output" and a.index == 1 for a in kernel.arguments)
@@ -80,13 +87,14 @@ def start(
     sizes: Sequence[int],
     outputs: Sequence[Tensor],
     saved: Sequence[Tensor] = (),
+    counts: Sequence[int] = (),
 ) -> None:
     """Run so many programs of a kernel."""
     device, plan = device_of(operands), kernel.plan
     # A tensor without dimensions may stay on the CPU, as in eager code; a kernel cannot read it there.
     operands = [x if x.device == device else x.to(device) for x in operands]
     lists = lists_of(kernel.region, plan, operands, sizes, device, kernel.own) if plan.listed else ()
-    given = {"tensor": operands, "list": lists, "size": sizes, "output": outputs, "saved": saved}
+    given = {"tensor": operands, "list": lists, "size": sizes, "output": outputs, "saved": saved, "count": counts}
     values = [
         operands[a.index].stride(a.dim) if a.kind == "stride" else given[a.kind][a.index] for a in kernel.arguments
     ]
@@ -122,7 +130,7 @@ def needs_wide(region: Region, operands: Sequence[Tensor], sizes: Sequence[int])
 
 @lru_cache(maxsize=1024)
 def _indices_wide(region: Region, sizes: tuple[int, ...]) -> bool:
-    if prod(_shape(region, sizes)[0]) > INT32_MAX:
+    if prod(result_shape(region, sizes)[0]) > INT32_MAX:
         return True
     known: dict[Expr, Expr] = {sym: Const(value) for sym, value in zip(region.syms, sizes)}
     for node in {n for root in region.expressions for n in root.walk()}:
@@ -134,7 +142,8 @@ def _indices_wide(region: Region, sizes: tuple[int, ...]) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _shape(region: Region, sizes: tuple[int, ...]) -> tuple[list[int], int]:
+def result_shape(region: Region, sizes: tuple[int, ...]) -> tuple[list[int], int]:
+    """(*batch, query, *value) for these sizes, and the number of keys."""
     numbers = dict(zip(region.syms, sizes, strict=True))
     shape = [size_of(a.size, numbers) for a in (*region.batch, region.query, *region.value)]
     return shape, size_of(region.key.size, numbers)

@@ -47,8 +47,8 @@ _SMALLEST, _LARGEST = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127
 @dataclass(frozen=True)
 class Argument:
     """A kernel argument: `kind` "tensor" (operand `index`), "stride" (its dimension `dim`), "size", "list" (counts and
-    indices of tiles, see `refocus.codegen.tile_lists`), "saved" (what the forward left for the backward) or "output".
-    `dtype`: of what is saved and of an output."""
+    indices of tiles, see `refocus.codegen.tile_lists`), "saved" (what a kernel before this one left for it), "count" (a
+    number that the launch chooses) or "output". `dtype`: of what is saved and of an output."""
 
     name: str
     kind: str
@@ -107,7 +107,7 @@ class Scope:
     @property
     def arguments(self) -> tuple[Argument, ...]:
         """All arguments that the text mentions: tensors first, then strides, then sizes."""
-        order = ("tensor", "saved", "list", "output", "stride", "size")
+        order = ("tensor", "saved", "list", "output", "stride", "size", "count")
         return tuple(sorted(self._arguments.values(), key=lambda a: (order.index(a.kind), a.index, a.dim)))
 
     def load_name(self, load: Load, layout: Iterable[Axis]) -> str:

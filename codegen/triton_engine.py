@@ -10,15 +10,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from refocus.codegen import cache, flash
-from refocus.codegen.flash_fit import default_plan, supports
+from refocus.codegen import decode_call, flash
+from refocus.codegen.flash_fit import supports
 from refocus.codegen.interpreter import interpreted
-from refocus.codegen.launch import Kernel, device_of, launch, needs_wide
+from refocus.codegen.launch import Kernel, device_of, launch, needs_wide, saved
 from refocus.codegen.plan import Plan
 from refocus.errors import EngineUnavailable
 from refocus.ir import Region
 
-__all__ = ["available", "default_plan", "emit", "fitted", "run", "run_saving", "supports"]
+__all__ = ["available", "emit", "fitted", "run", "run_saving", "supports"]
+SCHEDULES = ("flash", "decode")
 Result = TypeVar("Result")
 
 
@@ -36,22 +37,28 @@ def available(device: torch.device | str) -> str | None:
 
 @lru_cache(maxsize=512)
 def emit(region: Region, plan: Plan, wide: bool = False, saving: bool = False) -> Kernel:
-    """The kernel of a region, its source saved. Needs neither a GPU nor Triton. Raises `EngineUnavailable`."""
+    """The kernel of a region (the first, where its schedule has two), its source saved. Needs neither a GPU nor Triton.
+    Raises `EngineUnavailable`."""
     reason = supports(region)
-    if plan.schedule != "flash":
+    if plan.schedule not in SCHEDULES:
         reason = f"there is no schedule {plan.schedule!r}"
     if any(b < 16 or b & (b - 1) for b in (plan.block_q, plan.block_k)):
         reason = f"tiles of {plan.block_q} by {plan.block_k}, which must be powers of two from 16 on"
     if reason is not None:
         raise EngineUnavailable("the triton engine cannot run this region", got=reason, todo="use engine='tiled'")
-    source = flash.write(region, plan, wide, saving)
-    key = cache.key_of(region, plan, wide, *(("saving",) if saving else ()))
-    return Kernel(source.name, source.text, cache.save(source.text, key), key, region, plan, source.arguments)
+    if plan.schedule == "decode":
+        if saving:
+            raise EngineUnavailable("the decode schedule has no backward", todo="plan with schedule='flash'")
+        return decode_call.emit(region, plan, wide)[0]
+    return saved(flash.write(region, plan, wide, saving), region, plan, wide, *(("saving",) if saving else ()))
 
 
 def run(region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     """The region's result; see `launch.launch`. A plan that wants more shared memory than the device has is replaced
     by a smaller one. Raises `EngineUnavailable`."""
+    if plan.schedule == "decode":
+        emit(region, plan)  # raises what is wrong with the plan
+        return fitted(region, plan, device_of(operands), lambda p: decode_call.run(region, p, operands, sizes))
     return _run(region, plan, operands, sizes, False)[0]
 
 

@@ -18,7 +18,7 @@ from refocus.codegen.triton_engine import emit
 from refocus.errors import CannotExplain
 from refocus.facts import gather_facts
 from refocus.recognize import recognize
-from refocus.sites import location_of
+from refocus.sites import location_of, numbers_of
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ def _of_graph(traced: fx.GraphModule, inputs: Sequence[Any]) -> list[Emitted]:
         for part in site.parts:
             reason = unsupported("triton", part.region)
             if reason is None:
-                out.append(Emitted(where, Path(emit(part.region, default_plan("triton", part.region)).path)))
+                plan = default_plan("triton", part.region, numbers_of(site))
+                out.append(Emitted(where, Path(emit(part.region, plan).path)))
             else:
                 out.append(Emitted(where, None, f"the triton engine does not take it: {reason}"))
     return out

@@ -180,8 +180,8 @@ def test_equal_regions_share_a_kernel() -> None:
 
 def test_what_cannot_be_emitted_says_why() -> None:
     region = cases.causal()[0]
-    with pytest.raises(EngineUnavailable, match="no schedule 'decode'"):
-        triton_engine.emit(region, Plan("triton", "decode"))
+    with pytest.raises(EngineUnavailable, match="no schedule 'abacus'"):
+        triton_engine.emit(region, Plan("triton", "abacus"))
     with pytest.raises(EngineUnavailable, match="float64"):
         triton_engine.emit(cases.causal(cases.torch.float64)[0], Plan("triton"))
 
