@@ -26,7 +26,8 @@ _MOST_PARTS = 128
 _PROGRAMS_EACH = 2
 # Where the device does not say how many multiprocessors it has, or is none.
 _MULTIPROCESSORS = 64
-# Widest product or value (padded) -> keys of a tile. Rows are few: a tile of keys takes most of the registers.
+# Widest product or value (padded) -> keys of a tile, for 16 rows, that spill no registers; more rows leave fewer keys
+# (tests/test_triton_schedules_aot.py).
 _NARROW = {32: 128, 64: 128, 128: 64, 256: 32, 512: 16}
 _FLOAT32 = {32: 64, 64: 32, 128: 32, 256: 16, 512: 16}
 _MOST_ROWS = 64
@@ -52,7 +53,8 @@ def decode_plan(region: Region) -> Plan:
     narrow = all(dot_dtype(d) != "float32" for d in dots) and region.values.dtype in ("float16", "bfloat16")
     most = _MOST_ROWS if widest <= 128 else 16
     block_q = no_larger(most, rows.query) if isinstance(rows.query.size, Const) else 16
-    block_k = no_larger((_NARROW if narrow else _FLOAT32)[widest], rows.key)
+    block_k = (_NARROW if narrow else _FLOAT32)[widest]
+    block_k = no_larger(block_k if block_q == 16 else max(16, min(32, block_k // 2)), rows.key)
     # Lists cost more than a step of decoding where they are made again for each: closed forms of a fixed size are not.
     listed = not rows.mask.loads and isinstance(rows.key.size, Const) and pays(rows, block_q, block_k)
     return Plan("triton", "decode", block_q, block_k, 4, 2, listed)
