@@ -43,24 +43,7 @@ class Forward(KeyTiles):
         tail.line("# Rows that the mask leaves without a key: eager code takes the softmax of its fill values.")
         tail.line(f"empty = {conjunction(['row_sum == 0.0', *guards])}")
         block = tail.nested("if tl.max(empty.to(tl.int32), 0) == 1:")
-        block.line('logits_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)')
-        block.line("logits_sum = tl.zeros([BLOCK_Q], tl.float32)")
-        block.line(f"logits_acc = tl.zeros([BLOCK_Q, {self.value_lanes}], tl.float32)")
-        # A variable that a branch changes must keep its type; the other loop's may be wider.
-        place = self._open(block, "logits_start", "0", self.root.text(region.key.size))
-        place.expect(region.logits, region.gate)
-        inner = place.block
-        self._scores(place, "logits", region.logits)
-        kept = place.guards((region.key,))
-        if kept:
-            inner.line(f'logits = tl.where({conjunction(kept)}, logits, float("-inf"))')
-        inner.line("new_max = tl.maximum(logits_max, tl.max(logits, 1))")
-        inner.line('shift = tl.where(new_max == float("-inf"), 0.0, new_max)')
-        inner.line("weight = tl.exp2((logits - shift[:, None]) * LOG2E)")
-        inner.line("alpha = tl.exp2((logits_max - shift) * LOG2E)")
-        inner.line("logits_sum = logits_sum * alpha + tl.sum(weight, 1)")
-        self._accumulate(place, "logits_acc")
-        inner.line("logits_max = new_max")
+        self._fill(block)
         if region.extra:
             # In the units of row_max: of base two, or those of the score without its factor.
             unit = "logits_max * LOG2E" if self.tame else f"logits_max * {1 / self.scale!r}"
@@ -69,6 +52,31 @@ class Forward(KeyTiles):
             block.line("row_top = tl.where(empty, logits_max, row_top)")
         block.line("row_sum = tl.where(empty, logits_sum, row_sum)")
         block.line("acc = tl.where(empty[:, None], logits_acc, acc)")
+
+    def _fill(self, block: Block) -> None:
+        """The sums of all rows over the fills of all keys."""
+        block.line('logits_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)')
+        block.line("logits_sum = tl.zeros([BLOCK_Q], tl.float32)")
+        block.line(f"logits_acc = tl.zeros([BLOCK_Q, {self.value_lanes}], tl.float32)")
+        # A variable that a branch changes must keep its type; the other loop's may be wider.
+        place = self._open(block, "logits_start", "0", self.root.text(self.region.key.size))
+        inner = place.block
+        self._fills(place)
+        inner.line("new_max = tl.maximum(logits_max, tl.max(logits, 1))")
+        inner.line('shift = tl.where(new_max == float("-inf"), 0.0, new_max)')
+        inner.line("weight = tl.exp2((logits - shift[:, None]) * LOG2E)")
+        inner.line("alpha = tl.exp2((logits_max - shift) * LOG2E)")
+        inner.line("logits_sum = logits_sum * alpha + tl.sum(weight, 1)")
+        self._accumulate(place, "logits_acc")
+        inner.line("logits_max = new_max")
+
+    def _fills(self, place: Place) -> None:
+        region = self.region
+        place.expect(region.logits, region.gate)
+        self._scores(place, "logits", region.logits)
+        kept = place.guards((region.key,))
+        if kept:
+            place.block.line(f'logits = tl.where({conjunction(kept)}, logits, float("-inf"))')
 
     def _extra(self, tail: Block) -> None:
         """Logits without a value: they take their share of the softmax, in units of base two."""

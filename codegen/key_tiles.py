@@ -76,16 +76,25 @@ def tame(score: Expr) -> bool:
 
 class KeyTiles(Dots):
     """A program with a tile of queries, and what it does with tiles of keys. `saving`: it stores the row sums that the
-    backward needs, too. `own`: a schedule's names, besides those that all have."""
+    backward needs, too. `own`: a schedule's names, besides those that all have. `members`: batch axes along which a
+    program moves."""
 
-    def __init__(self, region: Region, plan: Plan, wide: bool, saving: bool, own: Sequence[str]) -> None:
+    def __init__(
+        self, region: Region, plan: Plan, wide: bool, saving: bool, own: Sequence[str], members: Sequence[Axis] = ()
+    ) -> None:
         self.region, self.plan, self.saving = region, plan, saving
         self.scope = Scope(region, (*_OWN, *own))
         self.body = Block()
         head, self.prologue = self.body.nested(), self.body.nested()
-        self.root = Place(self.scope, self.prologue)
-        self.columns = Place(self.scope, self.prologue, {region.query: COLUMN}, (self.root,))
-        self.positions = Positions(self.scope, head, self.root, plan.block_q, plan.block_k, wide)
+        # What stays the same for all tiles of keys is computed in `setup`.
+        self.setup, self.in_loop, moving = self.prologue, False, frozenset(members)
+        self.root = Place(self.scope, self.prologue, unknown=moving)
+        self.columns = Place(self.scope, self.prologue, {region.query: COLUMN}, (self.root,), unknown=moving)
+        batch = tuple(a for a in region.batch if a not in moving)
+        flat = "point" if moving else "batch"
+        self.positions = Positions(
+            self.scope, head, self.root, plan.block_q, plan.block_k, wide, batch=batch, flat=flat
+        )
         self.value_lane = self.positions.lane(region.value, "e")
         self.value_lanes = padded(width(region.value) or 1)
         self.scale, self.score = split_scale(region.score)
@@ -103,7 +112,7 @@ class KeyTiles(Dots):
         inner = dict.fromkeys(dot.over, ROW)
         if dot.over not in self.queries:
             self.queries[dot.over] = Place(
-                self.scope, self.prologue, {self.region.query: COLUMN, **inner}, (self.columns,)
+                self.scope, self.setup, {self.region.query: COLUMN, **inner}, (self.columns,), self.in_loop
             )
         query = self.queries[dot.over].tile(dot.query, dtype, f"[BLOCK_Q, {lanes}]", "query")
         key = self._key_place(place.block, dot.over).tile(dot.key, dtype, f"[BLOCK_K, {lanes}]", "key")
@@ -113,7 +122,7 @@ class KeyTiles(Dots):
         """Where tiles [key, axes] are computed in the loop whose body is `block`."""
         if axes not in self.keys:
             inner = dict.fromkeys(axes, ROW)
-            fixed = Place(self.scope, self.prologue, inner, (self.root,))
+            fixed = Place(self.scope, self.setup, inner, (self.root,), self.in_loop)
             outer = (fixed, self.rows)
             self.keys[axes] = Place(self.scope, block, {self.region.key: COLUMN, **inner}, outer, True, self.unmasked)
         return self.keys[axes]
@@ -239,8 +248,8 @@ class KeyTiles(Dots):
         else:
             place.block.line(f"{name} = {place.number(score)}")
 
-    def _accumulate(self, place: Place, acc: str) -> None:
-        """acc = acc * alpha + (weight * gate) @ value"""
+    def _accumulate(self, place: Place, acc: str, afresh: bool = False) -> None:
+        """acc = acc * alpha + (weight * gate) @ value, or the product alone."""
         region, block = self.region, place.block
         if not (isinstance(region.gate, Const) and region.gate.value == 1.0):
             gated = f"weight * {place.number(region.gate, UNARY)}"
@@ -251,4 +260,5 @@ class KeyTiles(Dots):
         shape = f"[BLOCK_K, {self.value_lanes}]"
         value = self._key_place(block, region.value).tile(region.values, dtype, shape, "value")
         weight = "weight" if dtype == "float32" else f"weight.to(tl.{dtype})"
-        block.line(f"{acc} = tl.dot({weight}, {value}, {acc} * alpha[:, None]{precision(dtype)})")
+        before = "" if afresh else f", {acc} * alpha[:, None]"
+        block.line(f"{acc} = tl.dot({weight}, {value}{before}{precision(dtype)})")

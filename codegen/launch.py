@@ -63,9 +63,12 @@ def saved(source: Source, region: Region, plan: Plan, *more: object) -> Kernel:
     return Kernel(source.name, source.text, save(source.text, key), key, region, plan, source.arguments)
 
 
-def launch(kernel: Kernel, operands: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+def launch(
+    kernel: Kernel, operands: Sequence[Tensor], sizes: Sequence[int], grid: tuple[int, ...] | None = None
+) -> tuple[Tensor, Tensor]:
     """The region's result (*batch, query, *value), contiguous, of `region.out_dtype`, on the operands' device; and the
-    row sums (2, *batch, query), which are nothing but memory unless the kernel saves them."""
+    row sums (2, *batch, query), which are nothing but memory unless the kernel saves them. `grid`: how many programs,
+    if not one for each tile of queries of each batch position."""
     region = kernel.region
     shape, keys = result_shape(region, tuple(sizes))
     device, rank = device_of(operands), len(region.batch)
@@ -76,7 +79,7 @@ def launch(kernel: Kernel, operands: Sequence[Tensor], sizes: Sequence[int]) -> 
         return out.zero_(), sums.fill_(-inf)  # a sum of nothing
     if out.numel():
         programs = -(-shape[rank] // kernel.plan.block_q) * prod(shape[:rank])
-        start(kernel, (programs,), operands, sizes, (out, sums))
+        start(kernel, grid or (programs,), operands, sizes, (out, sums))
     return out, sums
 
 

@@ -47,7 +47,7 @@ class Positions:
         at.line(f"# One program: {self._tile} {what} of one batch position.")
         program = f"tl.program_id(0){self.cast}"
         if not self.tiled:
-            at.line(f"{self.flat} = {program}")
+            at.lines((f"{self.flat} = {program}",) if self.batch else ())
             self.tiles = "1"
             self._batch = at.nested()
             at.line(f"{variable} = tl.arange(0, {self._tile})")
@@ -58,9 +58,12 @@ class Positions:
             tiles = "tiles"
             at.line(f"tiles = tl.cdiv({self.root.text(size)}, {self._tile})")
         self.tiles = tiles
-        at.line(f"program = {program}")
-        at.line(f"{self.flat} = program // {tiles}")
-        at.line(f"first = program % {tiles} * {self._tile}")
+        if self.batch:
+            at.line(f"program = {program}")
+            at.line(f"{self.flat} = program // {tiles}")
+            at.line(f"first = program % {tiles} * {self._tile}")
+        else:
+            at.line(f"first = {program} * {self._tile}")
         self.last = at.nested()
         self._batch = at.nested()
         at.line(f"{variable} = first + tl.arange(0, {self._tile})")

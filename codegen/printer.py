@@ -122,7 +122,8 @@ class Place:
 
     `layout`: the suffix of each axis laid out here. `outer`: the places around this one; an expression is computed in
     the first of them that lays out all its axes. `in_loop`: whether names here end with a loop. `unmasked`: axes all
-    of whose lanes are in range here. `dots`: how to compute a Dot here (None: none can occur).
+    of whose lanes are in range here. `dots`: how to compute a Dot here (None: none can occur). `unknown`: axes along
+    which a loop further in moves, so that nothing that depends on them can be computed here.
     """
 
     scope: Scope
@@ -132,6 +133,7 @@ class Place:
     in_loop: bool = False
     unmasked: frozenset[Axis] = frozenset()
     dots: Dots | None = None
+    unknown: frozenset[Axis] = frozenset()
     uses: Counter[Expr] = field(default_factory=Counter)
     known: dict[tuple[Expr, bool], str] = field(default_factory=dict)
     tiles: dict[tuple[Expr, str], str] = field(default_factory=dict)
@@ -196,7 +198,7 @@ class Place:
         if any(isinstance(n, Dot) for n in expr.walk()):
             return self
         for place in self.outer:
-            if all(a in place.layout for a in needed):
+            if all(a in place.layout for a in needed) and not place.unknown & expr.axes:
                 return place._home(expr)
         return self
 
@@ -251,7 +253,7 @@ class Place:
 
     def _load(self, load: Load) -> str:
         """tl.load(pointer + offsets, mask): the part of the address without lanes is computed once, outside."""
-        fixed = self._root()
+        fixed = self._root(load)
         base = [self.scope.pointer(load.tensor)]
         lanes: list[str] = []
         for dim, index in enumerate(load.index):
@@ -272,8 +274,9 @@ class Place:
         masked = f", mask={conjunction(guards)}, other=0" if guards else ""
         return f"tl.load({' + '.join((*base, *lanes))}{masked})"
 
-    def _root(self) -> Place:
-        return self.outer[0]._root() if self.outer else self
+    def _root(self, expr: Expr) -> Place:
+        """The outermost place where the positions of `expr` along axes without lanes are known."""
+        return next((place._root(expr) for place in self.outer if not place.unknown & expr.axes), self)
 
     def _base(self, stem: str, pointer: str) -> str:
         if pointer not in self.bases:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from refocus.codegen import flash_fit
-from refocus.codegen.decode_fit import decode_plan, suits
+from refocus.codegen import decode_fit, flash_fit, windows_fit
 from refocus.codegen.plan import Plan
 from refocus.ir import Region, Sym
 
@@ -13,6 +12,8 @@ from refocus.ir import Region, Sym
 def default_plan(region: Region, numbers: Mapping[Sym, int], trained: bool = False) -> Plan:
     """The schedule that fits these sizes, with its tiles; each is right at any size. `trained`: a backward will be
     asked for."""
-    if not trained and suits(region, numbers):
-        return decode_plan(region)
+    if not trained and decode_fit.suits(region, numbers):
+        return decode_fit.decode_plan(region)
+    if windows_fit.suits(region, numbers):
+        return windows_fit.windows_plan(region)
     return flash_fit.default_plan(region)

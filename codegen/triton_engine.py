@@ -10,7 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from refocus.codegen import decode_call, flash
+from refocus.codegen import decode_call, flash, windows, windows_fit
+from refocus.codegen.decode_fit import multiprocessors
 from refocus.codegen.flash_fit import supports
 from refocus.codegen.interpreter import interpreted
 from refocus.codegen.launch import Kernel, device_of, launch, needs_wide, saved
@@ -19,7 +20,7 @@ from refocus.errors import EngineUnavailable
 from refocus.ir import Region
 
 __all__ = ["available", "emit", "fitted", "run", "run_saving", "supports"]
-SCHEDULES = ("flash", "decode")
+SCHEDULES = ("flash", "decode", "windows")
 Result = TypeVar("Result")
 
 
@@ -42,6 +43,8 @@ def emit(region: Region, plan: Plan, wide: bool = False, saving: bool = False) -
     reason = supports(region)
     if plan.schedule not in SCHEDULES:
         reason = f"there is no schedule {plan.schedule!r}"
+    if plan.schedule == "windows":
+        reason = reason or windows_fit.supports(region, plan)
     if any(b < 16 or b & (b - 1) for b in (plan.block_q, plan.block_k)):
         reason = f"tiles of {plan.block_q} by {plan.block_k}, which must be powers of two from 16 on"
     if reason is not None:
@@ -50,7 +53,8 @@ def emit(region: Region, plan: Plan, wide: bool = False, saving: bool = False) -
         if saving:
             raise EngineUnavailable("the decode schedule has no backward", todo="plan with schedule='flash'")
         return decode_call.emit(region, plan, wide)[0]
-    return saved(flash.write(region, plan, wide, saving), region, plan, wide, *(("saving",) if saving else ()))
+    write = windows.write if plan.schedule == "windows" else flash.write
+    return saved(write(region, plan, wide, saving), region, plan, wide, *(("saving",) if saving else ()))
 
 
 def run(region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
@@ -74,9 +78,14 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     device = device_of(operands)
     wide = needs_wide(region, operands, sizes)
-    return fitted(
-        (region, saving), plan, device, lambda smaller: launch(emit(region, smaller, wide, saving), operands, sizes)
-    )
+
+    def attempt(plan: Plan) -> tuple[Tensor, Tensor]:
+        grid = None
+        if plan.schedule == "windows":
+            grid = windows_fit.grid(region, plan, sizes, multiprocessors(device))
+        return launch(emit(region, plan, wide, saving), operands, sizes, grid)
+
+    return fitted((region, saving), plan, device, attempt)
 
 
 def fitted(what: Hashable, plan: Plan, device: torch.device, attempt: Callable[[Plan], Result]) -> Result:
