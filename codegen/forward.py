@@ -3,6 +3,8 @@
     rows without a key       softmax over the fills of all keys, as eager code does
     logits without a value   they take their share of the sum
     output                   acc / row_sum, and the sums themselves where the backward needs them
+
+All schedules end their rows alike.
 """
 
 from __future__ import annotations

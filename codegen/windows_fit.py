@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from math import prod
 
 from refocus.codegen import flash_fit
 from refocus.codegen.flash_fit import all_dots, dot_dtype, padded, width
+from refocus.codegen.key_tiles import marks_empty
 from refocus.codegen.plan import Plan
 from refocus.evaluate import size_of
 from refocus.ir import Axis, Const, Load, Region, Sym
 
-# Keys and queries of a window, at most; lanes of a product or a value; and windows from which on it pays.
-_MOST_KEYS, _MOST_QUERIES, _WIDEST, _MANY = 256, 256, 64, 256
+# Keys and queries of a window, at most; lanes of a product or a value; and windows from which on it pays. Of more keys,
+# registers hold the scores of so few queries at once that a loop over tiles of keys reads less.
+_MOST_KEYS, _MOST_QUERIES, _WIDEST, _MANY = 64, 256, 64, 256
 # What is shared is shared by so many windows at least, else it is loaded for each.
 _SHARED_BY = 4
 _TYPICAL = 16  # positions along an axis whose size is not known
@@ -58,23 +59,31 @@ def suits(region: Region, numbers: Mapping[Sym, int]) -> bool:
     if not all(isinstance(a.size, Const) for a in (region.query, region.key)):
         return False
     queries, keys = (size_of(a.size, numbers) for a in (region.query, region.key))
-    lanes = [width(region.value) or 1, *(width(d.over) or 1 for d in all_dots(region))]
-    few = queries <= _MOST_QUERIES and keys <= _MOST_KEYS and max(lanes) <= _WIDEST
+    # Fills and float32 products both take registers of their own.
+    widest = _WIDEST // 2 if marks_empty(region) and not _is_narrow(region) else _WIDEST
+    few = queries <= _MOST_QUERIES and keys <= _MOST_KEYS and _widest(region) <= widest
     return few and prod(size_of(a.size, numbers) for a in region.batch) >= _MANY
 
 
 def windows_plan(region: Region) -> Plan:
-    """All keys in a tile, and as many queries as registers hold scores of."""
-    dots = all_dots(region)
-    narrow = all(dot_dtype(d) != "float32" for d in dots) and region.values.dtype in ("float16", "bfloat16")
+    """All keys in a tile, and as many queries as registers hold scores of (tests/test_triton_schedules_aot.py)."""
+    narrow = _is_narrow(region)
     keys = padded(int(region.key.size.value)) if isinstance(region.key.size, Const) else _MOST_KEYS
-    most = max(16, (8192 if narrow else 4096) // keys)
-    rows = min(most, 64) if flash_fit.is_rich(region) else most
-    queries = flash_fit.no_larger(rows, region.query)
-    scores = queries * keys
-    warps = 8 if scores > 4096 or not narrow else 4 if scores > 1024 else 1
-    return replace(flash_fit.default_plan(region), schedule="windows", block_q=queries, block_k=keys, num_warps=warps,
-                   listed=False)  # fmt: skip
+    scores = 4096 if narrow or _widest(region) <= 32 else 2048
+    if marks_empty(region):
+        scores = scores // (2 if narrow else 4)  # fills take registers of their own
+    queries = flash_fit.no_larger(max(16, min(64, scores // keys)), region.query)
+    warps = 1 if queries * keys < 1024 else 4 if narrow else 8
+    return Plan("triton", "windows", queries, keys, warps, 1 if marks_empty(region) else 2)
+
+
+def _is_narrow(region: Region) -> bool:
+    dots = all_dots(region)
+    return all(dot_dtype(d) != "float32" for d in dots) and region.values.dtype in ("float16", "bfloat16")
+
+
+def _widest(region: Region) -> int:
+    return max([width(region.value) or 1, *(width(d.over) or 1 for d in all_dots(region))])
 
 
 def grid(region: Region, plan: Plan, sizes: Sequence[int], multiprocessors: int) -> tuple[int, int]:
