@@ -91,9 +91,9 @@ class KeyTiles(Dots):
         self.root = Place(self.scope, self.prologue, unknown=moving)
         self.columns = Place(self.scope, self.prologue, {region.query: COLUMN}, (self.root,), unknown=moving)
         batch = tuple(a for a in region.batch if a not in moving)
-        flat = "point" if moving else "batch"
+        flat, whose = ("point", "of several windows") if moving else ("batch", "of one batch position")
         self.positions = Positions(
-            self.scope, head, self.root, plan.block_q, plan.block_k, wide, batch=batch, flat=flat
+            self.scope, head, self.root, plan.block_q, plan.block_k, wide, batch=batch, flat=flat, whose=whose
         )
         self.value_lane = self.positions.lane(region.value, "e")
         self.value_lanes = padded(width(region.value) or 1)

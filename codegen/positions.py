@@ -23,12 +23,13 @@ class Positions:
     def __init__(
         self, scope: Scope, block: Block, root: Place, block_q: int, block_k: int, wide: bool,
         own: Axis | None = None, batch: tuple[Axis, ...] | None = None, flat: str = "batch",
+        whose: str = "of one batch position",
     ) -> None:  # fmt: skip
         self.scope, self.block, self.root = scope, block, root
         self.region = scope.region
         self.own = self.region.query if own is None else own
         self.batch, self.flat = self.region.batch if batch is None else batch, flat
-        self.cast = ".to(tl.int64)" if wide else ""
+        self.whose, self.cast = whose, ".to(tl.int64)" if wide else ""
         self.query = scope.declare(self.region.query, "query_index")
         self.key = scope.declare(self.region.key, "key_index")
         for n, axis in enumerate(self.region.batch):
@@ -44,7 +45,7 @@ class Positions:
     def _program(self, size: Expr, lanes: int) -> None:
         at, variable = self.block, self.scope.axes[self.own]
         self._tile, what = ("BLOCK_Q", "queries") if self.own == self.region.query else ("BLOCK_K", "keys")
-        at.line(f"# One program: {self._tile} {what} of one batch position.")
+        at.line(f"# One program: {self._tile} {what} {self.whose}.")
         program = f"tl.program_id(0){self.cast}"
         if not self.tiled:
             at.lines((f"{self.flat} = {program}",) if self.batch else ())
