@@ -23,6 +23,7 @@ from refocus.codegen.writer import Block
 from refocus.ir import Region
 from refocus.simplify import mul
 
+_AT_ONCE = 4
 PARTS, MERGE = "decode_parts", "decode_merge"
 _OWN = (
     PARTS, MERGE, "parts", "part", "each", "part_start", "part_stop", "at", "part_max", "part_sum", "part_acc", "beta",
@@ -112,7 +113,9 @@ class _Merge(_Decode):
 
     def _merge(self, body: Block) -> None:
         self._start(body)
-        block = body.nested(f"for part in range(0, {self.scope.argument('parts', 'count')}):")
+        # Several parts are loaded at a time: nothing else hides how long that takes.
+        parts = self.scope.argument("parts", "count")
+        block = body.nested(f"for part in tl.range(0, {parts}, loop_unroll_factor={_AT_ONCE}):")
         top, total, acc = self._part(block, "saved")
         guards, lanes = self._guards(block, ""), self._lane_guards(block)
         masked = f", mask={conjunction(guards)}, other=0.0" if guards else ""

@@ -121,6 +121,7 @@ def smaller(plan: Plan) -> Plan | None:
     """The next plan to try on a device with less shared memory; None when there is none."""
     if plan.num_stages > 1:
         return replace(plan, num_stages=plan.num_stages - 1)
-    if plan.block_k > 16 and plan.block_k >= plan.block_q:
+    splits_keys = plan.schedule != "windows"  # whose tile holds all of them
+    if splits_keys and plan.block_k > 16 and plan.block_k >= plan.block_q:
         return replace(plan, block_k=plan.block_k // 2)
     return replace(plan, block_q=plan.block_q // 2) if plan.block_q > 16 else None

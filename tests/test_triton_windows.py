@@ -294,6 +294,15 @@ def test_says_what_it_cannot_do(plan: Plan, reason: str) -> None:
         triton_engine.emit(swin()[0], plan)
 
 
+def test_a_smaller_plan_still_holds_all_keys() -> None:
+    region, _, _ = swin(batch=32)
+    plan: Plan | None = windows_fit.windows_plan(region)
+    while plan is not None:
+        assert windows_fit.supports(region, plan) is None
+        last, plan = plan, triton_engine.smaller(plan)
+    assert last.block_q == 16
+
+
 # ----------------------------------------------------------------------------------------------------- the source
 
 
