@@ -174,11 +174,16 @@ def symbolic() -> Case:
     return cases.symbolic(n=3)
 
 
+def symbolic_many() -> Case:
+    """The same region, but more queries than the plan was made for."""
+    return cases.symbolic(n=40)
+
+
 FEW: dict[str, Callable[[], Case]] = {
     f.__name__: f
     for f in (
         causal, dense, window, head_windows, softcap, alibi, bias, sinks, gated, emptied_mean, emptied_nan,
-        emptied_zero, emptied_added, lengths, dilated, one_key, other_groups, symbolic, block_table,
+        emptied_zero, emptied_added, lengths, dilated, one_key, other_groups, symbolic, symbolic_many, block_table,
     )
 }  # fmt: skip
 SLOW = ("two_dots", "merged_heads", "windows_2d", "unbatched", "dropout", "t5_buckets", "documents")
