@@ -193,6 +193,22 @@ def _gradients() -> list[list[float]]:
     return [[difference(a, b), 1e-5 * magnitude(b)] for a, b in zip(got, want)]
 
 
+def _model() -> dict[str, Any]:
+    """Swin, its windows read in place: 16 of them, 8 pictures and 2 heads, plain and shifted."""
+    import transformers
+
+    from refocus.testing import check
+
+    torch.manual_seed(0)
+    config = transformers.SwinConfig(
+        image_size=56, patch_size=2, embed_dim=16, depths=[2], num_heads=[2], window_size=7, drop_path_rate=0.0
+    )
+    model = transformers.SwinModel._from_config(config, attn_implementation="eager")
+    # Raises where numbers differ.
+    done = check(model, (torch.randn(8, 3, 56, 56),), engines=("triton",), sites=2, lower=False)
+    return {"kernels": [Path(str(site.kernel_path)).read_text() for site in done.report.sites]}
+
+
 def child() -> dict[str, Any]:
     import numpy
 
@@ -202,7 +218,7 @@ def child() -> dict[str, Any]:
     for dtype in (torch.float16, torch.bfloat16):
         out[f"swin_{dtype}"] = _errors(swin(dtype))
     out["sums"] = [e for name in ("swin", "cut_zero", "cut") for e in _same_sums(MANY[name]())]
-    return out | {"gradients": _gradients()}
+    return out | {"gradients": _gradients(), "model": _model()}
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +239,16 @@ NAMES = [*MANY, *(f"swin_{d}" for d in (torch.float16, torch.bfloat16)), "sums",
 def test_against_the_oracle(results: dict[str, Any], name: str) -> None:
     for error, allowed in results[name]:
         assert error <= allowed
+
+
+@pytest.mark.slow
+def test_windows_of_a_model(results: dict[str, Any]) -> None:
+    kernels = results["model"]["kernels"]
+    assert len(kernels) == 2
+    for kernel in kernels:
+        before, within = kernel.split("in range(tl.program_id(1), 128, tl.num_programs(1)):")
+        # The table of relative positions is gathered once for all windows and pictures.
+        assert "tl.load(" in before and "query = tl.load(" in within
 
 
 # ----------------------------------------------------------------------------------------------------- the choice
@@ -334,4 +360,7 @@ def _halves(region: Region) -> list[str]:
 
 
 if __name__ == "__main__":
+    from benchmarks.torchvision_ops import import_torchvision
+
+    import_torchvision()  # before transformers is imported
     print(json.dumps(child()))
