@@ -27,7 +27,7 @@ _PROGRAMS_EACH = 2
 # Where the device does not say how many multiprocessors it has, or is none.
 _MULTIPROCESSORS = 64
 # Widest product or value (padded) -> keys of a tile, for 16 rows, that spill no registers; more rows leave fewer keys
-# (tests/test_triton_schedules_aot.py).
+# (tests/aot_resources.json).
 _NARROW = {32: 128, 64: 128, 128: 64, 256: 32, 512: 16}
 _FLOAT32 = {32: 64, 64: 32, 128: 32, 256: 16, 512: 16}
 _MOST_ROWS = 64

@@ -66,7 +66,7 @@ def suits(region: Region, numbers: Mapping[Sym, int]) -> bool:
 
 
 def windows_plan(region: Region) -> Plan:
-    """All keys in a tile, and as many queries as registers hold scores of (tests/test_triton_schedules_aot.py)."""
+    """All keys in a tile, and as many queries as registers hold scores of (tests/aot_resources.json)."""
     narrow = _is_narrow(region)
     keys = padded(int(region.key.size.value)) if isinstance(region.key.size, Const) else _MOST_KEYS
     scores = 4096 if narrow or _widest(region) <= 32 else 2048

@@ -14,13 +14,17 @@ from unittest.mock import patch
 
 import torch
 
-from refocus.codegen import flash_fit, linear_triton, triton_backward, triton_engine
+from refocus.codegen import decode_call, flash_fit, linear_triton, triton_backward, triton_engine
 from refocus.codegen.backward_fit import backward_plan
 from refocus.codegen.chunk_kernel import ChunkKernel
+from refocus.codegen.decode import MERGE
+from refocus.codegen.decode_fit import decode_plan
 from refocus.codegen.launch import Kernel
 from refocus.codegen.linear_form import LinearForm
+from refocus.codegen.windows_fit import windows_plan
 from refocus.ir import Region
 from tests import region_cases as cases
+from tests import schedule_cases
 from tests.backward_cases import BACKWARD
 from tests.linear_cases import recorded, tensors
 from tests.region_cases import Case
@@ -97,6 +101,25 @@ def training(region: Region, wide: bool = False) -> list[Kernel]:
     ]
 
 
+def decode() -> Iterator[Compiled]:
+    for name, (region, targets) in schedule_cases.few_queries().items():
+        for kernel in decode_call.emit(region, decode_plan(region)):
+            for target in targets:
+                merges = kernel.name == MERGE and name != "padded"  # which multiplies, to repair emptied rows
+                yield Compiled(name, kernel, target, plain="float32" in name or merges)
+
+
+def windows() -> Iterator[Compiled]:
+    """Of inference, and those that save what the backward needs."""
+    for name, (region, targets) in schedule_cases.windows().items():
+        for saving in (False, True):
+            kernel = triton_engine.emit(region, windows_plan(region), saving=saving)
+            for target in targets:
+                case = f"{name}, saving" if saving else name
+                # gfx942 has units for float32, too.
+                yield Compiled(case, kernel, target, plain="float32" in name and target != "gfx942")
+
+
 def _more(name: str, d: int) -> Case:
     make: Callable[..., Case] = BACKWARD[name]
     return make(HALF, n=1024, d=d)
@@ -153,6 +176,8 @@ def chunked(form: LinearForm, width: int, dtype: torch.dtype) -> list[ChunkKerne
 GROUPS: dict[str, Callable[[], Iterator[Compiled]]] = {
     "forward": forward,
     "backward": backward,
+    "decode": decode,
+    "windows": windows,
     "linear 64": partial(linear, 64, HALF, targets=ALL),
     "linear 128": partial(linear, 128, HALF),
     "linear float32 64": partial(linear, 64, SINGLE),
