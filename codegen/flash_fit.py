@@ -68,6 +68,8 @@ def _axes_problem(region: Region) -> str | None:
     for dot in all_dots(region):
         parts.append(("the query side of a product", dot.query, row | set(dot.over)))
         parts.append(("the key side of a product", dot.key, {*batch, region.key, *dot.over}))
+        if not set(dot.over) <= dot.query.axes | dot.key.axes:
+            return "a product sums over an axis that neither of its sides has"  # which its tiles would count padded
         if any(isinstance(n, Dot) for side in dot.children for n in side.walk()):
             return "a product stands inside another"
     for what, expr, allowed in parts:

@@ -159,8 +159,9 @@ class _Operands:
                 return self.names.get(node, node)
             if isinstance(node, Dot):
                 over = tuple(self.names[a] for a in node.over)
-                query, key = (self._side(x, role) for x, role in ((node.query, "q"), (node.key, "k")))
-                return Dot(over, query, key, node.dtype)
+                # A product of a column and a row sums over one element, which a view may have dropped from both.
+                dropped = tuple(a for a in node.over if a not in node.query.axes | node.key.axes)
+                return Dot(over, self._side(node.query, "q", dropped), self._side(node.key, "k"), node.dtype)
             if isinstance(node, Load):
                 return self._load(node, "t")
             return None
@@ -216,13 +217,13 @@ class _Operands:
             self.bindings[tag] = binding
         return self.operands[tag].name
 
-    def _side(self, value: Expr, role: str) -> Expr:
+    def _side(self, value: Expr, role: str, more: tuple[Axis, ...] = ()) -> Expr:
         """One side of a dot product: a load stays one, anything else is computed outside and loaded. So is a tensor
-        with tokens in rows and columns, of which a view has them in one dimension."""
-        if isinstance(value, Load) and not self._in_rows(value):
+        with tokens in rows and columns, of which a view has them in one dimension, and what is given `more` axes."""
+        if isinstance(value, Load) and not more and not self._in_rows(value):
             return self._load(value, role)
-        axes = tuple(sorted(value.axes, key=lambda a: list(self.names).index(a)))
+        axes = tuple(sorted({*value.axes, *more}, key=lambda a: list(self.names).index(a)))
         dtype = next((x.dtype for x in value.loads if x.is_float), value.dtype)
-        tag = ("hoisted", value)
+        tag = ("hoisted", value, more)
         name = self._name(tag, role, dtype, tuple(a.size for a in axes), Hoisted(value, axes))
         return Load(name, tuple(self.names[a] for a in axes), dtype)

@@ -409,3 +409,16 @@ def channels_thrice(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> 
 @pytest.mark.parametrize("function", [keys_twice, channels_thrice], ids=lambda f: f.__name__)
 def test_one_tensor_several_times(function: Callable[..., Tensor]) -> None:
     fuses(function, 40, 24)
+
+
+def test_a_product_of_a_column_and_a_row_keeps_the_axis_it_sums_over() -> None:
+    """Views drop an axis of one element, and a kernel that pads it must see where it ends."""
+
+    class Scaled(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            lengths = q.norm(dim=-1)[..., :, None] @ k.norm(dim=-1)[..., None, :]
+            return ((q @ k.mT) / (lengths + 1e-6)).softmax(-1) @ v
+
+    inputs = torch.randn(3, 2, 2, 20, 8).unbind()
+    (site,) = check(Scaled(), inputs, lower=False, gradients=True).report.sites
+    assert "sum_d1 q1[b,h,i,d1] * k1[b,h,j]" in site.notation

@@ -315,6 +315,7 @@ def _declined() -> dict[str, Region]:
         "the values must not depend on axis 'i'": _with(values=Load("v", (i, j), F)),
         "the value is 1024 wide": _with(value=(wide,), values=Load("v", (j, wide), F)),
         "the width of a product": _with(score=Dot((unknown,), q, k, F)),
+        "an axis that neither of its sides has": _with(score=Dot((n,), Load("q", (i,), F), Load("k", (j,), F), F)),
         "a product stands inside another": _with(score=Dot((d,), Dot((d,), row, column, F), column, F)),
     }
 

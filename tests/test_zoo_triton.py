@@ -17,8 +17,8 @@ import pytest
 
 from tests.zoo import ENTRIES, load
 
-# A triangle, documents within a window, tables by distance.
-FEW = ("causal", "document_window", "t5")
+# A triangle, documents within a window, tables by distance, a product of a column and a row.
+FEW = ("causal", "document_window", "t5", "sccan")
 FUSED = [n for n in ENTRIES if load(n).expect.declined is None and not load(n).expect.open]
 
 
