@@ -10,6 +10,7 @@ attentions stand in the graph, for then all who read a result are seen.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -32,7 +33,7 @@ _Push = Callable[[fx.Node, Index], "Index | None"]
 
 def place_results(gm: fx.GraphModule) -> None:
     """Let the attentions of a graph put their results where they are first computed with, where that saves a copy."""
-    for node in list(gm.graph.nodes):
+    for node in list(gm.graph.nodes) if _is_plain(gm.graph) else ():
         if node.target is torch.ops.refocus.attend.default:
             _place(gm.graph, node, node)
         elif node.target is torch.ops.refocus.attend_saving.default:
@@ -56,6 +57,8 @@ def _place(graph: fx.Graph, call: fx.Node, result: fx.Node) -> None:
     if found is None:
         return
     target, position = found
+    if result is not call and _is_written(target):
+        return  # the backward reads the result as it was; what the model writes into is a copy of it
     placed = replace(region, output=Output(shape_of(target), position))
     if placed.syms != syms:
         return
@@ -68,6 +71,41 @@ def _place(graph: fx.Graph, call: fx.Node, result: fx.Node) -> None:
             new.meta.update(result.meta)
         new.meta["val"] = target.meta["val"]
     target.replace_all_uses_with(new)
+
+
+def _is_plain(graph: fx.Graph) -> bool:
+    """Whether values can be nothing but plain tensors: no function makes DTensors of them, whose elements lie elsewhere
+    than their shape says (which their fake tensors do not tell)."""
+    called = {node.target for node in graph.nodes if node.op.startswith("call_")}
+    return all(
+        isinstance(f, torch._ops.OpOverload | torch._ops.HigherOrderOperator) or f in vars(operator).values()
+        for f in called
+    )
+
+
+def _is_written(node: fx.Node) -> bool:
+    """Whether a value, or a view of it, is written in place."""
+    seen, stack = {node}, [node]
+    while stack:
+        below = stack.pop()
+        for user in below.users:
+            target = user.target
+            if user in seen or not isinstance(target, torch._ops.OpOverload):
+                continue
+            aliases = [a.alias_info for a in target._schema.arguments]
+            given = [*user.args, *(user.kwargs.get(a.name) for a in target._schema.arguments[len(user.args) :])]
+            for value, alias in zip(given, aliases):
+                if value is below and alias is not None and alias.is_write:
+                    return True
+            if _may_alias(user):
+                seen.add(user)
+                stack.append(user)
+    return False
+
+
+def _may_alias(node: fx.Node) -> bool:
+    returns = node.target._schema.returns  # type: ignore[union-attr]
+    return op_name(node) in _PUSHES or any(r.alias_info is not None for r in returns)
 
 
 def _address(node: fx.Node, position: Index) -> Expr:

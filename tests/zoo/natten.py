@@ -101,7 +101,7 @@ def make() -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 VARIANTS = {
     "gathered": Variant(lambda: (Gathered(), (torch.randn(2, 12, 12, 64),)), Expect(mask="", regrouped=True)),
-    "dilated": Variant(lambda: (Dilated(), (torch.randn(2, 12, 12, 64),)), Expect(mask="", sites=4, regrouped=True)),
+    "dilated": Variant(lambda: (Dilated(), (torch.randn(2, 12, 12, 64),)), Expect(mask=None, sites=4, regrouped=True)),
     "local_bias": Variant(lambda: (LocalBias(), (torch.randn(2, 12, 12, 64),)), Expect(regrouped=True)),
 }
 
