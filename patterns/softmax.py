@@ -190,7 +190,7 @@ def _renormalised(divisors: list[Expr]) -> list[Expr] | None:
 
 def _multiplied(parts: Factored, dtype: str) -> Expr:
     """A product that was taken apart, put together again."""
-    value = s.call("exp", _total(parts.exponents, dtype), dtype=dtype)
+    value = s.call("exp", summed(parts.exponents, dtype), dtype=dtype)
     for factor in parts.factors:
         value = s.call("mul", value, factor, dtype=dtype)
     for divisor in parts.divisors:
@@ -227,7 +227,7 @@ def _match_at(
         return None
     if any(key in f.axes for f in main.factors):
         return None  # exp(x) * w / sum exp(x) * w with a general w
-    logits = _total(mine, dtype)
+    logits = summed(mine, dtype)
     if main.conditions:
         logits = s.where(s.and_(*main.conditions), logits, Const(-math.inf, dtype))
     gate: Expr = Const(1.0, "float32")
@@ -247,13 +247,13 @@ def _match_at(
         rest = [t for t in part.exponents if not _take(rows, t)]
         if any(key in e.axes or holds_scores(e) for _, e in rest):
             return None
-        found.append(_total(rest, dtype))
+        found.append(summed(rest, dtype))
     for e in extras:
         rows = Counter(their_rows)
         rest = [t for t in additive(e, 1) if not _take(rows, t)]
         if any(rows.values()):
             return None
-        found.append(_total(rest, dtype))
+        found.append(summed(rest, dtype))
     return Softmax(logits, tuple(found), gate, top.cleaned)
 
 
@@ -268,7 +268,7 @@ def _by_key(terms: list[tuple[int, Expr]], key: Axis) -> tuple[list[tuple[int, E
     return [t for t in terms if key in t[1].axes], [t for t in terms if key not in t[1].axes]
 
 
-def _total(terms: list[tuple[int, Expr]], dtype: str) -> Expr:
+def summed(terms: list[tuple[int, Expr]], dtype: str) -> Expr:
     out: Expr | None = None
     for sign, e in terms:
         if out is None:

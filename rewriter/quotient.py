@@ -27,7 +27,7 @@ from refocus.ir import Expr
 from refocus.lift import Index, Lifter, arguments, is_tensor, op_name
 from refocus.lift_views import VIEWS
 from refocus.patterns.declined import Declined, Stop
-from refocus.row_sums import PRODUCTS, Row, Walk, carried
+from refocus.row_sums import PRODUCTS, Row, Walk, carried, divides
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def weights_of(candidate: Candidate) -> fx.Node:
 def _divisors(node: fx.Node) -> list[fx.Node]:
     """What a value is divided by: the divisor, or the reciprocal that it is multiplied with."""
     operands = [a for a in arguments(node)[:2] if is_tensor(a)]
-    if op_name(node) == "div" and len(operands) == 2:
+    if divides(node) and len(operands) == 2:
         return operands[1:]
     return [a for a in operands if op_name(below_views(a)) == "reciprocal"] if op_name(node) in PRODUCTS else []
 

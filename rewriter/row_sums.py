@@ -25,7 +25,7 @@ class Row:
     index: Index = ()
 
     def at(self, lifter: Lifter) -> Expr:
-        return lifter.at(self.node, self.index) if isinstance(self.node, fx.Node) else lifter.scalar(float(self.node))
+        return _value(lifter, self.node, self.index)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,20 @@ class Addend:
 
 
 PRODUCTS = ("mul", "multiply")
-_CARRIES = frozenset(("add", "div", "sum", *PRODUCTS, *VIEWS, *SPLITS, "stack", "cat", "concat"))
+_DIVISIONS = ("div", "true_divide", "divide")
+_CARRIES = frozenset(("add", *_DIVISIONS, "sum", *PRODUCTS, *VIEWS, *SPLITS, "stack", "cat", "concat"))
+
+
+def _value(lifter: Lifter, value: fx.Node | float, index: Index) -> Expr:
+    """A tensor at a position; a number, known now or when it arrives."""
+    if is_tensor(value):
+        return lifter.at(value, index)  # type: ignore[arg-type]
+    return lifter.factor(value, "float32")
+
+
+def divides(node: fx.Node) -> bool:
+    """Whether an operation divides, and does not round what it gets."""
+    return op_name(node) in _DIVISIONS and node.kwargs.get("rounding_mode") is None
 
 
 def carried(starts: list[fx.Node], facts: Facts) -> set[fx.Node]:
@@ -47,7 +60,7 @@ def carried(starts: list[fx.Node], facts: Facts) -> set[fx.Node]:
     found, stack = set[fx.Node](), list(starts)
     while stack:
         for user in facts.flow.successors(stack.pop()):
-            if user not in found and op_name(user) in _CARRIES:
+            if user not in found and op_name(user) in _CARRIES and (divides(user) or op_name(user) not in _DIVISIONS):
                 found.add(user)
                 stack.append(user)
     return found
@@ -79,9 +92,9 @@ class Walk:
             for operand in arguments(node)[:2]:
                 if is_tensor(operand):
                     yield from self.addends(operand, aligned(operand, index), rows)
-                elif operand != 0:
-                    yield Addend(node, index, rows, self.lifter.scalar(float(operand)))
-        elif name in ("div", *PRODUCTS):
+                elif isinstance(operand, fx.Node) or operand != 0:
+                    yield Addend(node, index, rows, _value(self.lifter, operand, ()))
+        elif name in (*_DIVISIONS, *PRODUCTS):
             yield from self._scaled(node, index, rows)
         elif name == "sum":
             for position in _positions(node, index):
@@ -96,7 +109,7 @@ class Walk:
         """Whether nothing has been summed yet: zeros, whatever they are rescaled with."""
         if op_name(node) in PRODUCTS:
             operands = arguments(node)[:2]
-            return any(self._is_zero(a, aligned(a, index)) if is_tensor(a) else a == 0 for a in operands)
+            return any(self._is_zero(a, aligned(a, index)) for a in operands if is_tensor(a)) or 0 in operands
         value = self.lifter.at(node, index)
         return isinstance(value, Const) and value.value == 0
 
@@ -106,9 +119,9 @@ class Walk:
         kept, row = (left, right) if left in sums else (right, left)
         if row in sums:
             raise Stop(Declined("two sums over keys are multiplied before they are divided", node.name))
-        if op_name(node) == "div" and kept is right:
+        if divides(node) and kept is right:
             raise Stop(Declined("something is divided by a sum over keys before it is added", node.name))
-        more = Row(-1 if op_name(node) == "div" else 1, row, aligned(row, index) if is_tensor(row) else ())
+        more = Row(-1 if divides(node) else 1, row, aligned(row, index) if is_tensor(row) else ())
         yield from self.addends(kept, aligned(kept, index), (*rows, more))
 
 

@@ -15,6 +15,7 @@ from torch import fx
 
 from refocus import simplify as s
 from refocus.facts import Candidate, Facts, taint_of
+from refocus.finite_rows import Open, Proofs, shifted_by_numbers, unguarded
 from refocus.ir import Axis, Call, Const, Expr, Load
 from refocus.joint import moved
 from refocus.lift import Index, Lifter, arguments, op_name
@@ -53,10 +54,11 @@ class _Running(Lifter):
         name = op_name(node)
         handler = {**VIEWS, **JOINS}.get(name) or (POINTWISE.get(name) if name in _FOLLOWED else None)
         value = handler(self, node, index) if handler is not None else None
-        return self.leaf(node, index) if value is None else value
+        return self.leaf(node, index) if value is None else unguarded(value) or value
 
 
-_FOLLOWED = frozenset(("exp", "exp2", "sub", "add", "neg", "mul", "div", "reciprocal", "log", "rsub"))
+_GUARDS = ("where", "masked_fill", "eq", "ne", "le", "lt", "ge", "gt", "isinf", "logical_not", "bitwise_not")
+_FOLLOWED = frozenset(("exp", "exp2", "sub", "add", "neg", "mul", "div", "reciprocal", "log", "rsub", *_GUARDS))
 
 
 @dataclass
@@ -75,9 +77,7 @@ class _Chunk:
         return _Chunk(key, at(self.net), at(self.conditions))
 
 
-def lift_chunked(
-    quotient: Quotient, facts: Facts, index: Index, far: bool, together: bool
-) -> tuple[Chunked, Lifter]:
+def lift_chunked(quotient: Quotient, facts: Facts, index: Index, far: bool, together: bool) -> tuple[Chunked, Lifter]:
     """Read a quotient of several products; with `together`, chunks of one tensor in that tensor. Raises Stop with the
     reason."""
     root, products = quotient.root, {c.root: c for c in quotient.parts}
@@ -101,7 +101,15 @@ def lift_chunked(
     chunks = [_chunk(lifter, reading) for reading in numerators]
     totals = [_chunk(lifter, reading) for reading in denominators]
     extras = [_net(factored(a.value), lifter, a.rows) for a in below if a.value is not None]
-    return _joined(root, chunks, totals, extras, between), lifter
+    found = _joined(root, chunks, totals, extras, between)
+    query = next(iter(lifter.query_axes), Axis("row", Const(1)))
+    names = [frozenset(n.name for n in nodes) for nodes in (scores, between)]
+    proofs = Proofs(query, *names, rows=found.seamless)
+    factors = dict.fromkeys(row for a in (*above, *below) for row in a.rows)
+    weights = [(r.key, r.weights) for r in (*numerators, *denominators)]
+    if not shifted_by_numbers(Open(facts), weights, factors, proofs):
+        raise Stop(Declined("a row may have no keys in the first chunks, and is no number then", root.name))
+    return found, lifter
 
 
 def _denominator(lifter: Lifter, divisor: fx.Node, index: Index) -> tuple[fx.Node, Index]:
