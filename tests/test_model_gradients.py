@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import models
 from refocus.testing import check
+from tests import wide_models
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("error::refocus.backend.FallbackWarning")]
 
@@ -16,8 +17,7 @@ def _marked(name: str) -> Any:
     return pytest.param(name, marks=pytest.mark.timm) if name.startswith("timm/") else name
 
 
-# gpt_oss has parts that only exist in float32; tests/zoo/gpt_oss.py has its attention.
-@pytest.mark.parametrize("name", [_marked(name) for name in models.MODELS if name != "hf/gpt_oss"])
+@pytest.mark.parametrize("name", [_marked(name) for name in models.MODELS])
 def test_gradients(name: str) -> None:
-    module, inputs = models.build(name, tokens=64)
+    module, inputs = wide_models.build(name, tokens=64)
     check(module, (), inputs, sites=models.sites(name), lower=False, gradients=True)

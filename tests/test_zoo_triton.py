@@ -17,12 +17,11 @@ from typing import Any
 import pytest
 
 from benchmarks import models
+from tests import wide_models
 from tests.zoo import ENTRIES, load
 
 # A triangle, documents within a window, tables by distance, a product of a column and a row.
 FEW = ("causal", "document_window", "t5", "sccan")
-# It has parts that only exist in float32, and no oracle; the entry of its name has its attention.
-IN_FLOAT32 = ("hf/gpt_oss",)
 FUSED = [n for n in ENTRIES if load(n).expect.declined is None and not load(n).expect.open]
 
 
@@ -50,7 +49,7 @@ def child(names: list[str]) -> None:
 
 def _built(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     if name in models.MODELS:
-        module, inputs = models.build(name, tokens=24)
+        module, inputs = wide_models.build(name, tokens=24)
         return module, (), inputs
     return *load(name).build(), {}
 
@@ -78,7 +77,7 @@ def test_is_exact_or_says_why_not(name: str) -> None:
 
 @pytest.mark.exhaustive
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in models.MODELS if name not in IN_FLOAT32])
+@pytest.mark.parametrize("name", models.MODELS)
 def test_models_are_exact(name: str) -> None:
     assert interpreted(name)[name] == ""
 
