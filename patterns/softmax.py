@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from refocus import simplify as s
 from refocus.ir import TRUE, Axis, Call, Const, Dot, Expr, Load, Reduce, rewrite
 from refocus.patterns.declined import Declined
+from refocus.patterns.guards import sum_under_guard, unguarded
 from refocus.steps import cases, from_cases, line
 
 
@@ -24,12 +25,14 @@ from refocus.steps import cases, from_cases, line
 class Softmax:
     """weights = gate * exp(logits) / (sum_key exp(logits) + sum exp(extra)).
 
-    `cleaned`: where that is no number, for all logits are -inf, the model puts zeros."""
+    `cleaned`: where that is no number, for all logits are -inf, the model puts zeros. `selected`: conditions in the
+    gate outside of which it puts zeros, numbers or not: where(p, softmax(x), 0)."""
 
     logits: Expr
     extra: tuple[Expr, ...]
     gate: Expr
     cleaned: bool = False
+    selected: tuple[Expr, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,17 +46,22 @@ class Term:
 
 @dataclass
 class Factored:
-    """A product taken apart: exp(sum of exponents) * factors / divisors where all conditions hold, else 0."""
+    """A product taken apart: exp(sum of exponents) * factors / divisors where all conditions hold, else 0. Those of
+    the conditions that are `selected` chose between a quotient and 0; the others multiply."""
 
     exponents: list[tuple[int, Expr]]
     factors: list[Expr]
     divisors: list[Expr]
     conditions: list[Expr]
     cleaned: bool = False
+    selected: tuple[Expr, ...] = ()
 
     def invert(self) -> Factored:
-        return Factored(
-            [(-sign, e) for sign, e in self.exponents], self.divisors, self.factors, self.conditions, self.cleaned
+        return replace(
+            self,
+            exponents=[(-sign, e) for sign, e in self.exponents],
+            factors=self.divisors,
+            divisors=self.factors,
         )
 
     def times(self, other: Factored) -> Factored:
@@ -63,6 +71,7 @@ class Factored:
             self.divisors + other.divisors,
             self.conditions + other.conditions,
             self.cleaned or other.cleaned,
+            self.selected + other.selected,
         )
 
 
@@ -142,6 +151,12 @@ def match(core: Expr, key: Axis, of_scores: bool = True) -> Softmax | Declined:
         return Declined("the weights are normalised more than once")
     total = sums[0]
     top.divisors.remove(total)
+    guarded = sum_under_guard(total)
+    if guarded is not None:
+        rows = [e for _, e in top.exponents if key not in e.axes]
+        if any(unguarded(e) is None for e in rows):
+            return Declined("the normaliser is changed after the sum", "where")
+        total, top.cleaned = guarded, True
     extras: list[Expr] = []
     while isinstance(total, Call) and total.op == "add":  # a sink added to the sum by hand
         plain = [a for a in total.args if (isinstance(a, Call) and a.op == "exp") or isinstance(a, Const)]
@@ -254,7 +269,8 @@ def _match_at(
         if any(rows.values()):
             return None
         found.append(summed(rest, dtype))
-    return Softmax(logits, tuple(found), gate, top.cleaned)
+    selected = tuple(c for c in top.selected if c not in main.conditions)
+    return Softmax(logits, tuple(found), gate, top.cleaned, selected)
 
 
 def _take(rows: Counter[tuple[int, Expr]], term: tuple[int, Expr]) -> bool:
@@ -305,9 +321,9 @@ def factored(e: Expr) -> Factored:
                 out = out.times(factored(a))
             return out
         if e.op == "div":
-            return factored(e.args[0]).times(factored(e.args[1]).invert())
+            return factored(e.args[0]).times(_inverse(e.args[1]))
         if e.op == "reciprocal":
-            return factored(e.args[0]).invert()
+            return _inverse(e.args[0])
         if e.op in ("exp", "exp2"):
             scale = (
                 e.args[0] if e.op == "exp" else s.call("mul", e.args[0], Const(math.log(2.0), e.dtype), dtype=e.dtype)
@@ -316,7 +332,7 @@ def factored(e: Expr) -> Factored:
             for sign, term in additive(scale, 1):
                 if isinstance(term, Call) and term.op == "log":
                     part = factored(term.args[0])
-                    out = out.times(part if sign > 0 else part.invert())
+                    out = out.times(part if sign > 0 else _inverse(term.args[0]))
                 else:
                     out.exponents.append((sign, term))
             return out
@@ -325,14 +341,21 @@ def factored(e: Expr) -> Factored:
             number = _but_for_nan(e)
             if number is not None:
                 out = factored(number)
-                return Factored(out.exponents, out.factors, out.divisors, out.conditions, True)
-            if isinstance(b, Const) and b.value == 0:
-                return Factored([], [], [], [cond]).times(factored(a))
-            if isinstance(a, Const) and a.value == 0:
-                return Factored([], [], [], [s.not_(cond)]).times(factored(b))
+                return replace(out, cleaned=True)
+            for condition, kept, other in ((cond, a, b), (s.not_(cond), b, a)):
+                if isinstance(other, Const) and other.value == 0:
+                    out = factored(kept)
+                    selects = Factored([], [], [], [condition], selected=(condition,) if out.divisors else ())
+                    return selects.times(out)
         if e.op == "add" and all((isinstance(a, Const) and a.value == 0) or a is e.args[0] for a in e.args):
             return factored(e.args[0])
     return Factored([], [e], [], [])
+
+
+def _inverse(divisor: Expr) -> Factored:
+    """1 / divisor. What is zero where a condition fails is not taken apart: its inverse is infinite there."""
+    parts = factored(divisor)
+    return Factored([], [], [divisor], []) if parts.conditions else parts.invert()
 
 
 def _but_for_nan(e: Call) -> Expr | None:

@@ -21,6 +21,7 @@ from refocus import simplify as s
 from refocus.ir import TRUE, Axis, Call, Const, Dot, Expr, Load, Reduce
 from refocus.lift import Index, Lifter
 from refocus.masks import never_empty
+from refocus.patterns.guards import unguarded
 from refocus.patterns.softmax import factored, separate_mask, summed
 from refocus.row_sums import Row
 
@@ -155,16 +156,3 @@ def _no_less_than_zero(e: Expr) -> bool:
     if isinstance(e, Call) and e.op in ("add", "mul", "div"):
         return all(_no_less_than_zero(a) for a in e.args)
     return isinstance(e, Call) and e.op in ("exp", "exp2")
-
-
-def unguarded(e: Expr) -> Expr | None:
-    """x out of where(x == -inf, 0, x): a maximum, made a number where it has met no key."""
-    if not (isinstance(e, Call) and e.op == "where" and e.is_float):
-        return None
-    cond, yes, no = e.args
-    if isinstance(cond, Call) and cond.op == "not":
-        cond, yes, no = cond.args[0], no, yes
-    if not (isinstance(cond, Call) and isinstance(yes, Const) and math.isfinite(yes.value)):
-        return None
-    lowest = cond.op in ("eq", "le") and {no, Const(-math.inf, no.dtype)} == set(cond.args)
-    return no if lowest or (cond.op == "isinf" and cond.args == (no,)) else None

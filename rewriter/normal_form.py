@@ -11,6 +11,7 @@ from torch import fx
 
 from refocus import simplify as s
 from refocus.dropout import dropping
+from refocus.empty_rows import Roles, makes_zeros
 from refocus.facts import Facts
 from refocus.hoist import Hoisted, hoist_distances
 from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Operand, Reduce, Region, rewrite
@@ -92,7 +93,7 @@ def finish(
         out_dtype=out_dtype,
         extra=extra_,
         gate=gate_,
-        empty_row="zero" if zero_rows else "logits",
+        empty_row="zero" if zero_rows or makes_zeros(soft, mask, Roles(facts, batch, query, key)) else "logits",
     )
     if never_empty(region.mask, region.batch, region.query, region.key):
         region = replace(region, empty_row="never")

@@ -15,7 +15,7 @@ from torch import fx
 
 from refocus import simplify as s
 from refocus.facts import Candidate, Facts, taint_of
-from refocus.finite_rows import Open, Proofs, shifted_by_numbers, unguarded
+from refocus.finite_rows import Open, Proofs, shifted_by_numbers
 from refocus.ir import Axis, Call, Const, Expr, Load
 from refocus.joint import moved
 from refocus.lift import Index, Lifter, arguments, op_name
@@ -24,6 +24,7 @@ from refocus.lift_pointwise import POINTWISE
 from refocus.lift_reductions import CONTRACTIONS
 from refocus.lift_views import VIEWS
 from refocus.patterns.declined import Declined, Stop
+from refocus.patterns.guards import unguarded
 from refocus.patterns.softmax import Factored, Softmax, additive, factored
 from refocus.piecewise import along, seamless
 from refocus.products import reads_of

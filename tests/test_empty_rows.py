@@ -1,0 +1,135 @@
+"""Rows that a mask leaves no key: no number, the mean of all values, or zeros, whichever the model makes of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import refocus
+from refocus.testing import check
+
+Function = Callable[[Tensor, Tensor, Tensor], Tensor]
+TOKENS, WIDTH = 40, 8
+POSITIONS = torch.arange(TOKENS)
+# Every fifth query sees nothing.
+MASK = ((POSITIONS[:, None] - POSITIONS).abs() < 4) & (POSITIONS[:, None] % 5 != 0)
+LOWEST = torch.finfo(torch.float32).min
+
+
+class Attention(nn.Module):
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.function(q, k, v)
+
+
+def inputs() -> tuple[Tensor, ...]:
+    return torch.randn(3, 2, 2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0)).unbind()
+
+
+def probabilities(q: Tensor, k: Tensor, mask: Tensor = MASK, fill: float = -math.inf) -> Tensor:
+    return (q @ k.mT * WIDTH**-0.5).masked_fill(~mask, fill).softmax(-1)
+
+
+def no_numbers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return probabilities(q, k) @ v
+
+
+def means(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return probabilities(q, k, fill=LOWEST) @ v
+
+
+def times_the_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """NaN times zero is NaN."""
+    return probabilities(q, k) * MASK @ v
+
+
+def filled_again(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return probabilities(q, k).masked_fill(~MASK, 0.0) @ v
+
+
+def lowest_filled_again(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return probabilities(q, k, fill=LOWEST).masked_fill(~MASK, 0.0) @ v
+
+
+def rows_with_a_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.where(MASK.any(-1, keepdim=True), probabilities(q, k), 0.0) @ v
+
+
+def padding_filled_again(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Whether a row has a key is known when the model runs: a batch without any."""
+    mask = (v[:, :1, :, 0] > 0)[:, :, None] & (torch.arange(2) == 0)[:, None, None, None]
+    return probabilities(q, k, mask).masked_fill(~mask, 0.0) @ v
+
+
+def other_rows_are_lowest(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return probabilities(q, k, fill=-1e9).masked_fill(POSITIONS[:, None] % 4 == 0, 0.0) @ v
+
+
+def guarded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """By hand: a row without keys is shifted by zero and divided by one."""
+    scores = (q @ k.mT * WIDTH**-0.5).masked_fill(~MASK, -math.inf)
+    most = scores.amax(-1, keepdim=True)
+    weights = (scores - torch.where(most == -math.inf, 0.0, most)).exp()
+    total = weights.sum(-1, keepdim=True)
+    return weights @ v / torch.where(total == 0, 1.0, total)
+
+
+def guarded_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT * WIDTH**-0.5).exp() * MASK
+    total = weights.sum(-1, keepdim=True)
+    return weights / total.masked_fill(total == 0, 1.0) @ v
+
+
+ALL = (
+    no_numbers, means, times_the_mask, filled_again, lowest_filled_again, rows_with_a_key, padding_filled_again,
+    other_rows_are_lowest, guarded, guarded_weights,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("function", ALL, ids=lambda f: f.__name__)
+def test_empty_rows_are_what_the_model_makes_of_them(function: Function) -> None:
+    (site,) = check(Attention(function), inputs(), lower=False, gradients=True).report.sites
+    assert site.fused and site.mask
+
+
+# ---------------------------------------------------------------------------------------------------------- near misses
+
+
+def other_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Of rows 0, 5, 10 .. only some are made zeros."""
+    return probabilities(q, k).masked_fill(POSITIONS[:, None] % 4 == 0, 0.0) @ v
+
+
+def divided_by_zero(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT * WIDTH**-0.5).exp()
+    total = weights.sum(-1, keepdim=True)
+    return weights / torch.where(POSITIONS[:, None] < 32, total, 0.0) @ v
+
+
+def not_shifted_by_a_number(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The sum is guarded, and is no number before: exp(-inf - -inf)."""
+    scores = (q @ k.mT * WIDTH**-0.5).masked_fill(~MASK, -math.inf)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    total = weights.sum(-1, keepdim=True)
+    return weights / torch.where(total == 0, 1.0, total) @ v
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (other_rows, "rows without keys are no numbers, and it is not plain which of them become zeros"),
+        (divided_by_zero, "the normaliser is changed after the sum"),
+        (not_shifted_by_a_number, "the normaliser is changed after the sum"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_is_left_alone(function: Function, reason: str) -> None:
+    (site,) = refocus.explain(Attention(function), *inputs(), engine="tiled").sites
+    assert not site.fused and site.reason == reason
