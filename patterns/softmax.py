@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from refocus import simplify as s
 from refocus.ir import TRUE, Axis, Call, Const, Dot, Expr, Load, Reduce, rewrite
@@ -24,12 +24,14 @@ from refocus.steps import cases, from_cases, line
 class Softmax:
     """weights = gate * exp(logits) / (sum_key exp(logits) + sum exp(extra)).
 
-    `cleaned`: where that is no number, for all logits are -inf, the model puts zeros."""
+    `cleaned`: where that is no number, for all logits are -inf, the model puts zeros; `kept`: the part of the gate by
+    which the model chooses between a weight and zero, so that a weight that is no number goes, too."""
 
     logits: Expr
     extra: tuple[Expr, ...]
     gate: Expr
     cleaned: bool = False
+    kept: Expr = TRUE
 
 
 @dataclass(frozen=True)
@@ -43,18 +45,24 @@ class Term:
 
 @dataclass
 class Factored:
-    """A product taken apart: exp(sum of exponents) * factors / divisors where all conditions hold, else 0."""
+    """A product taken apart: exp(sum of exponents) * factors / divisors where all conditions hold, else 0.
+
+    `chosen`: those of the conditions that choose between what is divided by scores and zero."""
 
     exponents: list[tuple[int, Expr]]
     factors: list[Expr]
     divisors: list[Expr]
     conditions: list[Expr]
     cleaned: bool = False
+    chosen: tuple[Expr, ...] = ()
 
     def invert(self) -> Factored:
-        return Factored(
-            [(-sign, e) for sign, e in self.exponents], self.divisors, self.factors, self.conditions, self.cleaned
-        )
+        exponents = [(-sign, e) for sign, e in self.exponents]
+        return Factored(exponents, self.divisors, self.factors, self.conditions, self.cleaned, self.chosen)
+
+    def where(self, condition: Expr) -> Factored:
+        chosen = self.chosen + (condition,) * any(holds_scores(d) for d in self.divisors)
+        return replace(self, conditions=[condition, *self.conditions], chosen=chosen)
 
     def times(self, other: Factored) -> Factored:
         return Factored(
@@ -63,6 +71,7 @@ class Factored:
             self.divisors + other.divisors,
             self.conditions + other.conditions,
             self.cleaned or other.cleaned,
+            self.chosen + other.chosen,
         )
 
 
@@ -173,7 +182,7 @@ def match(core: Expr, key: Axis, of_scores: bool = True) -> Softmax | Declined:
 def _renormalised(divisors: list[Expr]) -> list[Expr] | None:
     """Divisors of which one sums what another has divided already, without the other; None where there is none.
 
-        softmax masked, and normalised again       a / (z * sum(b / z))  ->  a / sum(b)
+    softmax masked, and normalised again       a / (z * sum(b / z))  ->  a / sum(b)
     """
     for total in divisors:
         if not (isinstance(total, Reduce) and total.op == "sum"):
@@ -235,8 +244,10 @@ def _match_at(
         gate = s.call("mul", gate, factor, dtype=dtype)
     for divisor in top.divisors:
         gate = s.call("div", gate, divisor, dtype=dtype)
-    for condition in (conditions - Counter(main.conditions)).elements():
+    remaining = conditions - Counter(main.conditions)
+    for condition in remaining.elements():
         gate = s.where(condition, gate, Const(0.0, dtype))
+    kept = s.and_(*(c for c in top.chosen if c in remaining))
     found: list[Expr] = []
     for column in (*range(offset), *range(offset, surplus)):
         at: Expr = Const(column) if column < offset else s.add(key.size, column)
@@ -254,7 +265,7 @@ def _match_at(
         if any(rows.values()):
             return None
         found.append(_total(rest, dtype))
-    return Softmax(logits, tuple(found), gate, top.cleaned)
+    return Softmax(logits, tuple(found), gate, top.cleaned, kept)
 
 
 def _take(rows: Counter[tuple[int, Expr]], term: tuple[int, Expr]) -> bool:
@@ -265,7 +276,15 @@ def _take(rows: Counter[tuple[int, Expr]], term: tuple[int, Expr]) -> bool:
 
 
 def _by_key(terms: list[tuple[int, Expr]], key: Axis) -> tuple[list[tuple[int, Expr]], list[tuple[int, Expr]]]:
-    return [t for t in terms if key in t[1].axes], [t for t in terms if key not in t[1].axes]
+    """Terms with a key; and those without, which cancel. What is -inf for a whole row does not."""
+    rows = [t for t in terms if key not in t[1].axes and not _empties(t[1])]
+    return [t for t in terms if t not in rows], rows
+
+
+def _empties(term: Expr) -> bool:
+    if any(isinstance(n, Reduce) for n in term.walk()):  # a row's own maximum
+        return False
+    return any(isinstance(n, Const) and n.is_float and math.isinf(n.value) for n in term.walk())
 
 
 def _total(terms: list[tuple[int, Expr]], dtype: str) -> Expr:
@@ -325,11 +344,11 @@ def factored(e: Expr) -> Factored:
             number = _but_for_nan(e)
             if number is not None:
                 out = factored(number)
-                return Factored(out.exponents, out.factors, out.divisors, out.conditions, True)
+                return replace(out, cleaned=True)
             if isinstance(b, Const) and b.value == 0:
-                return Factored([], [], [], [cond]).times(factored(a))
+                return factored(a).where(cond)
             if isinstance(a, Const) and a.value == 0:
-                return Factored([], [], [], [s.not_(cond)]).times(factored(b))
+                return factored(b).where(s.not_(cond))
         if e.op == "add" and all((isinstance(a, Const) and a.value == 0) or a is e.args[0] for a in e.args):
             return factored(e.args[0])
     return Factored([], [e], [], [])

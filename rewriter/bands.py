@@ -265,6 +265,7 @@ def _masked(soft: Softmax, change: _Change, keep: Expr) -> Softmax:
         tuple(change(e) for e in soft.extra),
         change(soft.gate),
         soft.cleaned,
+        change(soft.kept),
     )
 
 

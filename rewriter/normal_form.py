@@ -11,11 +11,11 @@ from torch import fx
 
 from refocus import simplify as s
 from refocus.dropout import dropping
+from refocus.empty_rows import Rows, known_inside
 from refocus.facts import Facts
 from refocus.hoist import Hoisted, hoist_distances
 from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Operand, Reduce, Region, rewrite
 from refocus.lift import dtype_of
-from refocus.masks import never_empty
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.softmax import Softmax, separate_mask
 from refocus.sizes import shape_of
@@ -92,10 +92,13 @@ def finish(
         out_dtype=out_dtype,
         extra=extra_,
         gate=gate_,
-        empty_row="zero" if zero_rows else "logits",
     )
-    if never_empty(region.mask, region.batch, region.query, region.key):
-        region = replace(region, empty_row="never")
+    rule = Rows(mask_, logits_, region.batch, region.query, region.key).rule(builder.canonical(soft.kept))
+    if isinstance(rule, Declined):
+        raise Stop(rule)
+    if zero_rows and rule == "logits":
+        rule = "zero"
+    region = replace(region, empty_row=rule, gate=gate_ if rule == "logits" else known_inside(gate_, mask_))
     return region, tuple(builder.bindings.values()), tuple(order)
 
 
