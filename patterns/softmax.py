@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from refocus import simplify as s
 from refocus.ir import TRUE, Axis, Call, Const, Dot, Expr, Load, Reduce, rewrite
 from refocus.patterns.declined import Declined
+from refocus.patterns.fills import KEPT, UNCLEAR, of_shift, same_sum
 from refocus.patterns.guards import sum_under_guard, unguarded
 from refocus.steps import cases, from_cases, line
 
@@ -25,14 +26,18 @@ from refocus.steps import cases, from_cases, line
 class Softmax:
     """weights = gate * exp(logits) / (sum_key exp(logits) + sum exp(extra)).
 
-    `cleaned`: where that is no number, for all logits are -inf, the model puts zeros. `selected`: conditions in the
-    gate outside of which it puts zeros, numbers or not: where(p, softmax(x), 0)."""
+    `cleaned`: where that is no number, for all logits are -inf, the model puts zeros. `selected`: the part of the gate
+    outside of which it puts zeros, numbers or not: where(p, softmax(x), 0). `fills`: what becomes of a row that holds
+    nothing but finite fills. It is the softmax of these ("kept"); 0 / 0, as they are so low that the exponential of
+    each is zero ("lost"); or either, or neither ("unclear").
+    """
 
     logits: Expr
     extra: tuple[Expr, ...]
     gate: Expr
     cleaned: bool = False
-    selected: tuple[Expr, ...] = ()
+    selected: Expr = TRUE
+    fills: str = "kept"
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,10 @@ class Term:
 
 @dataclass
 class Factored:
-    """A product taken apart: exp(sum of exponents) * factors / divisors where all conditions hold, else 0. Those of
-    the conditions that are `selected` chose between a quotient and 0; the others multiply."""
+    """A product taken apart: exp(sum of exponents) * factors / divisors where all conditions hold, else 0.
+
+    Those of the conditions that are `selected` choose between what is divided by scores and 0; the others multiply.
+    `logged`: something was divided by in an exponent, as its logarithm."""
 
     exponents: list[tuple[int, Expr]]
     factors: list[Expr]
@@ -55,6 +62,7 @@ class Factored:
     conditions: list[Expr]
     cleaned: bool = False
     selected: tuple[Expr, ...] = ()
+    logged: bool = False
 
     def invert(self) -> Factored:
         return replace(
@@ -72,6 +80,7 @@ class Factored:
             self.conditions + other.conditions,
             self.cleaned or other.cleaned,
             self.selected + other.selected,
+            self.logged or other.logged,
         )
 
 
@@ -130,8 +139,9 @@ def _row_sum(total: Expr) -> Expr | None:
     return out
 
 
-def match(core: Expr, key: Axis, of_scores: bool = True) -> Softmax | Declined:
-    """Read `core` as a softmax over `key`, or say which part is not. `of_scores`: it has to hold products."""
+def match(core: Expr, key: Axis, of_scores: bool = True, by_hand: bool = False) -> Softmax | Declined:
+    """Read `core` as a softmax over `key`, or say which part is not. `of_scores`: it has to hold products. `by_hand`:
+    it is spelled with exponentials, whose rows may or may not be shifted by their maxima."""
     top = factored(core)
     dtype = core.dtype
     sums = [
@@ -139,10 +149,12 @@ def match(core: Expr, key: Axis, of_scores: bool = True) -> Softmax | Declined:
     ]
     if not sums:
         return Declined("the weights are not normalised over the keys")
+    same = True  # sums that were divided by one after the other
     while len(sums) > 1:
         fewer = _renormalised(sums)
         if fewer is None:
             break
+        same = same and any(same_sum(d, fewer[-1]) for d in sums)
         for d in sums:
             top.divisors.remove(d)
         sums = fewer
@@ -178,10 +190,11 @@ def match(core: Expr, key: Axis, of_scores: bool = True) -> Softmax | Declined:
         return Declined("the softmax runs over another axis than the keys")
     for offset in dict.fromkeys((0, int(surplus.value))):
         found = _match_at(top, total, key, offset, int(surplus.value), extras, dtype)
-        if found is not None and found.cleaned and not _only_infinite(found.logits):
+        if found is None:
+            continue
+        if found.cleaned and not _only_infinite(found.logits):
             return Declined("probabilities that are no numbers are replaced, where it is not plain which these are")
-        if found is not None:
-            return found
+        return replace(found, fills=UNCLEAR if not same else found.fills if by_hand else KEPT)
     return Declined("the exponents of the weights and of the normaliser differ")
 
 
@@ -253,35 +266,47 @@ def _match_at(
     for condition in (conditions - Counter(main.conditions)).elements():
         gate = s.where(condition, gate, Const(0.0, dtype))
     found: list[Expr] = []
+    columns: list[list[Signed]] = [additive(e, 1) for e in extras]
     for column in (*range(offset), *range(offset, surplus)):
         at: Expr = Const(column) if column < offset else s.add(key.size, column)
         part = factored(s.substitute(total.body, {total.axis: at}))
         if part.divisors or part.factors or part.conditions:
             return None
+        columns.append(part.exponents)
+    for exponents in columns:
+        # What the keys' logits were rid of, for all of them have it, is taken from a column that lacks it.
         rows = Counter(their_rows)
-        rest = [t for t in part.exponents if not _take(rows, t)]
+        rest = [t for t in exponents if not _take(rows, t)]
+        rest += [(-sign, e) for sign, e in rows.elements()]
         if any(key in e.axes or holds_scores(e) for _, e in rest):
             return None
         found.append(summed(rest, dtype))
-    for e in extras:
-        rows = Counter(their_rows)
-        rest = [t for t in additive(e, 1) if not _take(rows, t)]
-        if any(rows.values()):
-            return None
-        found.append(summed(rest, dtype))
-    selected = tuple(c for c in top.selected if c not in main.conditions)
-    return Softmax(logits, tuple(found), gate, top.cleaned, selected)
+    remaining = conditions - Counter(main.conditions)
+    selected = s.and_(*(c for c in top.selected if c in remaining))
+    fills = UNCLEAR if top.logged else of_shift(my_rows, summed(mine, dtype), key)
+    return Softmax(logits, tuple(found), gate, top.cleaned, selected, fills)
 
 
-def _take(rows: Counter[tuple[int, Expr]], term: tuple[int, Expr]) -> bool:
+Signed = tuple[int, Expr]
+
+
+def _take(rows: Counter[Signed], term: Signed) -> bool:
     if rows[term] > 0:
         rows[term] -= 1
         return True
     return False
 
 
-def _by_key(terms: list[tuple[int, Expr]], key: Axis) -> tuple[list[tuple[int, Expr]], list[tuple[int, Expr]]]:
-    return [t for t in terms if key in t[1].axes], [t for t in terms if key not in t[1].axes]
+def _by_key(terms: list[Signed], key: Axis) -> tuple[list[Signed], list[Signed]]:
+    """Terms with a key; and those without, which cancel. What is -inf for a whole row does not."""
+    rows = [t for t in terms if key not in t[1].axes and not _empties(t[1])]
+    return [t for t in terms if t not in rows], rows
+
+
+def _empties(term: Expr) -> bool:
+    if any(isinstance(n, Reduce) for n in term.walk()):  # a row's own maximum
+        return False
+    return any(isinstance(n, Const) and n.is_float and math.isinf(n.value) for n in term.walk())
 
 
 def summed(terms: list[tuple[int, Expr]], dtype: str) -> Expr:
@@ -332,7 +357,7 @@ def factored(e: Expr) -> Factored:
             for sign, term in additive(scale, 1):
                 if isinstance(term, Call) and term.op == "log":
                     part = factored(term.args[0])
-                    out = out.times(part if sign > 0 else _inverse(term.args[0]))
+                    out = out.times(part if sign > 0 else replace(_inverse(term.args[0]), logged=True))
                 else:
                     out.exponents.append((sign, term))
             return out

@@ -260,12 +260,12 @@ class _Change:
 
 def _masked(soft: Softmax, change: _Change, keep: Expr) -> Softmax:
     logits = change(soft.logits)
-    return Softmax(
-        s.where(keep, logits, Const(float("-inf"), logits.dtype)),
-        tuple(change(e) for e in soft.extra),
-        change(soft.gate),
-        soft.cleaned,
-        tuple(change(c) for c in soft.selected),
+    return replace(
+        soft,
+        logits=s.where(keep, logits, Const(float("-inf"), logits.dtype)),
+        extra=tuple(change(e) for e in soft.extra),
+        gate=change(soft.gate),
+        selected=change(soft.selected),
     )
 
 

@@ -12,11 +12,17 @@ def _either_nan(pick: Callable[[float, float], float]) -> Callable[[float, float
     return lambda a, b: math.nan if a != a or b != b else pick(a, b)
 
 
+def _log(function: Callable[[float], float], zero: float = 0.0) -> Callable[[float], float]:
+    """A logarithm that is -inf where IEEE says so, and Python raises: log(mask) of ones and zeros."""
+    return lambda a: -math.inf if a == zero else function(a)
+
+
 _FOLD: dict[str, Callable[..., float]] = {
     "add": lambda *args: sum(args), "sub": lambda a, b: a - b, "mul": lambda *args: math.prod(args),
     "div": lambda a, b: a / b, "neg": lambda a: -a, "abs": abs, "min": _either_nan(min), "max": _either_nan(max),
-    "exp": math.exp, "exp2": lambda a: 2.0**a, "expm1": math.expm1, "log": math.log, "log2": math.log2,
-    "log1p": math.log1p, "sqrt": math.sqrt, "rsqrt": lambda a: 1 / math.sqrt(a), "reciprocal": lambda a: 1 / a,
+    "exp": math.exp, "exp2": lambda a: 2.0**a, "expm1": math.expm1, "log": _log(math.log),
+    "log2": _log(math.log2), "log1p": _log(math.log1p, -1.0), "sqrt": math.sqrt,
+    "rsqrt": lambda a: 1 / math.sqrt(a), "reciprocal": lambda a: 1 / a,
     "pow": math.pow, "square": lambda a: a * a, "tanh": math.tanh, "erf": math.erf, "sin": math.sin, "cos": math.cos,
     "atan": math.atan, "sigmoid": lambda a: 1 / (1 + math.exp(-a)), "relu": lambda a: a if a != a or a > 0 else 0.0,
     "floor": math.floor, "ceil": math.ceil, "trunc": math.trunc, "round": round,

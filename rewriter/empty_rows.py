@@ -1,11 +1,11 @@
-"""Rows that a mask leaves no key, and that a condition makes zeros of.
+"""Rows that a mask leaves no key: what the model makes of them, and which conditions make zeros of them.
 
     where(mask[i, j], softmax(x | mask), 0)             rows without keys are zeros
     where(any_j mask[i, j], softmax(x | mask), 0)       likewise
     where(rows[i], softmax(x | mask), 0)                likewise, if every row has a key or fails the condition
 
 A softmax over nothing but -inf is no number, and zero times it is none. What is known of the condition decides: if it
-holds in rows with a key only, all others are zeros.
+holds in rows with a key only, all others are zeros. Where neither is proved, the site is left alone.
 """
 
 from __future__ import annotations
@@ -16,55 +16,108 @@ from dataclasses import dataclass
 
 from refocus import simplify as s
 from refocus.facts import Facts
-from refocus.ir import TRUE, Axis, Call, Const, Expr, Load
+from refocus.ir import TRUE, Axis, Call, Const, Dot, Expr, Load, rewrite
 from refocus.lift import Lifter, arguments, op_name
 from refocus.masks import never_empty
 from refocus.patterns.declined import Declined, Stop
-from refocus.patterns.softmax import Softmax
+from refocus.patterns.fills import KEPT, UNCLEAR
+from refocus.patterns.softmax import MASK_FILL, Softmax, separate_mask
 from refocus.row_sums import opened, summed_dims
 
 
 @dataclass(frozen=True)
-class Roles:
-    """The axes that a mask is read in, and the graph that its loads are of."""
+class Rows:
+    """The rows of a softmax: the axes that its mask is read in, and the graph that its loads are of."""
 
     facts: Facts
     batch: list[Axis]
     query: Axis
     key: Axis
 
+    def settled(self, soft: Softmax, logits: Expr) -> Expr:
+        """Logits whose rows without keys are what the model makes of these. Raises Stop where that is not known."""
+        if soft.fills == KEPT or not any(_is_fill(n) for n in logits.walk()):
+            return logits
+        mask = separate_mask(logits)[1]
+        if self._never_empty(mask):
+            return logits
+        emptied = _with_infinite_fills(logits)
+        if soft.fills == UNCLEAR or separate_mask(emptied)[1] != mask or any(_is_fill(n) for n in emptied.walk()):
+            raise Stop(Declined("a row may hold nothing but fills, and it is not plain what the model makes of these"))
+        return emptied
 
-def makes_zeros(soft: Softmax, mask: Expr, roles: Roles) -> bool:
-    """Whether rows without keys are made zeros by a condition. Raises Stop where only some of them may be."""
-    batch, query, key = roles.batch, roles.query, roles.key
-    if not soft.selected or never_empty(mask, batch, query, key):
+    def rule(self, soft: Softmax, logits: Expr, mask: Expr) -> str:
+        """`Region.empty_row`. Raises Stop where a condition makes zeros of some rows without keys, maybe not of all."""
+        apart = set(s.conjuncts(soft.selected)) - {TRUE, *s.conjuncts(mask)}
+        if apart and self._may_be_emptied(logits):
+            raise Stop(_UNPLAIN)
+        if self._never_empty(mask):
+            return "never"
+        if soft.cleaned:
+            return "zero"
+        if soft.selected == TRUE:
+            return "logits"
+        if any(_implies(held, mask) for held in (soft.selected, *self._of_some_key(soft.selected))):
+            return "zero"
+        if self.key not in soft.selected.axes and self._never_empty(s.or_(mask, s.not_(soft.selected))):
+            return "zero"
+        if any(isinstance(n, Const) and n.is_float and n.value == -math.inf for n in logits.walk()):
+            raise Stop(_UNPLAIN)
+        return "logits"
+
+    def _never_empty(self, mask: Expr) -> bool:
+        return never_empty(mask, self.batch, self.query, self.key)
+
+    def _may_be_emptied(self, logits: Expr) -> bool:
+        """Whether what is added to the products of queries and keys is a tensor's, which may hold -inf for all keys."""
+        stack = [logits]
+        while stack:
+            e = stack.pop()
+            if isinstance(e, Load) and e.is_float and self.key in e.axes:
+                return True
+            if not isinstance(e, Dot | Load):
+                stack.extend(e.children)
         return False
-    condition = s.and_(*soft.selected)
-    if _implies(condition, mask) or any(_implies(held, mask) for held in _of_some_key(condition, roles)):
-        return True
-    if key not in condition.axes and never_empty(s.or_(mask, s.not_(condition)), batch, query, key):
-        return True
-    if any(isinstance(n, Const) and n.is_float and n.value == -math.inf for n in soft.logits.walk()):
-        raise Stop(
-            Declined("rows without keys are no numbers, and it is not plain which of them become zeros")
-        )
-    return False
+
+    def _of_some_key(self, condition: Expr) -> Iterator[Expr]:
+        """What holds for some key where a condition holds: p[i, j], for any_j p[i, j] and for not all_j not p[i, j]."""
+        for part in s.conjuncts(condition):
+            negated = isinstance(part, Call) and part.op == "not"
+            load = part.args[0] if isinstance(part, Call) and negated else part
+            node = self.facts.nodes.get(load.tensor) if isinstance(load, Load) else None
+            if not isinstance(load, Load) or node is None or op_name(node) != ("all" if negated else "any"):
+                continue
+            dims, _ = summed_dims(node)
+            if len(dims) == 1:
+                position = opened(node, load.index, {dims[0]: self.key})
+                body = s.as_bool(Lifter(self.facts, far=True).at(arguments(node)[0], position))
+                yield s.not_(body) if negated else body
+
+
+_UNPLAIN = Declined("rows without keys are no numbers, and it is not plain which of them become zeros")
+
+
+def _is_fill(e: Expr) -> bool:
+    return isinstance(e, Const) and e.is_float and -math.inf < e.value <= MASK_FILL
+
+
+def _with_infinite_fills(logits: Expr) -> Expr:
+    """where(mask, x, -1e9) as where(mask, x, -inf), wherever it stands: gradients find the same way."""
+
+    def visit(node: Expr) -> Expr | None:
+        if not (isinstance(node, Call) and node.op == "where" and node.is_float):
+            return None
+        cond, *values = node.args
+        return s.where(cond, *(Const(-math.inf, v.dtype) if _is_fill(v) else _with_infinite_fills(v) for v in values))
+
+    return rewrite(logits, visit, s.rebuild)
 
 
 def _implies(condition: Expr, mask: Expr) -> bool:
     return s.under(mask, s.assume(condition)) == TRUE
 
 
-def _of_some_key(condition: Expr, roles: Roles) -> Iterator[Expr]:
-    """What holds for some key where the condition holds: p[i, j], for any_j p[i, j] and for not all_j not p[i, j]."""
-    for part in s.conjuncts(condition):
-        negated = isinstance(part, Call) and part.op == "not"
-        load = part.args[0] if isinstance(part, Call) and negated else part
-        node = roles.facts.nodes.get(load.tensor) if isinstance(load, Load) else None
-        if not isinstance(load, Load) or node is None or op_name(node) != ("all" if negated else "any"):
-            continue
-        dims, _ = summed_dims(node)
-        if len(dims) == 1:
-            position = opened(node, load.index, {dims[0]: roles.key})
-            body = s.as_bool(Lifter(roles.facts, far=True).at(arguments(node)[0], position))
-            yield s.not_(body) if negated else body
+def known_inside(value: Expr, mask: Expr) -> Expr:
+    """A value of the pairs that a mask keeps. What is loaded is loaded everywhere: its index stays as it is."""
+    known = dict.fromkeys(s.conjuncts(mask), TRUE)
+    return rewrite(value, lambda node: known.get(node, node if isinstance(node, Load) else None), s.rebuild)

@@ -161,7 +161,7 @@ class Lifter:
             if value is not None and not (floating and any(x.is_float for x in _loads(value))):
                 self.visited.add(node)
                 return self.leaf(node, index) if _is_table(node, index, value) else value
-            if value is None or not floating or not self.expands or not self.within(node, index):
+            if value is None or not floating or not self.within(node, index):
                 return self.constant(node, index) or self.leaf(node, index)
             self.visited.add(node)
             return value
@@ -274,7 +274,6 @@ class Lifter:
         if isinstance(value, torch.SymFloat | torch.SymBool) or not isinstance(value, float):
             raise Unliftable(f"scalar {value}")
         return Const(value, dtype if dtype and dtype.startswith(("float", "bfloat")) else "float32")
-
 
     def factor(self, value: Any, dtype: str) -> Expr:
         """A number that floats of this dtype are multiplied with."""

@@ -196,6 +196,21 @@ def _dropout(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     return s.call("mul", lift.at(source, index), keep(node.name, p, index, shape_of(node), kind), dtype=kind)
 
 
+def _batch_norm(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    """With the statistics of training, a scale and a shift for each channel; with those of the batch, no such thing."""
+    source, weight, bias, mean, variance, training, _, epsilon = arguments(node)[:8]
+    if training is not False or mean is None or variance is None or len(index) < 2:
+        return None
+    kind = _kind(node)
+    channel = (index[1],)
+    spread = s.call("add", lift.at(variance, channel), lift.scalar(float(epsilon), kind), dtype=kind)
+    value = s.call("sub", lift.at(source, index), lift.at(mean, channel), dtype=kind)
+    value = s.call("mul", value, s.call("rsqrt", spread, dtype=kind), dtype=kind)
+    if weight is not None:
+        value = s.call("mul", value, lift.at(weight, channel), dtype=kind)
+    return value if bias is None else s.call("add", value, lift.at(bias, channel), dtype=kind)
+
+
 def _triangle(lower: bool) -> Handler:
     def handler(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
         offset = lift.scalar(_argument(node, 1, "diagonal", 0))
@@ -286,5 +301,5 @@ POINTWISE: dict[str, Handler] = {
     "clamp_min": _clamp_one("max", "min"), "clamp_max": _clamp_one("min", "max"),
     "minimum": _plain("min"), "maximum": _plain("max"), "max": _max_or_min("max"), "min": _max_or_min("min"),
     "pow": _square, "dropout": _dropout, "tril": _triangle(True), "triu": _triangle(False),
-    "silu": _silu, "cumsum": _cumsum, "diff": _diff,
+    "silu": _silu, "batch_norm": _batch_norm, "cumsum": _cumsum, "diff": _diff,
 }  # fmt: skip

@@ -5,18 +5,17 @@ Equal layers come out as equal regions, so that they share one kernel.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import fx
 
 from refocus import simplify as s
 from refocus.dropout import dropping
-from refocus.empty_rows import Roles, makes_zeros
+from refocus.empty_rows import Rows, known_inside
 from refocus.facts import Facts
 from refocus.hoist import Hoisted, hoist_distances
 from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Operand, Reduce, Region, rewrite
 from refocus.lift import dtype_of
-from refocus.masks import never_empty
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.softmax import Softmax, separate_mask
 from refocus.sizes import shape_of
@@ -75,10 +74,14 @@ def finish(
     order = [*batch, *([query] if query.name != "one" else []), *value]
     names = _axis_names(batch, query, key, value, [soft.logits, soft.gate, *soft.extra, draft.values])
     logits, hoisted = hoist_distances(soft.logits, query, key)
+    rows = Rows(facts, batch, query, key)
+    logits = rows.settled(soft, logits)
     score, mask = separate_mask(logits)
+    rule = rows.rule(soft, logits, mask)
+    gate = soft.gate if rule == "logits" else known_inside(soft.gate, mask)
     builder = _Operands(facts, names, hoisted)
     logits_, values_ = builder.canonical(logits), builder.values(draft.values, draft.in_place)
-    score_, mask_, gate_ = (builder.canonical(e) for e in (score, mask, soft.gate))
+    score_, mask_, gate_ = (builder.canonical(e) for e in (score, mask, gate))
     extra_ = tuple(builder.canonical(e) for e in soft.extra)
     region = Region(
         batch=tuple(names[a] for a in batch),
@@ -93,10 +96,8 @@ def finish(
         out_dtype=out_dtype,
         extra=extra_,
         gate=gate_,
-        empty_row="zero" if zero_rows or makes_zeros(soft, mask, Roles(facts, batch, query, key)) else "logits",
+        empty_row="zero" if zero_rows and rule == "logits" else rule,
     )
-    if never_empty(region.mask, region.batch, region.query, region.key):
-        region = replace(region, empty_row="never")
     return region, tuple(builder.bindings.values()), tuple(order)
 
 

@@ -57,7 +57,7 @@ def quotients(groups: list[list[Candidate]], facts: Facts) -> list[Quotient]:
     at every step."""
     found: dict[fx.Node, dict[fx.Node, Candidate]] = {}
     for candidate in (c for group in groups for c in group):
-        if candidate.mixes == 0 and candidate.weights >= 0 and op_name(candidate.normaliser) in _EXPONENTIALS:
+        if candidate.mixes == 0 and candidate.weights >= 0 and op_name(candidate.normaliser) in EXPONENTIALS:
             for root in _divisions(candidate, facts):
                 found.setdefault(root, {}).setdefault(candidate.root, candidate)
     order = sorted(found, key=lambda n: -facts.order[n])
@@ -70,7 +70,7 @@ def _first(parts: list[Candidate], facts: Facts) -> tuple[Candidate, ...]:
     return tuple(sorted((c for c in parts if c.root not in later), key=lambda c: facts.order[c.root]))
 
 
-_EXPONENTIALS = ("exp", "exp2")
+EXPONENTIALS = ("exp", "exp2")
 
 
 def _divisions(candidate: Candidate, facts: Facts) -> Iterator[fx.Node]:
@@ -91,7 +91,7 @@ def divisor_of(node: fx.Node, sums: set[fx.Node], facts: Facts) -> fx.Node | Non
 def _of_scores(node: fx.Node, facts: Facts) -> bool:
     """Whether a row is a sum of exponentials, or made of such."""
     above = nx.ancestors(facts.flow, node)
-    return any(op_name(n) in _EXPONENTIALS and taint_of(n, facts) for n in above)
+    return any(op_name(n) in EXPONENTIALS and taint_of(n, facts) for n in above)
 
 
 def weights_of(candidate: Candidate) -> fx.Node:

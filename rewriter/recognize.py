@@ -34,7 +34,7 @@ from refocus.patterns.sdpa import lift_sdpa
 from refocus.patterns.softmax import Softmax, holds_scores, match, terms_of
 from refocus.pieces import holds_pieces, whole
 from refocus.products import reads_of
-from refocus.quotient import Quotient, Rescaled, lift_rescaled, quotients
+from refocus.quotient import EXPONENTIALS, Quotient, Rescaled, lift_rescaled, quotients
 from refocus.roles import Axes, cut_axes, one_key
 from refocus.running_softmax import lift_chunked
 from refocus.sizes import shape_of
@@ -353,7 +353,7 @@ def _weighted(candidate: Candidate, facts: Facts, axes: Axes, lifter: Lifter, fo
             apart = Dot((key,), weight, values, "float32")
             added = apart if added == NOTHING else s.call("add", added, apart, dtype="float32")
             continue
-        read = match(part.core, key)
+        read = match(part.core, key, by_hand=op_name(candidate.normaliser) in EXPONENTIALS)
         if isinstance(read, Declined):
             if lifter.blame is not None:
                 return Declined(f"{read.reason} (`{op_name(lifter.blame)}` is not understood)", lifter.blame.name)
@@ -399,7 +399,7 @@ def _close(
     epilogue: Expr | None = None
     dtype = dtype_of(root)
     for k, (draft, (mixed, factor, _)) in enumerate(zip(drafts, lifted.terms)):
-        region, bindings, order = finish(draft, facts, dtype, lifted.zero_rows or draft.softmax.cleaned)
+        region, bindings, order = finish(draft, facts, dtype, lifted.zero_rows)
         parts.append(Part(region, bindings))
         orders.append(order)
         read = Load(f"part{k}", tuple((places or {}).get(a, a) for a in order), dtype)

@@ -34,6 +34,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "arange",
         "maximum",
         "sdpa_like",
+        "logarithm",
+        "slopes",
     ),
     "layout": ("matmul", "bmm", "baddbmm", "einsum bhid", "einsum bihd", "einsum ibhd", "einsum groups", "transposed"),
     "heads": ("equal", "expand", "interleave"),
@@ -226,6 +228,12 @@ class Spelled(nn.Module):
                 mask.masked_fill_(ones.tril().bool().logical_not(), float("-inf"))
                 scores += mask
                 return scores
+            case "logarithm":
+                return scores + ones.tril().to(scores.dtype).log()
+            case "slopes":  # a bias of which each row sees the same slope of zero, and a mask, in one constant table
+                distance = torch.arange(columns)[None, :] - torch.arange(rows)[:, None]
+                slopes = torch.tensor([0.0] * scores.shape[1], dtype=scores.dtype)
+                return scores + (distance * slopes[:, None, None]).masked_fill(ones.triu(1).bool(), -math.inf)
         return scores
 
     def softmax(self, scores: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ TOKENS, WIDTH = 40, 8
 POSITIONS = torch.arange(TOKENS)
 # Every fifth query sees nothing.
 MASK = ((POSITIONS[:, None] - POSITIONS).abs() < 4) & (POSITIONS[:, None] % 5 != 0)
+CAUSAL = POSITIONS <= POSITIONS[:, None]
 LOWEST = torch.finfo(torch.float32).min
 
 
@@ -87,9 +88,38 @@ def guarded_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights / total.masked_fill(total == 0, 1.0) @ v
 
 
+def unshifted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """exp(-1e9) is zero: 0 / 0."""
+    weights = (q @ k.mT * WIDTH**-0.5).masked_fill(~MASK, -1e9).exp()
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+def unshifted_and_divided_after(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = ((q @ k.mT * WIDTH**-0.5) + torch.zeros(()).masked_fill(~MASK, LOWEST)).exp()
+    return weights @ v / weights.sum(-1, keepdim=True)
+
+
+def shifted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ k.mT * WIDTH**-0.5).masked_fill(~MASK, -1e9)
+    weights = torch.exp2((scores - scores.amax(-1, keepdim=True)) * math.log2(math.e))
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+def normalised_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = probabilities(q, k, fill=LOWEST)
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+def infinite_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What is added to a whole row does not cancel if it is -inf."""
+    added = torch.zeros(TOKENS, 1).masked_fill(POSITIONS[:, None] % 5 == 0, -math.inf)
+    return ((q @ k.mT).masked_fill(~CAUSAL, -math.inf) + added).softmax(-1) @ v
+
+
 ALL = (
     no_numbers, means, times_the_mask, filled_again, lowest_filled_again, rows_with_a_key, padding_filled_again,
-    other_rows_are_lowest, guarded, guarded_weights,
+    other_rows_are_lowest, guarded, guarded_weights, unshifted, unshifted_and_divided_after, shifted, normalised_twice,
+    infinite_rows,
 )  # fmt: skip
 
 
@@ -121,9 +151,33 @@ def not_shifted_by_a_number(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights / torch.where(total == 0, 1.0, total) @ v
 
 
+def by_log_sum_exp(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """-1e9 + log(40) is -1e9: every weight of an empty row is one."""
+    scores = (q @ k.mT * WIDTH**-0.5).masked_fill(~MASK, -1e9)
+    return (scores - scores.logsumexp(-1, keepdim=True)).exp() @ v
+
+
+def sink_and_normalised_again(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """All of an empty row goes to the sink, and zeros are divided by their sum."""
+    scores = (q @ k.mT * WIDTH**-0.5).masked_fill(~MASK, -1e9)
+    weights = torch.cat([scores, torch.zeros_like(scores[..., :1])], -1).softmax(-1)[..., :-1]
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+def masked_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = probabilities(q, k, fill=LOWEST) * CAUSAL
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+UNCLEAR = "a row may hold nothing but fills, and it is not plain what the model makes of these"
+
+
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
+        (by_log_sum_exp, UNCLEAR),
+        (sink_and_normalised_again, UNCLEAR),
+        (masked_twice, UNCLEAR),
         (other_rows, "rows without keys are no numbers, and it is not plain which of them become zeros"),
         (divided_by_zero, "the normaliser is changed after the sum"),
         (not_shifted_by_a_number, "the normaliser is changed after the sum"),

@@ -269,6 +269,55 @@ def test_rows_without_keys_put_right_after_the_softmax(function: Callable[..., T
     assert not bool(got.isnan().any()) and bool((got[:, :, 0] == 0).all())
 
 
+def masked_twice(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return scores(q, k).masked_fill(~mask, float("-inf")).softmax(-1).masked_fill(~mask, 0.0) @ v
+
+
+def masked_twice_lowest(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return scores(q, k).masked_fill(~mask, -1e9).softmax(-1).masked_fill(~mask, 0.0) @ v
+
+
+@pytest.mark.parametrize("function", [masked_twice, masked_twice_lowest])
+def test_rows_without_keys_masked_again_after_the_softmax(function: Callable[..., Tensor]) -> None:
+    found = check(Attention(function), (*drawn(10), keep()), sites=1, lower=False)
+    assert "empty row  = 0" in str(found.report) and "gate" not in str(found.report)
+
+
+def rows_chosen(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, diagonal: int = 0) -> Tensor:
+    """Among chosen tokens only, causally: the others' rows are empty, and zeros are put there."""
+    both = (rows[:, :, None] & rows[:, None, :]).tril(diagonal)[:, None]
+    p = scores(q, k).masked_fill(~both, float("-inf")).softmax(-1)
+    return torch.where(rows[:, None, :, None], p, 0.0) @ v
+
+
+def test_a_condition_that_tells_empty_rows() -> None:
+    rows = torch.rand(2, 24, generator=torch.Generator().manual_seed(3)) < 0.3
+    found = check(Attention(rows_chosen), (*drawn(24), rows), sites=1, lower=False)
+    assert "empty row  = 0" in str(found.report)
+
+
+def test_a_condition_that_does_not_tell_all_empty_rows() -> None:
+    rows = torch.rand(2, 24, generator=torch.Generator().manual_seed(3)) < 0.3
+    stays(lambda *x: rows_chosen(*x, diagonal=-1), "not plain which of them become zeros", 24, more=(rows,))
+
+
+def test_a_row_that_is_infinite_as_a_whole_does_not_cancel() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
+        added = torch.zeros(2, 1, 24, 1, dtype=q.dtype).masked_fill(~rows[:, None, :, None], float("-inf"))
+        return (scores(q, k) + added).softmax(-1) @ v
+
+    fuses(function, 10, more=(torch.rand(2, 24, generator=torch.Generator().manual_seed(3)) < 0.3,))
+
+
+def test_an_added_mask_and_zeros_chosen_afterwards() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        p = (scores(q, k) + mask).softmax(-1)
+        return torch.where(mask[..., :1] == 0, p, 0.0) @ v
+
+    added = torch.zeros(2, 1, 24, 10).masked_fill((torch.arange(24) > 20)[:, None], float("-inf"))
+    stays(function, "not plain which of them become zeros", 10, more=(added,))
+
+
 def test_an_added_mask_may_hold_infinities_of_its_own() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         return (scores(q, k) + mask).softmax(-1).nan_to_num() @ v
