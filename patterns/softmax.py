@@ -250,9 +250,10 @@ def _match_at(
     theirs, their_rows = _by_key(main.exponents, key)
     if Counter(mine) != Counter(theirs) or Counter(my_rows) != Counter(their_rows):
         return None
-    factors, conditions = Counter(top.factors), Counter(top.conditions)
-    if Counter(main.factors) - factors or Counter(main.conditions) - conditions:
+    factors = Counter(top.factors)
+    if Counter(main.factors) - factors or not set(main.conditions) <= set(top.conditions):
         return None
+    conditions = [c for c in dict.fromkeys(top.conditions) if c not in main.conditions]  # those of the gate
     if any(key in f.axes for f in main.factors):
         return None  # exp(x) * w / sum exp(x) * w with a general w
     logits = summed(mine, dtype)
@@ -263,7 +264,7 @@ def _match_at(
         gate = s.call("mul", gate, factor, dtype=dtype)
     for divisor in top.divisors:
         gate = s.call("div", gate, divisor, dtype=dtype)
-    for condition in (conditions - Counter(main.conditions)).elements():
+    for condition in conditions:
         gate = s.where(condition, gate, Const(0.0, dtype))
     found: list[Expr] = []
     columns: list[list[Signed]] = [additive(e, 1) for e in extras]
@@ -281,8 +282,7 @@ def _match_at(
         if any(key in e.axes or holds_scores(e) for _, e in rest):
             return None
         found.append(summed(rest, dtype))
-    remaining = conditions - Counter(main.conditions)
-    selected = s.and_(*(c for c in top.selected if c in remaining))
+    selected = s.and_(*(c for c in top.selected if c in conditions))
     fills = UNCLEAR if top.logged else of_shift(my_rows, summed(mine, dtype), key)
     return Softmax(logits, tuple(found), gate, top.cleaned, selected, fills)
 
@@ -298,15 +298,19 @@ def _take(rows: Counter[Signed], term: Signed) -> bool:
 
 
 def _by_key(terms: list[Signed], key: Axis) -> tuple[list[Signed], list[Signed]]:
-    """Terms with a key; and those without, which cancel. What is -inf for a whole row does not."""
-    rows = [t for t in terms if key not in t[1].axes and not _empties(t[1])]
+    """Terms with a key; and those without, which cancel."""
+    rows = [t for t in terms if key not in t[1].axes and _cancels(t[1])]
     return [t for t in terms if t not in rows], rows
 
 
-def _empties(term: Expr) -> bool:
-    if any(isinstance(n, Reduce) for n in term.walk()):  # a row's own maximum
-        return False
-    return any(isinstance(n, Const) and n.is_float and math.isinf(n.value) for n in term.walk())
+def _cancels(term: Expr) -> bool:
+    """Whether a term of a whole row changes nothing: a row's own maximum, or a number that leaves of the scores what
+    they are. What is -inf for a row makes it no number, what is finfo.min makes it the mean of all values, and a tensor
+    may hold either."""
+    if any(isinstance(n, Reduce) for n in term.walk()):
+        return True
+    constants = [n.value for n in term.walk() if isinstance(n, Const) and n.is_float]
+    return not any(n.is_float for n in term.loads) and all(MASK_FILL < value < math.inf for value in constants)
 
 
 def summed(terms: list[tuple[int, Expr]], dtype: str) -> Expr:
