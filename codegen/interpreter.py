@@ -3,10 +3,15 @@
 With TRITON_INTERPRET=1 kernels run as NumPy on tensors of any device: slow, and all we need to check numbers without a
 GPU. Up to Triton 3.9 its tl.dot multiplies the bits of bfloat16 numbers as if they were integers, and its conversion to
 bfloat16 truncates; in Triton 3.6 a number computed in the kernel cannot be the end of a range under NumPy 2.4.
+
+More than half of its time goes into what changes no number, and is left out: overflow checks that it computes and then
+does not assert, types that it makes anew for every value, operations that it puts in place again for every function
+called inside a kernel.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +27,13 @@ def interpreted() -> bool:
 @lru_cache(maxsize=1)
 def mend() -> None:
     """Put the interpreter right, once."""
+    _mend_numbers()
+    _leave_out_checks()
+    _keep_types()
+    _patch_once()
+
+
+def _mend_numbers() -> None:
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
@@ -50,3 +62,77 @@ def mend() -> None:
 
     builder.create_dot, builder.cast_impl = create_dot, cast_impl
     interpreter._patch_lang_tensor = patch_lang_tensor
+
+
+def _leave_out_checks() -> None:
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:  # where overflow would be asserted
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
+def _keep_types() -> None:
+    """Types of blocks and the shapes of tensors are made once, and NumPy's types looked up by name."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    numpy_type, make_block, make_tensor = interpreter._get_np_dtype, tl.block_type.__init__, tl.tensor.__init__
+    numpy_types: dict[str, Any] = {}
+    blocks: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
+
+    def get_np_dtype(of: Any) -> Any:
+        name = "pointer" if of.scalar.is_ptr() else of.scalar.name
+        if name not in numpy_types:
+            numpy_types[name] = numpy_type(of.scalar)
+        return numpy_types[name]
+
+    def init_block(self: Any, element_ty: Any, shape: Any) -> None:
+        if element_ty.is_ptr():  # whose name is not all that it is
+            return make_block(self, element_ty, shape)
+        key = element_ty.name, tuple([n.value if isinstance(n, tl.constexpr) else n for n in shape])
+        if key not in blocks:
+            make_block(self, element_ty, shape)
+            blocks[key] = self.__dict__
+        self.__dict__.update(blocks[key])
+
+    def init_tensor(self: Any, handle: Any, type: Any) -> None:
+        known = type.__dict__.get("_of_tensors")
+        if known is None:
+            make_tensor(self, handle, type)
+            type._of_tensors = {name: x for name, x in self.__dict__.items() if name not in ("handle", "type")}
+        else:
+            self.__dict__.update(known, handle=handle, type=type)
+
+    interpreter._get_np_dtype = get_np_dtype
+    tl.block_type.__init__, tl.tensor.__init__ = init_block, init_tensor
+
+
+def _patch_once() -> None:
+    """A kernel starts by putting the interpreted operations in place of the language's, in each module that it names;
+    the functions that it calls need not."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, start = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[int] = set()
+
+    class Nothing:
+        def restore(self) -> None:
+            pass
+
+    def patch_lang(fn: Any) -> Any:
+        modules = {id(x) for x in fn.__globals__.values() if x is tl or x is tl.core}
+        if modules and modules <= patched:
+            return Nothing()
+        patched.update(modules)
+        return patch(fn)
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patched.clear()
+        try:
+            return start(self, *args, **kwargs)
+        finally:
+            patched.clear()
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_lang, run

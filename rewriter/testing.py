@@ -24,7 +24,7 @@ import refocus
 from refocus.backend import compile_graph
 from refocus.errors import RefocusError
 from refocus.options import Options
-from refocus.report import Report, Site
+from refocus.report import Report, Site, joined
 from refocus.tolerances import allowed_error, difference, magnitude
 
 try:
@@ -71,7 +71,8 @@ def check(
 ) -> Checked:
     """Run the suite on one attention module, in its own dtype and on its own device.
 
-    1. `refocus.explain` recognises it: every site, of `family` if one is named, `sites` of them if a number is.
+    1. Compiled for the first engine, it is recognised: every site, of `family` if one is named, `sites` of them if a
+       number is.
     2. Each engine of `engines` is forced by name. With `fused=True` a site that stays is a failure.
     3. Every output agrees with the eager code in float64, with at most 1.5 times the eager error in the module's own
        dtype plus that dtype's floor (`refocus.tolerances`), plus `rtol` of the largest magnitude.
@@ -87,9 +88,9 @@ def check(
     """
     kwargs = kwargs or {}
     module = module.eval()
-    forced = engines[0] if engines else None
-    report = refocus.explain(module, *_fresh(inputs), engine=forced, **_fresh(kwargs))
-    _check_sites(report, family, sites, fused)
+    report = None if engines else refocus.explain(module, *_fresh(inputs), **_fresh(kwargs))
+    if report is not None:
+        _check_sites(report, family, sites, fused)
     with torch.no_grad():
         oracle = copy.deepcopy(module).to(torch.float64)
         expected = oracle(*_fresh(inputs, torch.float64), **_fresh(kwargs, torch.float64))
@@ -101,8 +102,16 @@ def check(
         for engine in engines:
             # A fresh cache: Dynamo gives up on a forward that it has compiled too many times.
             torch._dynamo.reset()
-            optimized = (refocus.optimize if lower else rewritten)(module, engine=engine, require=fused)
+            # What the compilation that is checked reports is what `refocus.explain` would compile once more to say.
+            reports: list[Report] = []
+            optimized = (refocus.optimize if lower else rewritten)(module, engine=engine, report=reports.append)
             _run(optimized, inputs, kwargs, False)
+            compiled = joined(reports, len(reports))
+            if report is None:
+                report = compiled
+                _check_sites(report, family, sites, fused)
+            if fused:
+                _check_fused(compiled, engine)
             got, bytes_ = _run(optimized, inputs, kwargs, measure)
             found = _errors(got, expected, engine)
             for (name, error, scale, dtype), (_, own, _, _) in zip(found, eager_errors):
@@ -120,23 +129,29 @@ def check(
                         f"engine {engine!r}: a tensor of {bytes_} bytes was made; eager code's largest has "
                         f"{largest_eager}, of which {memory_share:.0%} are allowed\n{report}"
                     )
+    assert report is not None
     if gradients:
-        for name, error in _check_gradients(module, inputs, kwargs, engines, fused, lower, rtol, report).items():
-            errors[f"{name}, backward"] = error
+        try:
+            backward = check_gradients(module, inputs, kwargs, engines=engines, fused=fused, rtol=rtol, lower=lower)
+        except CheckFailed as problem:
+            raise CheckFailed(f"{problem}\n{report}") from None
+        errors |= {f"{name}, backward": error for name, error in backward.items()}
     return Checked(report, _relative(eager_errors), errors, largest)
 
 
-def _check_gradients(
+def check_gradients(
     module: nn.Module,
     inputs: Sequence[Any],
-    kwargs: dict[str, Any],
-    engines: Sequence[str],
-    fused: bool,
-    lower: bool,
-    rtol: float,
-    report: Report,
+    kwargs: dict[str, Any] | None = None,
+    *,
+    engines: Sequence[str] = ("tiled",),
+    fused: bool = True,
+    rtol: float = 0.0,
+    lower: bool = True,
 ) -> dict[str, float]:
-    """Relative errors of the gradients by engine. Raises CheckFailed as `check` does."""
+    """Step 5 of `check` alone: relative errors of the gradients by engine."""
+    kwargs = kwargs or {}
+    module = module.eval()
     wide = copy.deepcopy(module).to(torch.float64)
     expected = _gradients(wide, wide, _fresh(inputs, torch.float64), _fresh(kwargs, torch.float64))
     eager = _errors(_gradients(module, module, inputs, kwargs), expected, "eager")
@@ -144,15 +159,18 @@ def _check_gradients(
     largest = max((scale for _, _, scale, _ in eager), default=0.0)
     for engine in engines:
         torch._dynamo.reset()
-        optimized = (refocus.optimize if lower else rewritten)(module, engine=engine, require=fused)
+        reports: list[Report] = []
+        make = refocus.optimize if lower else rewritten
+        optimized = make(module, engine=engine, require=fused, report=reports.append)
         found = _errors(_gradients(optimized, module, inputs, kwargs), expected, engine)
+        _check_sites(joined(reports, len(reports)), None, None, fused)
         for (name, error, scale, dtype), (_, own, _, _) in zip(found, eager):
             # What cancels (a bias of all keys) carries the error of its terms: the floor is that of the largest.
             bound = allowed_error(dtype, own, largest) + rtol * scale
             if not error <= bound:
                 raise CheckFailed(
                     f"engine {engine!r}: the gradient{_place(name)} differs from the float64 one by {error:.3e}; "
-                    f" the bound is {bound:.3e}, eager code itself differs by {own:.3e}\n{report}"
+                    f"the bound is {bound:.3e}, eager code itself differs by {own:.3e}"
                 )
         errors[engine] = max((error / largest for _, error, _, _ in found), default=0.0) if largest else 0.0
     return errors
@@ -229,6 +247,12 @@ def _check_sites(report: Report, family: str | None, sites: int | None, fused: b
             raise CheckFailed(f"{_named(site)} was not recognised: {site.reason}\n{report}")
         if family is not None and site.family != family:
             raise CheckFailed(f"{_named(site)} is of the family {site.family!r}, not {family!r}\n{report}")
+
+
+def _check_fused(report: Report, engine: str) -> None:
+    if report.left:
+        site = report.left[0]
+        raise CheckFailed(f"engine {engine!r}: {_named(site)} was not fused: {site.reason}\n{report}")
 
 
 def _named(site: Site) -> str:
