@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -63,15 +64,31 @@ def compile_for(kernel: Kernel | ChunkKernel, target: str) -> Resources:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, constants, attributes = _signature(kernel) if isinstance(kernel, Kernel) else _of_chunks(kernel)
+    signature, constants, attributes = _arguments(kernel)
     source = ASTSource(function_of(kernel), signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": kernel.plan.num_warps, "num_stages": kernel.plan.num_stages}
-    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=_options(kernel))
     read = _read_amd if target.startswith("gfx") else _read_nvidia
     return read(compiled.asm, int(compiled.metadata.shared))
 
 
-def _signature(kernel: Kernel) -> tuple[dict[str, str], dict[str, int], dict[tuple[int], Any]]:
+def digest(kernel: Kernel | ChunkKernel, target: str) -> str:
+    """Of all that the outcome of `compile_for` depends on, but the version of Triton."""
+    given = (kernel.name, kernel.source, _arguments(kernel), _options(kernel), TARGETS[target])
+    return hashlib.sha256(repr(given).encode()).hexdigest()[:16]
+
+
+_Arguments = tuple[dict[str, str], dict[str, int], dict[tuple[int], Any]]
+
+
+def _arguments(kernel: Kernel | ChunkKernel) -> _Arguments:
+    return _signature(kernel) if isinstance(kernel, Kernel) else _of_chunks(kernel)
+
+
+def _options(kernel: Kernel | ChunkKernel) -> dict[str, int]:
+    return {"num_warps": kernel.plan.num_warps, "num_stages": kernel.plan.num_stages}
+
+
+def _signature(kernel: Kernel) -> _Arguments:
     """Argument types, the strides that are one, and which arguments are multiples of 16."""
     region = kernel.region
     signature: dict[str, str] = {}
@@ -97,7 +114,7 @@ def _signature(kernel: Kernel) -> tuple[dict[str, str], dict[str, int], dict[tup
     return signature, constants, attributes
 
 
-def _of_chunks(kernel: ChunkKernel) -> tuple[dict[str, str], dict[str, int], dict[tuple[int], Any]]:
+def _of_chunks(kernel: ChunkKernel) -> _Arguments:
     """As `_signature`: every stride is a multiple of 16, but the last, and so is the length."""
     signature: dict[str, str] = {}
     constants: dict[str, int] = {}

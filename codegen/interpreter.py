@@ -88,13 +88,13 @@ def _keep_types() -> None:
         return numpy_types[name]
 
     def init_block(self: Any, element_ty: Any, shape: Any) -> None:
-        if element_ty.is_ptr():  # whose name is not all that it is
-            return make_block(self, element_ty, shape)
         key = element_ty.name, tuple([n.value if isinstance(n, tl.constexpr) else n for n in shape])
-        if key not in blocks:
+        known = None if element_ty.is_ptr() else blocks.get(key)  # a pointer's name is not all that it is
+        if known is None:
             make_block(self, element_ty, shape)
             blocks[key] = self.__dict__
-        self.__dict__.update(blocks[key])
+        else:
+            self.__dict__.update(known)
 
     def init_tensor(self: Any, handle: Any, type: Any) -> None:
         known = type.__dict__.get("_of_tensors")

@@ -2,25 +2,29 @@
 
     python -m tests.aot_resources                    compile everything, and write the table anew
     python -m tests.aot_resources "linear 64"        only this group
+    python -m tests.aot_resources --changed          only what is not as it was when the table was written
     python -m tests.aot_resources --check forward    compare, and write nothing
 
 A process that interprets Triton cannot compile, so child processes do, with a compile cache of their own. The table is
 tests/aot_resources.json; benchmarks/README.md shows the worst of each kernel. Figures depend on the version of Triton,
 which the table records: under another one only the limits that hold for every version are checked.
+
+Compiling takes seconds a kernel, and what comes out depends on nothing but the kernel and Triton's version. So the
+table keeps a digest of each kernel beside its figures, and one that is the same need not be compiled to be compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.children import ChildFailed, output
 
 TABLE = Path(__file__).with_suffix(".json")
 README = Path(__file__).parents[1] / "benchmarks" / "README.md"
@@ -36,20 +40,24 @@ MORE, LEAST = 1.10, 8
 
 @dataclass(frozen=True)
 class Taken:
-    """`spills` and `shared` in bytes; `unit`: what its products run on, "" for plain arithmetic."""
+    """`spills` and `shared` in bytes; `unit`: what its products run on, "" for plain arithmetic; `digest`: of the
+    kernel that took it."""
 
     registers: int
     spills: int
     shared: int
     unit: str
     plain: bool = False
+    digest: str = ""
 
 
 Found = dict[str, Taken]
 
 
-def compile_group(group: str) -> Found:
-    """In a child: a group's kernels by "group/case/kernel target"; a case's second kernel of a name is "name 2"."""
+def compile_group(group: str, known: Mapping[str, Taken]) -> Found:
+    """In a child: a group's kernels by "group/case/kernel target"; a case's second kernel of a name is "name 2". One
+    that is as it was in `known` is taken from there, but for the first: were there more that figures depend on than
+    digests hold, it would show."""
     from refocus.codegen import aot
     from tests.aot_kernels import GROUPS
 
@@ -61,21 +69,27 @@ def compile_group(group: str) -> Found:
             keys.append(one.kernel.source)
         number = keys.index(one.kernel.source) + 1
         name = f"{group}/{one.case}/{one.kernel.name}{f' {number}' if number > 1 else ''} {one.target}"
+        digest, before = aot.digest(one.kernel, one.target), known.get(name)
+        if found and before is not None and (before.digest, before.plain) == (digest, one.plain):
+            found[name] = before
+            continue
         got = aot.compile_for(one.kernel, one.target)
-        found[name] = Taken(got.registers, got.spills, got.shared_bytes, got.matrix_unit, one.plain)
+        found[name] = Taken(got.registers, got.spills, got.shared_bytes, got.matrix_unit, one.plain, digest)
     return found
 
 
-def in_child(group: str) -> Found:
-    """A group, compiled by a process that does not interpret. Raises RuntimeError with what it said."""
+def in_child(*groups: str, changed: bool = True) -> dict[str, Found]:
+    """Groups, compiled by a process that does not interpret; what has not changed is only compiled if `changed` is
+    False. Raises RuntimeError with what it said."""
     with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "TRITON_CACHE_DIR": cache}
-        environment.pop("TRITON_INTERPRET", None)
-        command = [sys.executable, "-m", "tests.aot_resources", "--child", group]
-        done = subprocess.run(command, env=environment, cwd=TABLE.parents[1], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return {name: Taken(**fields) for name, fields in json.loads(done.stdout).items()}
+        options = ["--child", *(["--changed"] if changed else [])]
+        try:
+            said = output("tests.aot_resources", *options, *groups, interpreted=False, TRITON_CACHE_DIR=cache)
+        except ChildFailed as problem:
+            raise RuntimeError(str(problem)) from None
+    return {
+        group: {name: Taken(**fields) for name, fields in found.items()} for group, found in json.loads(said).items()
+    }
 
 
 # ------------------------------------------------------------------------------------------------------- what is wrong
@@ -139,9 +153,9 @@ def version() -> str:
 
 
 def write(found: Found) -> None:
-    fields = {name: [t.registers, t.spills, t.shared, t.unit, t.plain] for name, t in sorted(found.items())}
+    fields = {name: [t.registers, t.spills, t.shared, t.unit, t.plain, t.digest] for name, t in sorted(found.items())}
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(values)}" for name, values in fields.items())
-    columns = json.dumps(["registers", "spills", "shared", "unit", "plain"])
+    columns = json.dumps(["registers", "spills", "shared", "unit", "plain", "digest"])
     TABLE.write_text(f'{{\n "triton": "{version()}",\n "columns": {columns},\n "kernels": {{\n{lines}\n }}\n}}\n')
 
 
@@ -183,21 +197,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.aot_resources", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("groups", nargs="*", help="which groups (default: all)")
     parser.add_argument("--check", action="store_true", help="compare with the table, and write nothing")
-    parser.add_argument("--child", metavar="GROUP", help=argparse.SUPPRESS)
+    parser.add_argument("--changed", action="store_true", help="compile only what is not as it was")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    recorded, table = read() if TABLE.exists() else (version(), {})
     if options.child:
-        print(json.dumps({name: vars(taken) for name, taken in compile_group(options.child).items()}))
+        known = table if options.changed and recorded == version() else {}
+        groups = {group: compile_group(group, known) for group in options.groups}
+        print(json.dumps({group: {name: vars(t) for name, t in found.items()} for group, found in groups.items()}))
         return 0
     from benchmarks.gpu.page import insert
     from tests.aot_kernels import GROUPS
 
-    recorded, table = read() if TABLE.exists() else (version(), {})
     if not options.check and options.groups and recorded != version():
         parser.error(f"the table is Triton {recorded}'s: under {version()}, all groups have to be written")
     everything: dict[str, Taken] = dict(table) if options.groups else {}
     bad: list[str] = []
     for group in options.groups or GROUPS:
-        found = in_child(group)
+        found = in_child(group, changed=options.changed)[group]
         bad += problems(found, table if options.check else found | table, recorded == version())
         print(f"{group}: {len(found)} kernels", flush=True)
         everything = {name: t for name, t in everything.items() if name.split("/")[0] != group} | found

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +21,7 @@ from refocus.codegen.linear_policy import LinearWork, Sample, choose_linear
 from refocus.codegen.plan import Chosen, Leave
 from refocus.errors import EngineUnavailable
 from refocus.testing import CheckFailed, check
+from tests.children import interpreted
 
 CUDA = torch.device("cuda")
 
@@ -82,11 +81,7 @@ def child() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, str]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.test_linear_engine"]
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, str] = interpreted("tests.test_linear_engine")
     return found
 
 

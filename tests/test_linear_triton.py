@@ -9,12 +9,8 @@ from __future__ import annotations
 import ast
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +21,7 @@ from refocus.codegen import linear_form, linear_triton
 from refocus.codegen.linear_form import LinearForm
 from refocus.errors import EngineUnavailable
 from refocus.tolerances import difference, magnitude
+from tests.children import interpreted, settle
 from tests.linear_cases import forms, recorded, tensors
 
 # Relative to the largest number of each tensor; narrow ones round operands of products once more than results.
@@ -144,20 +141,13 @@ def _others() -> dict[str, Any]:
 
 
 def child() -> dict[str, Any]:
-    import numpy
-
-    numpy.seterr(all="ignore")
-    torch.set_num_threads(1)
+    settle()
     return _cases() | _others()
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.test_linear_triton"]
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, Any] = interpreted("tests.test_linear_triton")
     return found
 
 

@@ -7,11 +7,10 @@ What is compiled is in tests/aot_kernels.py, what it took in tests/aot_resources
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,19 +21,36 @@ from refocus.ir import Region
 from tests import aot_resources
 from tests import region_cases as cases
 from tests.aot_kernels import GROUPS, training
-from tests.aot_resources import Taken, problems
+from tests.aot_resources import Found, Taken, problems
+from tests.children import output
 from tests.flash_cases import BINARY, MORE, UNARY, pointwise
 from tests.region_cases import Case
 from tests.test_triton_backward import ALL
 
 
+@cache
+def changed() -> dict[str, Found]:
+    """All groups, in one process. What is as it was when the table was written is not compiled again."""
+    return aot_resources.in_child(*GROUPS)
+
+
+def compare(group: str, found: Found) -> None:
+    version, table = aot_resources.read()
+    same = version == aot_resources.version()
+    assert problems(found, table, same) + aot_resources.missing(found, table, group) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 def test_kernels_take_no_more_than_they_took(group: str) -> None:
-    version, table = aot_resources.read()
-    found = aot_resources.in_child(group)
-    same = version == aot_resources.version()
-    assert problems(found, table, same) + aot_resources.missing(found, table, group) == []
+    compare(group, changed()[group])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+@pytest.mark.parametrize("group", GROUPS)
+def test_compiled_again_they_take_no_more(group: str) -> None:
+    compare(group, aot_resources.in_child(group, changed=False)[group])
 
 
 def test_table_is_within_the_limits() -> None:
@@ -73,6 +89,23 @@ BEFORE = Taken(100, 0, 1024, "wgmma")
 def test_a_regression_is_told(taken: Taken, same: bool, expected: list[str]) -> None:
     name = "forward/causal 64/flash_forward sm_90"
     assert problems({name: taken}, {name: BEFORE}, same) == [f"{name}: {text}" for text in expected]
+
+
+def test_what_is_as_it_was_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+
+    def compile_for(kernel: Kernel, target: str) -> aot.Resources:
+        compiled.append(aot.digest(kernel, target))
+        return aot.Resources(100, 0, 1024, "wgmma", "")
+
+    monkeypatch.setattr(aot, "compile_for", compile_for)
+    known = aot_resources.compile_group("decode", {})
+    digests = [taken.digest for taken in known.values()]
+    assert compiled == digests and len(set(digests)) == len(known) > 20
+    compiled.clear()
+    name = list(known)[7]
+    assert aot_resources.compile_group("decode", known | {name: replace(known[name], digest="another")}) == known
+    assert compiled == [digests[0], digests[7]]
 
 
 def test_what_comes_and_goes_is_told() -> None:
@@ -135,20 +168,11 @@ def child(which: str) -> dict[str, str]:
     return found
 
 
-def run(arguments: Sequence[str], cache: Path) -> str:
-    """This file as a program, in a process that does not interpret."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "tests.test_triton_aot", *arguments]
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("which", FRONT_END)
 def test_every_kernel_passes_the_front_end(which: str, tmp_path: Path) -> None:
-    assert json.loads(run([which], tmp_path)) == {}
+    said = output("tests.test_triton_aot", which, interpreted=False, TRITON_CACHE_DIR=str(tmp_path))
+    assert json.loads(said) == {}
 
 
 if __name__ == "__main__":

@@ -9,11 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +23,7 @@ from refocus.ir import Region
 from refocus.tolerances import difference, magnitude
 from tests import region_cases as cases
 from tests.backward_cases import BACKWARD
+from tests.children import interpreted, settle
 from tests.flash_cases import MORE
 from tests.region_cases import Case
 from tests.test_gradients import reference, wanted_of
@@ -177,10 +174,7 @@ def _by_rows() -> list[list[float]]:
 
 
 def child() -> dict[str, Any]:
-    import numpy
-
-    numpy.seterr(all="ignore")
-    torch.set_num_threads(1)
+    settle()
     out: dict[str, Any] = {}
     for name, make in ALL.items():
         out[name] = _errors(make(), UNEVEN) + (_errors(make(), SMALL) if name in IN_SMALL_TILES else [])
@@ -194,11 +188,7 @@ def child() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.test_triton_backward"]
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, Any] = interpreted("tests.test_triton_backward")
     return found
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import ast
 import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,6 +28,7 @@ from refocus.errors import EngineUnavailable
 from refocus.ir import BOOL, TRUE, Axis, Const, Dot, Expr, Load, Operand, Region, Sym
 from refocus.tolerances import allowed_error, difference, magnitude
 from tests import region_cases as cases
+from tests.children import interpreted, settle
 from tests.flash_cases import MORE, block_table
 from tests.region_cases import Case, Setting, randn
 
@@ -275,10 +274,7 @@ def _step(name: str) -> dict[str, Any]:
 
 
 def child(slow: bool) -> dict[str, Any]:
-    import numpy
-
-    numpy.seterr(all="ignore")
-    torch.set_num_threads(1)
+    settle()
     if slow:
         some = [(n, cases.CASES[n]) for n in SLOW] + [(n, MORE[n]) for n in SLOW_MORE]
         out: dict[str, Any] = {name: _errors(case(), (3,)) for name, case in some}
@@ -292,11 +288,7 @@ def child(slow: bool) -> dict[str, Any]:
 
 
 def _results(which: str) -> dict[str, Any]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.test_triton_decode", which]
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = interpreted("tests.test_triton_decode", which)
     return found
 
 

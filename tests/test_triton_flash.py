@@ -9,12 +9,8 @@ from __future__ import annotations
 import ast
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +23,7 @@ from refocus.codegen.plan import Plan
 from refocus.ir import FALSE, TRUE, Axis, Call, Const, Dot, Expr, Load, Reduce, Region, Sym
 from refocus.tolerances import allowed_error, difference, magnitude
 from tests import region_cases as cases
+from tests.children import interpreted, settle
 from tests.flash_cases import BINARY, MORE, UNARY, F, block_table, pointwise
 from tests.region_cases import Case
 
@@ -88,10 +85,7 @@ def _others() -> dict[str, Any]:
 
 
 def child() -> dict[str, Any]:
-    import numpy
-
-    numpy.seterr(all="ignore")
-    torch.set_num_threads(1)
+    settle()
     out: dict[str, Any] = {}
     for name, case in (*cases.CASES.items(), *MORE.items()):
         out[name] = [_error(case(), None), _error(case(), SMALL)]
@@ -108,11 +102,7 @@ def child() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.test_triton_flash"]
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, Any] = interpreted("tests.test_triton_flash")
     return found
 
 

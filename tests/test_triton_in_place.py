@@ -6,16 +6,12 @@ One child process (this file as a program) interprets all cases, as in tests/tes
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import torch
 
 from refocus.codegen.backward_fit import supports_backward
 from refocus.codegen.plan import Plan
+from tests.children import interpreted, settle
 from tests.copied_keys import CAPTURED
 from tests.test_triton_backward import _errors, wanted_names
 from tests.test_triton_flash import _error
@@ -25,10 +21,7 @@ Errors = dict[str, list[list[float]]]
 
 
 def child() -> Errors:
-    import numpy
-
-    numpy.seterr(all="ignore")
-    torch.set_num_threads(1)
+    settle()
     out: Errors = {}
     for name, make in CAPTURED.items():
         case = make()
@@ -39,11 +32,7 @@ def child() -> Errors:
 
 @pytest.fixture(scope="module")
 def results() -> Errors:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.test_triton_in_place"]
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found: Errors = json.loads(done.stdout.splitlines()[-1])
+    found: Errors = interpreted("tests.test_triton_in_place")
     return found
 
 

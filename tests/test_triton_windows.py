@@ -8,9 +8,6 @@ from __future__ import annotations
 import ast
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +24,7 @@ from refocus.errors import EngineUnavailable
 from refocus.ir import BOOL, TRUE, Axis, Const, Dot, Expr, Load, Operand, Region, Sym
 from refocus.tolerances import allowed_error, difference, magnitude
 from tests import region_cases as cases
+from tests.children import interpreted, settle
 from tests.region_cases import Case, operand, randn
 
 BATCH, WINDOWS, HEADS = 5, 4, 3
@@ -210,10 +208,7 @@ def _model() -> dict[str, Any]:
 
 
 def child() -> dict[str, Any]:
-    import numpy
-
-    numpy.seterr(all="ignore")
-    torch.set_num_threads(1)
+    settle()
     out: dict[str, Any] = {name: _errors(case()) for name, case in MANY.items()}
     for dtype in (torch.float16, torch.bfloat16):
         out[f"swin_{dtype}"] = _errors(swin(dtype))
@@ -223,11 +218,7 @@ def child() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.test_triton_windows"]
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = interpreted("tests.test_triton_windows")
     return found
 
 

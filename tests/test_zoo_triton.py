@@ -7,17 +7,15 @@ what went wrong, "" where nothing did. Interpreted kernels are slow: few entries
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import models
 from tests import wide_models
+from tests.children import output, settle
 from tests.zoo import ENTRIES, load
 
 # A triangle, documents within a window, tables by distance, a product of a column and a row.
@@ -27,14 +25,10 @@ FUSED = [n for n in ENTRIES if load(n).expect.declined is None and not load(n).e
 
 def child(names: list[str]) -> None:
     """Forward and gradients against eager code in float64; or why the engine leaves a site."""
-    import numpy
-    import torch
-
     import refocus
     from refocus.testing import check
 
-    numpy.seterr(all="ignore")
-    torch.set_num_threads(1)
+    settle()
     for name in names:
         module, args, kwargs = _built(name)
         try:
@@ -55,31 +49,27 @@ def _built(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
 
 
 @cache
-def interpreted(*names: str) -> dict[str, str]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.test_zoo_triton", *names]
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(line) for line in done.stdout.splitlines())
+def wrong(*names: str) -> dict[str, str]:
+    return dict(json.loads(line) for line in output("tests.test_zoo_triton", *names, interpreted=True).splitlines())
 
 
 @pytest.mark.parametrize("name", FEW)
 def test_a_few_are_exact(name: str) -> None:
-    assert interpreted(*FEW)[name] == ""
+    assert wrong(*FEW)[name] == ""
 
 
 @pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FUSED if name not in FEW])
 def test_is_exact_or_says_why_not(name: str) -> None:
-    assert interpreted(name)[name] == LEFT.get(name, "")
+    assert wrong(name)[name] == LEFT.get(name, "")
 
 
 @pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("name", models.MODELS)
 def test_models_are_exact(name: str) -> None:
-    assert interpreted(name)[name] == ""
+    assert wrong(name)[name] == ""
 
 
 # Entries that the engine does not take, and why.
