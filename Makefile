@@ -27,7 +27,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/quickstart.py $(DEMO_ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 bench-cpu: $(STAMP)
 	$(BIN)/python -m benchmarks.cpu $(BENCH_ARGS)

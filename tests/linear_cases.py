@@ -1,18 +1,32 @@
-"""Forms of linear attention and tensors for them, shared by the tests of the engines that compute them."""
+"""Forms of linear attention and tensors for them, shared by the tests of the engines that compute them; and a module
+for each of the spellings that are recognised."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from refocus.codegen import linear_triton, triton_engine
 from refocus.codegen.chunk_kernel import ChunkKernel
 from refocus.codegen.linear_form import LinearForm
+
+Function = Callable[..., Any]
+
+
+class Module(nn.Module):
+    """A function of tensors."""
+
+    def __init__(self, function: Function, **options: Any) -> None:
+        super().__init__()
+        self.function, self.options = function, options
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self.function(*tensors, **self.options)
 
 
 def forms() -> list[LinearForm]:

@@ -48,22 +48,34 @@ def test_cases_run_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert data["bandwidth"] > 0
 
 
+# One case of each suite, the first with a gradient where there is one.
+ONE = {name: next((c for c in suite.cases if c.trained), suite.cases[0]).key for name, suite in SUITES.items()}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One run of those, and of some numbers: its worker starts once."""
+    numbers = ["causal float32", "linear_attention float32"]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return tiny(
+            tmp_path_factory.mktemp("ran"), monkeypatch, "--minutes", "60",
+            "--suite", *SUITES, "numerics", "--only", *ONE.values(), *numbers,
+        )  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("suite", SUITES)
-def test_every_suite_runs_without_a_gpu(suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One case of each, the first with a gradient where there is one."""
-    case = next((c for c in SUITES[suite].cases if c.trained), SUITES[suite].cases[0])
-    data = tiny(tmp_path, monkeypatch, "--suite", suite, "--only", case.key)
-    peers = data["cases"][case.key]["peers"]
+def test_every_suite_runs_without_a_gpu(suite: str, ran: dict[str, Any]) -> None:
+    assert ran["cases"].keys() == set(ONE.values())
+    peers = ran["cases"][ONE[suite]]["peers"]
     assert peers["refocus"]["seconds"] > 0
     if suite != "models":  # several layers of half precision apart
         assert peers["refocus"]["agrees"]
 
 
 @pytest.mark.slow
-def test_numbers_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = tiny(tmp_path, monkeypatch, "--suite", "numerics", "--only", "causal float32", "linear_attention float32")
-    values = {key: entry["value"] for key, entry in data["numerics"].items()}
+def test_numbers_are_checked(ran: dict[str, Any]) -> None:
+    values = {key: entry["value"] for key, entry in ran["numerics"].items()}
     assert values["causal float32"] == "exact"
     assert values["linear_attention float32"].startswith("left: ")
 

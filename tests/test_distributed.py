@@ -12,6 +12,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+WAYS = ("ddp", "fsdp", "tp", "dtensor")
 
 pytestmark = [
     pytest.mark.slow,
@@ -37,9 +38,16 @@ def in_two_processes(tmp_path: Path, *command: str) -> list[Any]:
     return [json.loads((tmp_path / f"out.{rank}").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp", "tp", "dtensor"])
-def test_two_processes_train_alike(how: str, tmp_path: Path) -> None:
-    for found in in_two_processes(tmp_path, "tests.distributed_worker", how):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Trained in every way by the same two processes."""
+    return in_two_processes(tmp_path_factory.mktemp("trained"), "tests.distributed_worker", ",".join(WAYS))
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_two_processes_train_alike(how: str, trained: list[Any]) -> None:
+    for process in trained:
+        found = process[how]
         assert found["sites"] == 2
         assert found["fused"] == pytest.approx(found["eager"], rel=1e-4)
         assert found["eager"][-1] != found["eager"][0]

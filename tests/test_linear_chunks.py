@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -15,20 +13,11 @@ from torch.nn import functional as F
 import refocus
 from refocus.errors import StaleMask
 from refocus.testing import check
+from tests.linear_cases import Function, Module
 
 pytestmark = pytest.mark.filterwarnings("error::refocus.backend.FallbackWarning")
 
 SIZE = 4  # of a chunk
-Function = Callable[..., Any]
-
-
-class Module(nn.Module):
-    def __init__(self, function: Function, **options: Any) -> None:
-        super().__init__()
-        self.function, self.options = function, options
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        return self.function(*tensors, **self.options)
 
 
 def inputs(count: int, length: int = 12, low: float = 0.5, high: float = 1.0) -> list[Tensor]:

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from refocus.testing import check
+from tests.linear_cases import Function, Module
 
 pytestmark = pytest.mark.filterwarnings("error::refocus.backend.FallbackWarning")
 
 STEPS = 6
-Function = Callable[..., Tensor]
-
-
-class Module(nn.Module):
-    def __init__(self, function: Function) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        return self.function(*tensors)
 
 
 def inputs(count: int) -> list[Tensor]:

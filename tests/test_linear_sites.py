@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,20 +15,11 @@ from refocus.facts import gather_facts
 from refocus.recognize import recognize
 from refocus.recognize_linear import recognize_linear
 from refocus.testing import CheckFailed, check
+from tests.linear_cases import Function, Module
 
 pytestmark = pytest.mark.filterwarnings("error::refocus.backend.FallbackWarning")
 
 LENGTH = 48
-Function = Callable[..., Tensor]
-
-
-class Module(nn.Module):
-    def __init__(self, function: Function) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        return self.function(*tensors)
 
 
 def inputs(length: int = LENGTH, heads: int = 3, width: int = 8, dtype: torch.dtype = torch.float32) -> list[Tensor]:
