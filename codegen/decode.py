@@ -18,7 +18,7 @@ from refocus.codegen.forward import Forward
 from refocus.codegen.kernel_file import Source
 from refocus.codegen.key_tiles import COLUMN, ROW
 from refocus.codegen.plan import Plan
-from refocus.codegen.printer import MUL, Place, conjunction
+from refocus.codegen.printer import MUL, Place, where_kept
 from refocus.codegen.writer import Block
 from refocus.ir import Region
 from refocus.simplify import mul
@@ -98,11 +98,10 @@ class _Parts(_Decode):
     def _store_part(self, tail: Block) -> None:
         tail.line()
         top, total, acc = self._part(tail, "output")
-        guards, lanes = self._guards(tail, ""), self._lane_guards(tail)
-        masked = f", mask={conjunction(guards)}" if guards else ""
+        masked = where_kept(self._guards(tail, ""))
         tail.line(f"tl.store({top}, row_max{masked})")
         tail.line(f"tl.store({total}, row_sum{masked})")
-        tail.line(f"tl.store({acc}, acc{f', mask={conjunction(lanes)}' if lanes else ''})")
+        tail.line(f"tl.store({acc}, acc{where_kept(self._lane_guards(tail))})")
 
 
 class _Merge(_Decode):
@@ -117,11 +116,10 @@ class _Merge(_Decode):
         parts = self.scope.argument("parts", "count")
         block = body.nested(f"for part in tl.range(0, {parts}, loop_unroll_factor={_AT_ONCE}):")
         top, total, acc = self._part(block, "saved")
-        guards, lanes = self._guards(block, ""), self._lane_guards(block)
-        masked = f", mask={conjunction(guards)}, other=0.0" if guards else ""
+        masked = where_kept(self._guards(block, ""), "0.0")
         block.line(f"part_max = tl.load({top}{masked})")
         block.line(f"part_sum = tl.load({total}{masked})")
-        block.line(f"part_acc = tl.load({acc}{f', mask={conjunction(lanes)}, other=0.0' if lanes else ''})")
+        block.line(f"part_acc = tl.load({acc}{where_kept(self._lane_guards(block), '0.0')})")
         block.line("new_max = tl.maximum(row_max, part_max)")
         block.line('shift = tl.where(new_max == float("-inf"), 0.0, new_max)')
         block.line(f"alpha = {self._power('row_max', 'shift')}")

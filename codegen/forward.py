@@ -12,7 +12,7 @@ from __future__ import annotations
 from refocus.codegen.flash_fit import width
 from refocus.codegen.kernel_file import LOG2E, Source, kernel_file
 from refocus.codegen.key_tiles import COLUMN, ROW, KeyTiles, marks_empty
-from refocus.codegen.printer import MUL, UNARY, Place, conjunction
+from refocus.codegen.printer import MUL, UNARY, Place, conjunction, where_kept
 from refocus.codegen.writer import Block
 from refocus.simplify import mul
 
@@ -115,7 +115,7 @@ class Forward(KeyTiles):
         guards = Place(self.scope, tail, {region.query: COLUMN}).guards((region.query,))
         if total != self.value_lanes:
             guards.append(f"{self.value_lane}{ROW} < {total}")
-        masked = f", mask={conjunction(guards)}" if guards else ""
+        masked = where_kept(guards)
         narrow = "" if region.out_dtype == "float32" else f".to(tl.{region.out_dtype})"
         tail.line(f"tl.store({out} + {row} * {total} + {self.value_lane}{ROW}, acc{narrow}{masked})")
         if self.saving:
@@ -138,6 +138,6 @@ class Forward(KeyTiles):
             row = f"batch * {self.root.text(size, UNARY)} + {row}"
         rows = self.root.text(mul(size, *(a.size for a in region.batch)), MUL)
         guards = Place(self.scope, tail, {region.query: ""}).guards((region.query,))
-        masked = f", mask={conjunction(guards)}" if guards else ""
+        masked = where_kept(guards)
         tail.line(f"tl.store({sums} + {row}, row_top{masked})")
         tail.line(f"tl.store({sums} + {rows} + {row}, row_log{masked})")

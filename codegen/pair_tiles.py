@@ -21,7 +21,7 @@ from refocus.codegen.kernel_file import Source, kernel_file, precision
 from refocus.codegen.key_tiles import COLUMN, ROW, marks_empty, tame
 from refocus.codegen.plan import Plan
 from refocus.codegen.positions import Positions
-from refocus.codegen.printer import ADD, ATOM, MUL, Dots, Place, Scope, conjunction, split_scale
+from refocus.codegen.printer import ADD, ATOM, MUL, Dots, Place, Scope, conjunction, split_scale, where_kept
 from refocus.codegen.tile_lists import KEYS, QUERIES
 from refocus.codegen.writer import Block
 from refocus.differentiate import Share
@@ -129,7 +129,7 @@ class Pairs(Dots):
             guards = place.guards((region.query, *region.value))
             if not region.value:
                 at, guards = self._one_lane(at, guards)
-            masked = f", mask={conjunction(guards)}, other=0" if guards else ""
+            masked = where_kept(guards, "0")
             cast = f".to(tl.{dtype})" if dtype != region.out_dtype else ""
             name = self.scope.names.take("grad", in_loop=place.in_loop)
             place.block.line(f"{name} = tl.load({pointer} + {at}{masked}){cast}")
@@ -175,7 +175,7 @@ class Pairs(Dots):
         at = self._address(place, (*region.batch, region.query))
         rows = self.root.text(mul(region.query.size, *(a.size for a in region.batch)), MUL)
         guards = place.guards((region.query,))
-        masked = f", mask={conjunction(guards)}, other=0.0" if guards else ""
+        masked = where_kept(guards, "0.0")
         sums = self.scope.argument("sums_ptr", "saved", 1, dtype="float32")
         block.line(f"row_max = tl.load({sums} + {at}{masked})")
         block.line(f"log_sum = tl.load({sums} + {rows} + {at}{masked})")
@@ -341,5 +341,5 @@ class Pairs(Dots):
                 at, guards = f"{at} + {self.scope.axes[axis]}{suffix}", [*guards, *place.guards((axis,))]
         if gradient.over == ():
             at, guards = self._one_lane(at, guards)
-        masked = f", mask={conjunction(guards)}" if guards else ""
+        masked = where_kept(guards)
         place.block.line(f"tl.store({self.pointers[n]} + {at}, {value}{masked})")

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from refocus.codegen.functions import FUNCTIONS
@@ -270,9 +270,7 @@ class Place:
             return f"tl.load({' + '.join(base)})"
         if len(base) > 1:
             base = [fixed._base(self.scope.stem(load.tensor), " + ".join(base))]
-        guards = self.guards(load.axes)
-        masked = f", mask={conjunction(guards)}, other=0" if guards else ""
-        return f"tl.load({' + '.join((*base, *lanes))}{masked})"
+        return f"tl.load({' + '.join((*base, *lanes))}{where_kept(self.guards(load.axes), '0')})"
 
     def _root(self, expr: Expr) -> Place:
         """The outermost place where the positions of `expr` along axes without lanes are known."""
@@ -420,6 +418,13 @@ def conjunction(conditions: Iterable[str]) -> str:
     """Conditions joined by &; a single one stands alone."""
     conditions = list(conditions)
     return conditions[0] if len(conditions) == 1 else " & ".join(f"({c})" for c in conditions)
+
+
+def where_kept(conditions: Sequence[str], other: str = "") -> str:
+    """The end of the arguments of a load or a store: the pairs it is for, and what a load finds elsewhere."""
+    if not conditions:
+        return ""
+    return f", mask={conjunction(conditions)}" + (f", other={other}" if other else "")
 
 
 def literal(const: Const) -> tuple[str, int]:
