@@ -56,12 +56,13 @@ Found = dict[str, Taken]
 
 def compile_group(group: str, known: Mapping[str, Taken]) -> Found:
     """In a child: a group's kernels by "group/case/kernel target"; a case's second kernel of a name is "name 2". One
-    that is as it was in `known` is taken from there, but for the first: were there more that figures depend on than
-    digests hold, it would show."""
+    that is as it was in `known` is taken from there, but for the first for each target: were there more that figures
+    depend on than digests hold, it would show."""
     from refocus.codegen import aot
     from tests.aot_kernels import GROUPS
 
     found: Found = {}
+    compiled: set[str] = set()
     numbers: dict[tuple[str, str, str], list[str]] = {}
     for one in GROUPS[group]():
         keys = numbers.setdefault((one.case, one.kernel.name, one.target), [])
@@ -70,9 +71,10 @@ def compile_group(group: str, known: Mapping[str, Taken]) -> Found:
         number = keys.index(one.kernel.source) + 1
         name = f"{group}/{one.case}/{one.kernel.name}{f' {number}' if number > 1 else ''} {one.target}"
         digest, before = aot.digest(one.kernel, one.target), known.get(name)
-        if found and before is not None and (before.digest, before.plain) == (digest, one.plain):
+        if one.target in compiled and before is not None and (before.digest, before.plain) == (digest, one.plain):
             found[name] = before
             continue
+        compiled.add(one.target)
         got = aot.compile_for(one.kernel, one.target)
         found[name] = Taken(got.registers, got.spills, got.shared_bytes, got.matrix_unit, one.plain, digest)
     return found
