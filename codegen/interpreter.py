@@ -6,7 +6,7 @@ bfloat16 truncates; in Triton 3.6 a number computed in the kernel cannot be the 
 
 More than half of its time goes into what changes no number, and is left out: overflow checks that it computes and then
 does not assert, types that it makes anew for every value, operations that it puts in place again for every function
-called inside a kernel.
+called inside a kernel, scans that it makes element by element.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def mend() -> None:
     _leave_out_checks()
     _keep_types()
     _patch_once()
+    _scan_slices()
 
 
 def _mend_numbers() -> None:
@@ -136,3 +137,23 @@ def _patch_once() -> None:
             patched.clear()
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_lang, run
+
+
+def _scan_slices() -> None:
+    """A scan combines whole slices: what combines two numbers combines two tensors of them."""
+    import numpy as np
+    from triton.runtime import interpreter
+
+    def generic_scan(self: Any, inputs: Any) -> list[Any]:
+        given = [np.moveaxis(x.handle.data, self.axis, 0) for x in inputs]
+        out = [np.empty_like(data) for data in given]
+        so_far: tuple[Any, ...] = ()
+        for step in range(len(given[0])):
+            now = tuple(self.to_tensor(data[step], x.dtype) for data, x in zip(given, inputs))
+            both = self.combine_fn.fn(*so_far, *now) if so_far else now
+            so_far = tuple(both) if isinstance(both, tuple) else (both,)
+            for place, value in zip(out, so_far):
+                place[step] = value.handle.data.reshape(place[step].shape)
+        return [self.to_tensor(np.moveaxis(data, 0, self.axis), x.dtype) for data, x in zip(out, inputs)]
+
+    interpreter.ScanOps.generic_scan = generic_scan
