@@ -22,7 +22,7 @@ from functools import lru_cache
 from refocus.codegen.chunk_forward import load_scores
 from refocus.codegen.chunk_kernel import ChunkKernel, ChunkWriter
 from refocus.codegen.chunk_setting import Setting
-from refocus.codegen.chunk_states import load_grad_sums
+from refocus.codegen.chunk_states import load_after, load_grad_sums
 from refocus.codegen.writer import Block
 
 
@@ -108,14 +108,7 @@ def keys(setting: Setting, inflow: bool = True) -> ChunkKernel:
     w.decays(body, *(("cum", "left") if inflow else ("cum", "rest")))
     w.seen(body, w.apart)
     if inflow:
-        body.line("after = tl.zeros([CHUNK, BLOCK_D], tl.float32)")
-        loop = w.lanes(body, "e")
-        w.tile(loop, "value", "v", "e")
-        w.state(loop, "grad_state", "grad_states")
-        loop.line(f"after = {w.state_dot('value', 'grad_state', 'after', transposed=True)}")
-        if form.sums:
-            w.vector(body, "grad_total", "grad_totals")
-            body.line("after += grad_total[None, :]")
+        load_after(w, "CHUNK")
         if w.gated:
             body.line("after = after * tl.exp(left)[:, None]")
     body.line("acc = tl.zeros([CHUNK, BLOCK_D], tl.float32)")

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from refocus.codegen.chunk_kernel import ChunkKernel, ChunkWriter
 from refocus.codegen.chunk_setting import SMALLEST, Setting
-from refocus.codegen.chunk_states import load_grad_sums
+from refocus.codegen.chunk_states import load_after, load_grad_sums
 from refocus.codegen.flash_fit import padded
 from refocus.codegen.writer import Block
 
@@ -147,14 +147,7 @@ def keys(setting: Setting) -> ChunkKernel:
     w.whole_lanes("e")
     w.base(body, "v", False)
     w.gate_sum(body, "cum", "t", tile=True)
-    body.line("after = tl.zeros([SUB, BLOCK_D], tl.float32)")
-    loop = w.lanes(body, "e")
-    w.tile(loop, "value", "v", "e")
-    w.state(loop, "grad_state", "grad_states")
-    loop.line(f"after = {w.state_dot('value', 'grad_state', 'after', transposed=True)}")
-    if form.sums:
-        w.vector(body, "grad_total", "grad_totals")
-        body.line("after += grad_total[None, :]")
+    load_after(w, "SUB")
     w.gate_sum(body, "last", "CHUNK - 1")
     body.line(f"after = after * tl.exp({w.between('last', 'cum', ('[None, :]', ''))})")
     body.line("acc = tl.zeros([SUB, BLOCK_D], tl.float32)")

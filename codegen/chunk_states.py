@@ -232,6 +232,19 @@ class _StatesBackward(_States):
         block.line(f"state = {w.dot(f'tl.trans({query})', 'grad', 'state')}")
 
 
+def load_after(w: ChunkWriter, rows: str) -> None:
+    """`after`: what flows back into a tile of keys, so many `rows`, out of the state at their chunk's end."""
+    body = w.body
+    body.line(f"after = tl.zeros([{rows}, BLOCK_D], tl.float32)")
+    loop = w.lanes(body, "e")
+    w.tile(loop, "value", "v", "e")
+    w.state(loop, "grad_state", "grad_states")
+    loop.line(f"after = {w.state_dot('value', 'grad_state', 'after', transposed=True)}")
+    if w.form.sums:
+        w.vector(body, "grad_total", "grad_totals")
+        body.line("after += grad_total[None, :]")
+
+
 def load_grad_sums(w: ChunkWriter, block: Block) -> None:
     """What flows back into the normaliser's sums, of one chunk."""
     w.base(block, "grad_sums", True)
