@@ -26,6 +26,7 @@ STAMP := $(VENV)/.refocus-torch-$(TORCH)
 demo: $(STAMP)
 	$(BIN)/python examples/quickstart.py $(DEMO_ARGS)
 
+# A file of tests stays in one process: what its tests share is made once.
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 

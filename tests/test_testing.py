@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from refocus import testing
-from refocus.testing import Checked, CheckFailed, check, refocus_check, rewritten  # noqa: F401
+from refocus.testing import Checked, CheckFailed, check, check_gradients, refocus_check, rewritten  # noqa: F401
 from refocus.tolerances import TABLE, agree, allowed_error, difference, magnitude, tolerance
 
 
@@ -51,6 +51,34 @@ def test_another_family_or_count_fails() -> None:
         check(Attention(), tensors(), family="linear", lower=False)
     with pytest.raises(CheckFailed, match="2 attention sites were expected, 1 were found"):
         check(Attention(), tensors(), sites=2, lower=False)
+
+
+def test_what_an_engine_does_not_take_fails() -> None:
+    class Capped(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return (q @ k.mT).tanh().softmax(-1) @ v
+
+    with pytest.raises(CheckFailed, match="engine 'sdpa': attention0 .* was not fused: "):
+        check(Capped(), tensors(), engines=("tiled", "sdpa"), lower=False)
+
+
+def test_a_wrong_gradient_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_gradients(Attention(), tensors(), lower=False)["tiled"] < 1e-5
+
+    def wrong(module: Any, **options: Any) -> Callable[..., Any]:
+        run = rewritten(module, **options)
+
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out: Tensor = run(q, k, v)
+            return out + 1e-3 * (out - out.detach())
+
+        return call
+
+    monkeypatch.setattr(testing, "rewritten", wrong)
+    with pytest.raises(CheckFailed, match="the gradient of input 0 differs"):
+        check(Attention(), tensors(), lower=False, gradients=True)
+    with pytest.raises(CheckFailed, match="no attention was found"):
+        check_gradients(Gated(), tensors(), lower=False)
 
 
 def test_a_wrong_result_fails(monkeypatch: pytest.MonkeyPatch) -> None:
