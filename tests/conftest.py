@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import tempfile
@@ -40,6 +41,12 @@ def _leave_guards_untimed() -> None:
 
     if hasattr(guards, "profile_guard_manager"):
         guards.profile_guard_manager = lambda *_: 0.0
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What was imported stays: collecting garbage, which tests of memory ask for, need not look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

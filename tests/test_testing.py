@@ -58,7 +58,7 @@ def test_what_an_engine_does_not_take_fails() -> None:
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return (q @ k.mT).tanh().softmax(-1) @ v
 
-    with pytest.raises(CheckFailed, match="engine 'sdpa': attention0 .* was not fused: "):
+    with pytest.raises(CheckFailed, match=r"engine 'sdpa': attention0 .* was not fused: "):
         check(Capped(), tensors(), engines=("tiled", "sdpa"), lower=False)
 
 
