@@ -282,7 +282,7 @@ def _match_at(
         if any(key in e.axes or holds_scores(e) for _, e in rest):
             return None
         found.append(summed(rest, dtype))
-    selected = s.and_(*(c for c in top.selected if c in conditions))
+    selected = s.and_(*top.selected)
     fills = UNCLEAR if top.logged else of_shift(my_rows, summed(mine, dtype), key)
     return Softmax(logits, tuple(found), gate, top.cleaned, selected, fills)
 
@@ -350,7 +350,10 @@ def factored(e: Expr) -> Factored:
                 out = out.times(factored(a))
             return out
         if e.op == "div":
-            return factored(e.args[0]).times(_inverse(e.args[1]))
+            above = factored(e.args[0])
+            if holds_scores(e.args[1]):  # a row of zeros is divided by its sum
+                above = replace(above, selected=())
+            return above.times(_inverse(e.args[1]))
         if e.op == "reciprocal":
             return _inverse(e.args[0])
         if e.op in ("exp", "exp2"):

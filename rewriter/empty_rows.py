@@ -49,7 +49,7 @@ class Rows:
     def rule(self, soft: Softmax, logits: Expr, mask: Expr) -> str:
         """`Region.empty_row`. Raises Stop where a condition makes zeros of some rows without keys, maybe not of all."""
         apart = set(s.conjuncts(soft.selected)) - {TRUE, *s.conjuncts(mask)}
-        if apart and self._may_be_emptied(logits):
+        if apart and _may_be_emptied(logits):
             raise Stop(_UNPLAIN)
         if self._never_empty(mask):
             return "never"
@@ -68,17 +68,6 @@ class Rows:
     def _never_empty(self, mask: Expr) -> bool:
         return never_empty(mask, self.batch, self.query, self.key)
 
-    def _may_be_emptied(self, logits: Expr) -> bool:
-        """Whether what is added to the products of queries and keys is a tensor's, which may hold -inf for all keys."""
-        stack = [logits]
-        while stack:
-            e = stack.pop()
-            if isinstance(e, Load) and e.is_float and self.key in e.axes:
-                return True
-            if not isinstance(e, Dot | Load):
-                stack.extend(e.children)
-        return False
-
     def _of_some_key(self, condition: Expr) -> Iterator[Expr]:
         """What holds for some key where a condition holds: p[i, j], for any_j p[i, j] and for not all_j not p[i, j]."""
         for part in s.conjuncts(condition):
@@ -95,6 +84,19 @@ class Rows:
 
 
 _UNPLAIN = Declined("rows without keys are no numbers, and it is not plain which of them become zeros")
+
+
+def _may_be_emptied(logits: Expr) -> bool:
+    """Whether what is added to the products of queries and keys is a tensor's, which may hold -inf for all keys."""
+    stack = [logits]
+    while stack:
+        e = stack.pop()
+        if isinstance(e, Load) and e.is_float:
+            return True
+        scaled = isinstance(e, Call) and e.op in ("mul", "div")
+        if not isinstance(e, Dot | Load):
+            stack.extend(a for a in e.children if not (scaled and isinstance(a, Load)))
+    return False
 
 
 def _is_fill(e: Expr) -> bool:

@@ -104,8 +104,8 @@ def lift_chunked(quotient: Quotient, facts: Facts, index: Index, far: bool, toge
     extras = [_net(factored(a.value), lifter, a.rows) for a in below if a.value is not None]
     found = _joined(root, chunks, totals, extras, between)
     query = next(iter(lifter.query_axes), Axis("row", Const(1)))
-    names = [frozenset(n.name for n in nodes) for nodes in (scores, between)]
-    proofs = Proofs(query, *names, rows=found.seamless)
+    products_of, rows_of = (frozenset(n.name for n in nodes) for nodes in (scores, between))
+    proofs = Proofs(query, products_of, rows_of, found.seamless)
     factors = dict.fromkeys(row for a in (*above, *below) for row in a.rows)
     weights = [(r.key, r.weights) for r in (*numerators, *denominators)]
     if not shifted_by_numbers(Open(facts), weights, factors, proofs):

@@ -134,6 +134,12 @@ def loaded_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT + added).softmax(-1) @ v
 
 
+def multiplied_and_chosen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """0 / 0, and zeros in its place."""
+    weights = (q @ k.mT * WIDTH**-0.5).exp() * MASK
+    return (weights / weights.sum(-1, keepdim=True)).masked_fill(~MASK, 0.0) @ v
+
+
 ALL = (
     no_numbers, means, times_the_mask, filled_again, lowest_filled_again, rows_with_a_key, padding_filled_again,
     other_rows_are_lowest, guarded, guarded_weights, unshifted, unshifted_and_divided_after, shifted, normalised_twice,
@@ -147,12 +153,27 @@ def test_empty_rows_are_what_the_model_makes_of_them(function: Function) -> None
     assert site.fused and bool(site.mask) == (function is not loaded_rows)
 
 
+def test_gradients_of_the_zeros_in_place_of_a_quotient_are_zeros() -> None:
+    """The model's own are no numbers there: zeros flow back into 0 / 0."""
+    (site,) = check(Attention(multiplied_and_chosen), inputs(), lower=False).report.sites
+    assert site.fused
+    q, k, v = (x.requires_grad_() for x in inputs())
+    refocus.optimize(Attention(multiplied_and_chosen), engine="tiled")(q, k, v).sum().backward()
+    assert q.grad is not None and not bool(q.grad[:, :, ::5].any()) and bool(q.grad[:, :, 1::5].all())
+
+
 # ---------------------------------------------------------------------------------------------------------- near misses
 
 
 def other_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Of rows 0, 5, 10 .. only some are made zeros."""
     return probabilities(q, k).masked_fill(POSITIONS[:, None] % 4 == 0, 0.0) @ v
+
+
+def chosen_by_another_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A mask that is added, and loaded, may hold -inf."""
+    added = torch.zeros(()).masked_fill(q[:, :1, :, :1] > 0.5, -math.inf)
+    return (q @ k.mT + added).softmax(-1).masked_fill((q[:, :1, :, :1] > 0.5) | ~MASK, 0.0) @ v
 
 
 def divided_by_zero(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -197,6 +218,7 @@ UNCLEAR = "a row may hold nothing but fills, and it is not plain what the model 
         (sink_and_normalised_again, UNCLEAR),
         (masked_twice, UNCLEAR),
         (other_rows, "rows without keys are no numbers, and it is not plain which of them become zeros"),
+        (chosen_by_another_mask, "rows without keys are no numbers, and it is not plain which of them become zeros"),
         (divided_by_zero, "the normaliser is changed after the sum"),
         (not_shifted_by_a_number, "the normaliser is changed after the sum"),
     ],
