@@ -29,7 +29,8 @@ class Softmax:
     `cleaned`: where that is no number, for all logits are -inf, the model puts zeros. `selected`: the part of the gate
     outside of which it puts zeros, numbers or not: where(p, softmax(x), 0). `fills`: what becomes of a row that holds
     nothing but finite fills. It is the softmax of these ("kept"); 0 / 0, as they are so low that the exponential of
-    each is zero ("lost"); or either, or neither ("unclear").
+    each is zero ("lost"); or either, or neither ("unclear"). `strict`: where all logits are -inf the model has no
+    number, whatever the extra ones are.
     """
 
     logits: Expr
@@ -38,6 +39,7 @@ class Softmax:
     cleaned: bool = False
     selected: Expr = TRUE
     fills: str = "kept"
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,15 @@ def match(core: Expr, key: Axis, of_scores: bool = True, by_hand: bool = False) 
     it is spelled with exponentials, whose rows may or may not be shifted by their maxima."""
     top = factored(core)
     dtype = core.dtype
+    shares = [f for f in top.factors if _share_of(f) is not None]
+    if shares:
+        rest = replace(top, factors=[f for f in top.factors if f not in shares])
+        found = match(_multiplied(rest, dtype), key, of_scores, by_hand) if len(shares) == 1 else None
+        plain = isinstance(found, Softmax) and (found.extra, found.cleaned, found.selected) == ((), False, TRUE)
+        shared = _shared(found, shares[0], key) if isinstance(found, Softmax) and plain else None
+        return shared or Declined(
+            "the result is multiplied with a share that is not that of its own log-sum-exp", "sigmoid"
+        )
     sums = [
         d for d in top.divisors if holds_scores(d) or (not of_scores and any(isinstance(n, Reduce) for n in d.walk()))
     ]
@@ -196,6 +207,34 @@ def match(core: Expr, key: Axis, of_scores: bool = True, by_hand: bool = False) 
             return Declined("probabilities that are no numbers are replaced, where it is not plain which these are")
         return replace(found, fills=UNCLEAR if not same else found.fills if by_hand else KEPT)
     return Declined("the exponents of the weights and of the normaliser differ")
+
+
+def _share_of(factor: Expr) -> tuple[Reduce, list[tuple[int, Expr]]] | None:
+    """Z and the terms of t, of a factor sigmoid(log Z - t) with a sum Z over scores."""
+    if not (isinstance(factor, Call) and factor.op == "sigmoid"):
+        return None
+    terms = additive(factor.args[0], 1)
+    for k, (sign, term) in enumerate(terms):
+        total = term.args[0] if sign > 0 and isinstance(term, Call) and term.op == "log" else None
+        if isinstance(total, Reduce) and total.op == "sum" and holds_scores(total):
+            return total, [(-way, e) for n, (way, e) in enumerate(terms) if n != k]
+    return None
+
+
+def _shared(found: Softmax, share: Expr, key: Axis) -> Softmax | None:
+    """A softmax times sigmoid(log Z - t), where Z is its own sum: exp(x) / Z * Z / (Z + exp(t)) is a softmax with t as
+    an extra logit."""
+    total, sink = _share_of(share) or (None, [])
+    if total is None or total.axis.size != key.size:
+        return None
+    body = factored(s.substitute(total.body, {total.axis: key}))
+    mine, rows = _by_key(body.exponents, key)
+    if body.factors or body.divisors or body.conditions or Counter(mine) != Counter(additive(found.logits, 1)):
+        return None
+    if any(key in e.axes or holds_scores(e) for _, e in (*sink, *rows)):
+        return None
+    extra = summed([*sink, *((-way, e) for way, e in rows)], share.dtype)
+    return replace(found, extra=(extra,), strict=True)
 
 
 def _renormalised(divisors: list[Expr]) -> list[Expr] | None:

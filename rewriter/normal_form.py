@@ -5,6 +5,7 @@ Equal layers come out as equal regions, so that they share one kernel.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import fx
@@ -98,7 +99,21 @@ def finish(
         gate=gate_,
         empty_row="zero" if zero_rows and rule == "logits" else rule,
     )
+    if soft.strict and not _has_number(soft.logits, rule == "never"):
+        raise Stop(Declined("a row may have no keys: it is no number then, whatever its share"))
     return region, tuple(builder.bindings.values()), tuple(order)
+
+
+def _has_number(logits: Expr, never_empty: bool) -> bool:
+    """Whether no row has logits of -inf only: as a tensor that is added may have, or, if rows may be empty, a fill."""
+    stack = [logits]
+    while stack:
+        e = stack.pop()
+        if isinstance(e, Load) or (isinstance(e, Const) and e.is_float and math.isinf(e.value) and not never_empty):
+            return False
+        if not isinstance(e, Dot):
+            stack.extend(a for a in e.children if a.is_float)
+    return True
 
 
 def _choose_query(found: list[Axis], mask: Expr, key: Axis) -> Axis | None:
