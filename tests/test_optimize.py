@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import refocus
 from refocus import backend, pipeline
 from refocus.errors import CannotExplain, EngineUnavailable, RegionNotFused, UnknownOption, VerificationFailed
+from refocus.testing import rewritten
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +135,31 @@ def test_autocast(inside: bool) -> None:
         expected, got = model(x), fast(x)
     assert got.dtype == expected.dtype == torch.bfloat16
     assert (got.float() - expected.float()).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("enabled", [False, True], ids=["off", "on"])
+def test_a_call_to_attention_beside_autocast_stays_whole(enabled: bool) -> None:
+    """Rotary tables are often made where autocast is switched off; PyTorch's kernel would stand in the graph."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast("cuda", enabled=False):
+            angles = torch.arange(q.shape[2])[:, None] * 0.1
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            q, k = q * angles.cos(), k * angles.cos()
+            return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=-angles.T.abs(), scale=0.3)
+
+    q, k, v = torch.randn(3, 2, 2, 12, 8).unbind()
+    for trains in (False, not enabled):  # a region that casts, and torch.no_grad(), are left alone together
+        leaf = q.clone().requires_grad_(trains)
+        found: list[refocus.Report] = []
+        fast = rewritten(attend, engine="tiled", report=found.append)
+        with torch.set_grad_enabled(trains):
+            expected, got = attend(leaf, k, v), fast(leaf, k, v)
+        assert [site.fused for site in found[0].sites] == [True]
+        assert got.dtype == expected.dtype == (torch.bfloat16 if enabled else torch.float32)
+        assert (got - expected).abs().max() <= (0.02 if enabled else 1e-5)
+        if trains:
+            assert close(*(torch.autograd.grad(x.square().sum(), leaf)[0] for x in (got, expected)))
 
 
 @pytest.mark.parametrize("engine", [None, "tiled"])
