@@ -19,6 +19,8 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, track_tensor_tree
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from refocus.native_layers import expansion_of
+
 # Operations that call their body once, with the arguments that follow it.
 _CALLS = ("tag_activation_checkpoint", "wrap_activation_checkpoint")
 
@@ -89,6 +91,9 @@ class Retrace(fx.Interpreter):
             target = torch.ops.aten.scaled_dot_product_attention.default if sdpa and not whole else n.target
             call = tracer.create_proxy(n.op, target, inputs, options)
         return track_tensor_tree(self.values[n], call, constant=None, tracer=tracer)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return super().call_function(expansion_of(target, args) or target, args, kwargs)
 
     def _is_whole(self, node: fx.Node) -> bool:
         """Whether an operation reads or makes a tensor subclass, or moves the parts of a DTensor."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import refocus
 from refocus import backend, pipeline
 from refocus.errors import CannotExplain, EngineUnavailable, RegionNotFused, UnknownOption, VerificationFailed
-from refocus.testing import rewritten
+from refocus.native_layers import expansion_of
+from refocus.testing import check, rewritten
 
 
 @pytest.fixture(autouse=True)
@@ -160,6 +162,32 @@ def test_a_call_to_attention_beside_autocast_stays_whole(enabled: bool) -> None:
         assert (got - expected).abs().max() <= (0.02 if enabled else 1e-5)
         if trains:
             assert close(*(torch.autograd.grad(x.square().sum(), leaf)[0] for x in (got, expected)))
+
+
+PADDED = torch.arange(12)[None] >= torch.tensor([[12], [7]])
+LATER = nn.Transformer.generate_square_subsequent_mask(12)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize(
+    "masks",
+    [{}, {"src_key_padding_mask": PADDED}, {"mask": LATER, "is_causal": True}],
+    ids=["plain", "padded", "causal"],
+)
+def test_an_encoder_layer_is_seen_through_its_kernel(masks: dict[str, Any], norm_first: bool) -> None:
+    """In inference PyTorch's layer is one operation."""
+    layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, norm_first=norm_first, activation="gelu")
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    checked = check(model, (torch.randn(2, 12, 32),), masks, sites=2, lower=False)
+    assert all(site.fused for site in checked.report.sites)
+
+
+def test_only_the_kernel_of_plain_tensors_is_taken_apart() -> None:
+    kernel = torch.ops.aten._transformer_encoder_layer_fwd.default
+    nested = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(2, 8)])
+    assert expansion_of(kernel, (torch.randn(2, 3, 8), 8, 2)) is not None
+    assert expansion_of(kernel, (nested, 8, 2)) is None
+    assert expansion_of(torch.ops.aten.linear.default, (torch.randn(2, 3, 8),)) is None
 
 
 @pytest.mark.parametrize("engine", [None, "tiled"])
