@@ -366,6 +366,23 @@ def test_equal_layers_are_equal_regions() -> None:
     assert len({(s.notation, s.mask, s.engine) for s in report.sites}) == 1
 
 
+def test_a_number_that_the_model_is_called_with_may_be_negative() -> None:
+    """Nothing is known of it where it is left open: a row may then have no key."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, shift: int) -> Tensor:
+        rows, columns = torch.arange(q.shape[-2])[:, None], torch.arange(k.shape[-2])
+        return (q @ k.mT).masked_fill(columns > rows + shift, -1e9).softmax(-1) @ v
+
+    found: list[refocus.Report] = []
+    fast = refocus.optimize(attend, engine="tiled", require=True, dynamic=True, report=found.append)
+    tensors = torch.randn(3, 2, 12, 8).unbind()
+    with torch.no_grad():
+        for shift in (3, -4, 20, -30):
+            assert close(fast(*tensors, shift), attend(*tensors, shift))
+    (site,) = found[0].sites  # compiled once
+    assert len(found) == 1 and site.fused and "empty row" in site.notation
+
+
 # ------------------------------------------------------------------------------------------------ what is asked for
 
 
