@@ -18,7 +18,7 @@ from refocus.hoist import Hoisted, hoist_distances
 from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Operand, Reduce, Region, rewrite
 from refocus.lift import dtype_of
 from refocus.patterns.declined import Declined, Stop
-from refocus.patterns.softmax import Softmax, separate_mask
+from refocus.patterns.softmax import Softmax, holds_scores, separate_mask
 from refocus.sizes import shape_of
 
 
@@ -112,7 +112,10 @@ def _has_number(logits: Expr, never_empty: bool) -> bool:
         if isinstance(e, Load) or (isinstance(e, Const) and e.is_float and math.isinf(e.value) and not never_empty):
             return False
         if not isinstance(e, Dot):
-            stack.extend(a for a in e.children if a.is_float)
+            parts = [a for a in e.children if a.is_float]
+            # What scores are multiplied with makes them infinite only by being so: then there is no number anyway.
+            scaled = [a for a in parts if holds_scores(a)] if isinstance(e, Call) and e.op in ("mul", "div") else []
+            stack.extend(scaled or parts)
     return True
 
 
