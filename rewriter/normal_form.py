@@ -35,7 +35,8 @@ Binding = fx.Node | Hoisted | Seed
 @dataclass(frozen=True)
 class Draft:
     """A softmax with the axes of its site: `free` are the result's axes, `mixed` those summed after the region.
-    `in_place`: values that are read from several tensors stay so, where one copy of all would be larger than these."""
+    `in_place`: values that are read from several tensors stay so, where one copy of all would be larger than these.
+    `one_query`: what the weights have and no value are heads; those that the keys have, too, are of the batch."""
 
     free: list[Axis]
     mixed: tuple[Axis, ...]
@@ -43,6 +44,7 @@ class Draft:
     softmax: Softmax
     values: Expr
     in_place: bool = False
+    one_query: bool = False
 
 
 BATCH_NAMES = ("b", "h", "g", "r", "s", "t", "u", "w")
@@ -59,6 +61,9 @@ def finish(
     value = [a for a in draft.free if a in draft.values.axes and a not in weight_axes]
     rest = [a for a in all_axes if a not in value]
     query_like = [a for a in rest if a in weight_axes and a not in draft.values.axes]
+    if draft.one_query:
+        keyed = frozenset().union(*(n.key.axes for n in soft.logits.walk() if isinstance(n, Dot)))
+        query_like = [a for a in query_like if a not in keyed]
     query = _choose_query(query_like, mask, key)
     if query is None:
         query = Axis("one", Const(1))

@@ -394,7 +394,10 @@ def _close(
                 raise Stop(Declined(reason + ", and the graph returns them" * is_returned(user), node.name))
     check_no_writes(facts, interior | lifted.lifter.visited | {root}, root)
     result = list(free) or axes.flat()
-    drafts = [Draft(result, mixed, lifted.key, soft, lifted.values, lifted.uncopied) for mixed, _, soft in lifted.terms]
+    drafts = [
+        Draft(result, mixed, lifted.key, soft, lifted.values, lifted.uncopied, not lifted.lifter.query_axes)
+        for mixed, _, soft in lifted.terms
+    ]
     parts, orders = [], []
     epilogue: Expr | None = None
     dtype = dtype_of(root)

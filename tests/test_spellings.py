@@ -74,3 +74,15 @@ def test_a_row_is_masked_by_what_is_added_to_all_of_it(fill: float, mask: str) -
     model, tensors = MaskedRows(fill), (*torch.randn(3, 2, 12, 8).unbind(), keep)
     (site,) = check(model, tensors, lower=False, gradients=True).report.sites
     assert site.mask == mask
+
+
+def test_one_query_of_heads_with_keys_of_their_own_and_one_value_head() -> None:
+    """The heads are all that the weights have and the values have not; they are no queries."""
+
+    class Decode(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return (q @ k.repeat_interleave(2, dim=1).mT).softmax(-1) @ v[:, :1].repeat(1, 4, 1, 1)
+
+    k, v = torch.randn(2, 2, 2, 12, 8).unbind()
+    (site,) = check(Decode(), (torch.randn(2, 4, 1, 8), k, v), lower=False, gradients=True).report.sites
+    assert "k[b,h//2,j,d]" in site.notation
