@@ -146,15 +146,6 @@ def match(core: Expr, key: Axis, of_scores: bool = True, by_hand: bool = False) 
     it is spelled with exponentials, whose rows may or may not be shifted by their maxima."""
     top = factored(core)
     dtype = core.dtype
-    shares = [f for f in top.factors if _share_of(f) is not None]
-    if shares:
-        rest = replace(top, factors=[f for f in top.factors if f not in shares])
-        found = match(_multiplied(rest, dtype), key, of_scores, by_hand) if len(shares) == 1 else None
-        plain = isinstance(found, Softmax) and (found.extra, found.cleaned, found.selected) == ((), False, TRUE)
-        shared = _shared(found, shares[0], key) if isinstance(found, Softmax) and plain else None
-        return shared or Declined(
-            "the result is multiplied with a share that is not that of its own log-sum-exp", "sigmoid"
-        )
     sums = [
         d for d in top.divisors if holds_scores(d) or (not of_scores and any(isinstance(n, Reduce) for n in d.walk()))
     ]
@@ -209,34 +200,6 @@ def match(core: Expr, key: Axis, of_scores: bool = True, by_hand: bool = False) 
     return Declined("the exponents of the weights and of the normaliser differ")
 
 
-def _share_of(factor: Expr) -> tuple[Reduce, list[tuple[int, Expr]]] | None:
-    """Z and the terms of t, of a factor sigmoid(log Z - t) with a sum Z over scores."""
-    if not (isinstance(factor, Call) and factor.op == "sigmoid"):
-        return None
-    terms = additive(factor.args[0], 1)
-    for k, (sign, term) in enumerate(terms):
-        total = term.args[0] if sign > 0 and isinstance(term, Call) and term.op == "log" else None
-        if isinstance(total, Reduce) and total.op == "sum" and holds_scores(total):
-            return total, [(-way, e) for n, (way, e) in enumerate(terms) if n != k]
-    return None
-
-
-def _shared(found: Softmax, share: Expr, key: Axis) -> Softmax | None:
-    """A softmax times sigmoid(log Z - t), where Z is its own sum: exp(x) / Z * Z / (Z + exp(t)) is a softmax with t as
-    an extra logit."""
-    total, sink = _share_of(share) or (None, [])
-    if total is None or total.axis.size != key.size:
-        return None
-    body = factored(s.substitute(total.body, {total.axis: key}))
-    mine, rows = _by_key(body.exponents, key)
-    if body.factors or body.divisors or body.conditions or Counter(mine) != Counter(additive(found.logits, 1)):
-        return None
-    if any(key in e.axes or holds_scores(e) for _, e in (*sink, *rows)):
-        return None
-    extra = summed([*sink, *((-way, e) for way, e in rows)], share.dtype)
-    return replace(found, extra=(extra,), strict=True)
-
-
 def _renormalised(divisors: list[Expr]) -> list[Expr] | None:
     """Divisors of which one sums what another has divided already, without the other; None where there is none.
 
@@ -251,11 +214,11 @@ def _renormalised(divisors: list[Expr]) -> list[Expr] | None:
                 body.divisors.remove(z)
                 rest = [d for d in divisors if d is not total]
                 rest.remove(z)
-                return [*rest, Reduce("sum", total.axis, _multiplied(body, total.dtype), total.dtype)]
+                return [*rest, Reduce("sum", total.axis, multiplied(body, total.dtype), total.dtype)]
     return None
 
 
-def _multiplied(parts: Factored, dtype: str) -> Expr:
+def multiplied(parts: Factored, dtype: str) -> Expr:
     """A product that was taken apart, put together again."""
     value = s.call("exp", summed(parts.exponents, dtype), dtype=dtype)
     for factor in parts.factors:
@@ -285,8 +248,8 @@ def _match_at(
     main = factored(s.substitute(total.body, {total.axis: s.add(key, offset)}))
     if main.divisors:
         return None
-    mine, my_rows = _by_key(top.exponents, key)
-    theirs, their_rows = _by_key(main.exponents, key)
+    mine, my_rows = by_key(top.exponents, key)
+    theirs, their_rows = by_key(main.exponents, key)
     if Counter(mine) != Counter(theirs) or Counter(my_rows) != Counter(their_rows):
         return None
     factors = Counter(top.factors)
@@ -336,7 +299,7 @@ def _take(rows: Counter[Signed], term: Signed) -> bool:
     return False
 
 
-def _by_key(terms: list[Signed], key: Axis) -> tuple[list[Signed], list[Signed]]:
+def by_key(terms: list[Signed], key: Axis) -> tuple[list[Signed], list[Signed]]:
     """Terms with a key; and those without, which cancel."""
     rows = [t for t in terms if key not in t[1].axes and _cancels(t[1])]
     return [t for t in terms if t not in rows], rows

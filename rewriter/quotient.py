@@ -91,15 +91,12 @@ def _shares(candidate: Candidate, facts: Facts) -> Iterator[fx.Node]:
     for node in below:
         if op_name(node) in PRODUCTS:
             others = {a for a in arguments(node)[:2] if is_tensor(a)} - below - {candidate.root}
-            if any(op_name(n) in _LOGARITHMS and taint_of(n, facts) & above for a in others for n in _made_of(a, facts)):
+            made_of = {n for a in others for n in (a, *nx.ancestors(facts.flow, a))}
+            if any(op_name(n) in _LOGARITHMS and taint_of(n, facts) & above for n in made_of):
                 yield node
 
 
 _LOGARITHMS = ("logsumexp", "log", "log2", "logaddexp")
-
-
-def _made_of(node: fx.Node, facts: Facts) -> set[fx.Node]:
-    return nx.ancestors(facts.flow, node) | {node}
 
 
 def divisor_of(node: fx.Node, sums: set[fx.Node], facts: Facts) -> fx.Node | None:

@@ -31,7 +31,8 @@ from refocus.merge import Merge, lift_merge, merges
 from refocus.normal_form import Draft, finish, in_pieces
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.sdpa import lift_sdpa
-from refocus.patterns.softmax import Softmax, holds_scores, match, terms_of
+from refocus.patterns.shares import match_with_share
+from refocus.patterns.softmax import Softmax, holds_scores, terms_of
 from refocus.pieces import holds_pieces, whole
 from refocus.products import reads_of
 from refocus.quotient import EXPONENTIALS, Quotient, Rescaled, lift_rescaled, quotients
@@ -353,7 +354,7 @@ def _weighted(candidate: Candidate, facts: Facts, axes: Axes, lifter: Lifter, fo
             apart = Dot((key,), weight, values, "float32")
             added = apart if added == NOTHING else s.call("add", added, apart, dtype="float32")
             continue
-        read = match(part.core, key, by_hand=op_name(candidate.normaliser) in EXPONENTIALS)
+        read = match_with_share(part.core, key, by_hand=op_name(candidate.normaliser) in EXPONENTIALS)
         if isinstance(read, Declined):
             if lifter.blame is not None:
                 return Declined(f"{read.reason} (`{op_name(lifter.blame)}` is not understood)", lifter.blame.name)

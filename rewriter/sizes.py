@@ -12,7 +12,6 @@ from torch import fx
 from refocus import simplify as s
 from refocus.ir import Const, Expr, Sym
 
-
 LEAST = -(2**63)  # what a number of which nothing is known may be: a position that the model is called with, say
 
 
@@ -24,7 +23,9 @@ def size_expr(size: Any, low: int = LEAST) -> Expr:
     if isinstance(size, torch.SymInt):
         node = size.node
         concrete = node.maybe_as_int()
-        return Const(int(concrete)) if concrete is not None else _convert(node.expr, getattr(node, "shape_env", None), low)
+        return (
+            Const(int(concrete)) if concrete is not None else _convert(node.expr, getattr(node, "shape_env", None), low)
+        )
     return Const(int(size))
 
 

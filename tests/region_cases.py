@@ -317,8 +317,8 @@ CASES: dict[str, Callable[..., Case]] = {
     f.__name__: f
     for f in (
         dense, causal, causal_bfloat16, window, gqa, additive_bias, alibi, softcap, padding, documents, sinks,
-        empty_min, empty_inf, empty_zero, empty_added, masked_rows, gated, cross, relative_table, t5_buckets, symbolic, two_dots,
-        merged_heads, windows_2d, unbatched, dropout,
+        empty_min, empty_inf, empty_zero, empty_added, gated, cross, relative_table, t5_buckets, symbolic, two_dots,
+        masked_rows, merged_heads, windows_2d, unbatched, dropout,
     )
 }
 

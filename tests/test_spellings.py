@@ -56,7 +56,7 @@ def test_covering_covers() -> None:
 
 
 class MaskedRows(nn.Module):
-    """Rows that are padding get a fill at every key: their scores are lost in it, and they are the mean of all values."""
+    """Rows that are padding get a fill at every key: their scores are lost in it, and the values' mean is left."""
 
     def __init__(self, fill: float) -> None:
         super().__init__()
