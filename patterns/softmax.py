@@ -29,7 +29,8 @@ class Softmax:
     `cleaned`: where that is no number, for all logits are -inf, the model puts zeros. `selected`: the part of the gate
     outside of which it puts zeros, numbers or not: where(p, softmax(x), 0). `fills`: what becomes of a row that holds
     nothing but finite fills. It is the softmax of these ("kept"); 0 / 0, as they are so low that the exponential of
-    each is zero ("lost"); or either, or neither ("unclear").
+    each is zero ("lost"); or either, or neither ("unclear"). `strict`: where all logits are -inf the model has no
+    number, whatever the extra ones are.
     """
 
     logits: Expr
@@ -38,6 +39,7 @@ class Softmax:
     cleaned: bool = False
     selected: Expr = TRUE
     fills: str = "kept"
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -212,11 +214,11 @@ def _renormalised(divisors: list[Expr]) -> list[Expr] | None:
                 body.divisors.remove(z)
                 rest = [d for d in divisors if d is not total]
                 rest.remove(z)
-                return [*rest, Reduce("sum", total.axis, _multiplied(body, total.dtype), total.dtype)]
+                return [*rest, Reduce("sum", total.axis, multiplied(body, total.dtype), total.dtype)]
     return None
 
 
-def _multiplied(parts: Factored, dtype: str) -> Expr:
+def multiplied(parts: Factored, dtype: str) -> Expr:
     """A product that was taken apart, put together again."""
     value = s.call("exp", summed(parts.exponents, dtype), dtype=dtype)
     for factor in parts.factors:
@@ -246,8 +248,8 @@ def _match_at(
     main = factored(s.substitute(total.body, {total.axis: s.add(key, offset)}))
     if main.divisors:
         return None
-    mine, my_rows = _by_key(top.exponents, key)
-    theirs, their_rows = _by_key(main.exponents, key)
+    mine, my_rows = by_key(top.exponents, key)
+    theirs, their_rows = by_key(main.exponents, key)
     if Counter(mine) != Counter(theirs) or Counter(my_rows) != Counter(their_rows):
         return None
     factors = Counter(top.factors)
@@ -297,7 +299,7 @@ def _take(rows: Counter[Signed], term: Signed) -> bool:
     return False
 
 
-def _by_key(terms: list[Signed], key: Axis) -> tuple[list[Signed], list[Signed]]:
+def by_key(terms: list[Signed], key: Axis) -> tuple[list[Signed], list[Signed]]:
     """Terms with a key; and those without, which cancel."""
     rows = [t for t in terms if key not in t[1].axes and _cancels(t[1])]
     return [t for t in terms if t not in rows], rows

@@ -19,6 +19,8 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, track_tensor_tree
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from refocus.native_layers import expansion_of
+
 # Operations that call their body once, with the arguments that follow it.
 _CALLS = ("tag_activation_checkpoint", "wrap_activation_checkpoint")
 
@@ -62,24 +64,36 @@ def with_bodies(gm: fx.GraphModule, change: Callable[[fx.GraphModule], fx.GraphM
 class Retrace(fx.Interpreter):
     """Runs a Dynamo graph for `make_fx`; what is kept whole becomes one call with the results that Dynamo saw.
 
-    To be made under the fake mode of the graph."""
+    To be made under the fake mode of the graph. `casts`: it is traced below autocast, where attention, too, is recorded
+    with the casts that autocast gives it, for it would be one of PyTorch's kernels; else autocast changes nothing."""
 
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, casts: bool) -> None:
         super().__init__(gm)
+        self.casts = casts
         values = {n: n.meta.get("example_value", n.meta.get("val")) for n in gm.graph.nodes}
         self.values = {n: pytree.tree_map_only(_dtensors(), _plain, value) for n, value in values.items()}
 
     def run_node(self, n: fx.Node) -> Any:
         mode = get_proxy_mode()
-        if mode is None or "example_value" not in n.meta or not (is_higher_order(n) or self._is_whole(n)):
+        if not self.casts and n.target in _AUTOCAST:
+            return None
+        whole = "example_value" in n.meta and (is_higher_order(n) or self._is_whole(n))
+        sdpa = self.casts and "example_value" in n.meta and n.target is torch.nn.functional.scaled_dot_product_attention
+        if mode is None or not (whole or sdpa):
             return super().run_node(n)
         tracer: Any = mode.tracer
         args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if sdpa and not whole:
+            args, kwargs = pytree.tree_map(lambda x: _as_cast(x, n.meta["example_value"].dtype), (args, kwargs))
         held = pytree.tree_map(lambda x: _registered(tracer, x), (args, kwargs))
         inputs, options = pytree.tree_map(tracer.unwrap_proxy, held)
         with self._set_current_node(n):
-            call = tracer.create_proxy(n.op, n.target, inputs, options)
+            target = torch.ops.aten.scaled_dot_product_attention.default if sdpa and not whole else n.target
+            call = tracer.create_proxy(n.op, target, inputs, options)
         return track_tensor_tree(self.values[n], call, constant=None, tracer=tracer)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return super().call_function(expansion_of(target, args) or target, args, kwargs)
 
     def _is_whole(self, node: fx.Node) -> bool:
         """Whether an operation reads or makes a tensor subclass, or moves the parts of a DTensor."""
@@ -89,6 +103,22 @@ class Retrace(fx.Interpreter):
         if any(_subclasses(self.values[n]) for n in nodes):
             return True
         return any(_subclasses(n.meta.get("example_value")) for n in nodes) and not _every_tensor_has(node)
+
+
+_AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
+
+
+def changes_casts(node: fx.Node) -> bool:
+    """Whether an operation begins a region in which autocast does something else than around the graph."""
+    if node.target is not _AUTOCAST[0]:
+        return False
+    device, _, enabled, *_ = node.args
+    return bool(enabled) or torch.is_autocast_enabled(str(device))
+
+
+def _as_cast(value: Any, dtype: torch.dtype) -> Any:
+    """An operand of an attention in the dtype of its result."""
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def _dtensors() -> Any:

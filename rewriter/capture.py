@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from refocus.blank import detach_blanks
-from refocus.bodies import Retrace
+from refocus.bodies import Retrace, changes_casts
 from refocus.functional import make_functional
 from refocus.strokes import join_strokes
 
@@ -35,9 +35,10 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
     if mode is None:
         raise CaptureFailed("no input carries a fake tensor")
     # Above the dispatcher an autocast region of the graph is only recorded, and its casts would be missing; below it,
-    # they are operations like any other (and composite operations are taken apart, which the lift does not mind).
+    # they are operations like any other (and composite operations are taken apart, which the lift does not mind;
+    # attention stays whole). A region that switches off what is off anyway (rotary tables are made in one) is none.
+    casts = any(changes_casts(n) for n in gm.graph.nodes)
     called = {getattr(n.target, "__name__", "") for n in gm.graph.nodes}
-    casts = "_enter_autocast" in called
     if casts and "_set_grad_enabled" in called and torch.is_grad_enabled():
         # ... where what runs under torch.no_grad() could not be told from the rest.
         raise CaptureFailed("autocast and torch.no_grad() meet in a graph that trains")
@@ -45,7 +46,7 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
     own = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
     try:
         with mode, own, torch.fx.traceback.preserve_node_meta():
-            graph = Retrace(gm)
+            graph = Retrace(gm, casts)
             traced = make_fx(graph.run, pre_dispatch=not casts)(*(graph.values[n] for n in placeholders))
     except Exception as problem:  # anything may go wrong while tracing foreign code; the caller falls back
         raise CaptureFailed(f"{type(problem).__name__}: {problem}") from problem

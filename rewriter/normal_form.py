@@ -5,6 +5,7 @@ Equal layers come out as equal regions, so that they share one kernel.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import fx
@@ -17,7 +18,7 @@ from refocus.hoist import Hoisted, hoist_distances
 from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Operand, Reduce, Region, rewrite
 from refocus.lift import dtype_of
 from refocus.patterns.declined import Declined, Stop
-from refocus.patterns.softmax import Softmax, separate_mask
+from refocus.patterns.softmax import Softmax, holds_scores, separate_mask
 from refocus.sizes import shape_of
 
 
@@ -34,7 +35,8 @@ Binding = fx.Node | Hoisted | Seed
 @dataclass(frozen=True)
 class Draft:
     """A softmax with the axes of its site: `free` are the result's axes, `mixed` those summed after the region.
-    `in_place`: values that are read from several tensors stay so, where one copy of all would be larger than these."""
+    `in_place`: values that are read from several tensors stay so, where one copy of all would be larger than these.
+    `one_query`: what the weights have and no value are heads; those that the keys have, too, are of the batch."""
 
     free: list[Axis]
     mixed: tuple[Axis, ...]
@@ -42,6 +44,7 @@ class Draft:
     softmax: Softmax
     values: Expr
     in_place: bool = False
+    one_query: bool = False
 
 
 BATCH_NAMES = ("b", "h", "g", "r", "s", "t", "u", "w")
@@ -58,6 +61,9 @@ def finish(
     value = [a for a in draft.free if a in draft.values.axes and a not in weight_axes]
     rest = [a for a in all_axes if a not in value]
     query_like = [a for a in rest if a in weight_axes and a not in draft.values.axes]
+    if draft.one_query:
+        keyed = frozenset().union(*(n.key.axes for n in soft.logits.walk() if isinstance(n, Dot)))
+        query_like = [a for a in query_like if a not in keyed]
     query = _choose_query(query_like, mask, key)
     if query is None:
         query = Axis("one", Const(1))
@@ -98,7 +104,24 @@ def finish(
         gate=gate_,
         empty_row="zero" if zero_rows and rule == "logits" else rule,
     )
+    if soft.strict and not _has_number(soft.logits, rule == "never"):
+        raise Stop(Declined("a row may have no keys: it is no number then, whatever its share"))
     return region, tuple(builder.bindings.values()), tuple(order)
+
+
+def _has_number(logits: Expr, never_empty: bool) -> bool:
+    """Whether no row has logits of -inf only: as a tensor that is added may have, or, if rows may be empty, a fill."""
+    stack = [logits]
+    while stack:
+        e = stack.pop()
+        if isinstance(e, Load) or (isinstance(e, Const) and e.is_float and math.isinf(e.value) and not never_empty):
+            return False
+        if not isinstance(e, Dot):
+            parts = [a for a in e.children if a.is_float]
+            # What scores are multiplied with makes them infinite only by being so: then there is no number anyway.
+            scaled = [a for a in parts if holds_scores(a)] if isinstance(e, Call) and e.op in ("mul", "div") else []
+            stack.extend(scaled or parts)
+    return True
 
 
 def _choose_query(found: list[Axis], mask: Expr, key: Axis) -> Axis | None:

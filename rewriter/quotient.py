@@ -1,4 +1,4 @@
-"""Attention as a quotient of two sums over keys: the values' and the weights'.
+"""Attention as a quotient of two sums over keys: the values' and the weights'; and a share of one.
 
     e = exp(q k - m); (e @ v) / e.sum(-1)                              ->      softmax(q k) @ v
 
@@ -11,6 +11,10 @@ Numerator and denominator are read as sums of chunks, each times what multiplies
 and Gimelshein 2018, "Online normalizer calculation for softmax"; Rabe and Staats 2021, "Self-attention does not need
 O(n^2) memory"). The exponents of a chunk add up, and what one maximum takes away another gives back: what is left is
 the same for every chunk, and cancels. Chunks whose exponents differ, or that one of the two sums lacks, are declined.
+
+    (softmax(s) @ v) * sigmoid(lse(s) - sink)                          ->      softmax(s, with the sink as a logit) @ v
+
+is read alike: what multiplies a row after the product is one of its factors, and made of the same scores.
 """
 
 from __future__ import annotations
@@ -57,8 +61,9 @@ def quotients(groups: list[list[Candidate]], facts: Facts) -> list[Quotient]:
     at every step."""
     found: dict[fx.Node, dict[fx.Node, Candidate]] = {}
     for candidate in (c for group in groups for c in group):
-        if candidate.mixes == 0 and candidate.weights >= 0 and op_name(candidate.normaliser) in EXPONENTIALS:
-            for root in _divisions(candidate, facts):
+        if candidate.mixes == 0 and candidate.weights >= 0:
+            divides = op_name(candidate.normaliser) in EXPONENTIALS
+            for root in (*_shares(candidate, facts), *(_divisions(candidate, facts) if divides else ())):
                 found.setdefault(root, {}).setdefault(candidate.root, candidate)
     order = sorted(found, key=lambda n: -facts.order[n])
     return [Quotient(root, _first(list(found[root].values()), facts)) for root in order]
@@ -77,6 +82,21 @@ def _divisions(candidate: Candidate, facts: Facts) -> Iterator[fx.Node]:
     """Divisions downstream of a product, by what its exponentials decide, too."""
     below = carried([candidate.root], facts)
     yield from (n for n in below if divisor_of(n, below | {candidate.root}, facts) is not None)
+
+
+def _shares(candidate: Candidate, facts: Facts) -> Iterator[fx.Node]:
+    """Multiples of a product by what the log-sum-exp of the same scores decides."""
+    below = carried([candidate.root], facts)
+    above = nx.ancestors(facts.flow, candidate.root)
+    for node in below:
+        if op_name(node) in PRODUCTS:
+            others = {a for a in arguments(node)[:2] if is_tensor(a)} - below - {candidate.root}
+            made_of = {n for a in others for n in (a, *nx.ancestors(facts.flow, a))}
+            if any(op_name(n) in _LOGARITHMS and taint_of(n, facts) & above for n in made_of):
+                yield node
+
+
+_LOGARITHMS = ("logsumexp", "log", "log2", "logaddexp")
 
 
 def divisor_of(node: fx.Node, sums: set[fx.Node], facts: Facts) -> fx.Node | None:

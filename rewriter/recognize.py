@@ -31,7 +31,8 @@ from refocus.merge import Merge, lift_merge, merges
 from refocus.normal_form import Draft, finish, in_pieces
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.sdpa import lift_sdpa
-from refocus.patterns.softmax import Softmax, holds_scores, match, terms_of
+from refocus.patterns.shares import match_with_share
+from refocus.patterns.softmax import Softmax, holds_scores, terms_of
 from refocus.pieces import holds_pieces, whole
 from refocus.products import reads_of
 from refocus.quotient import EXPONENTIALS, Quotient, Rescaled, lift_rescaled, quotients
@@ -87,7 +88,7 @@ def recognize(facts: Facts) -> list[Site | Left]:
     sites, read_elsewhere = closed_under_sharing(sites)
     for site, left in read_elsewhere:
         done.discard(site.root)
-        lefts[site.root] = left
+        lefts[site.root] = unread.get(site.root, left)
     inner = {n for site in sites for n in (*site.interior, site.normaliser)}
     gone = done | inner
     kept = [x for root, x in lefts.items() if not {root, x.root} & gone and x.normaliser not in inner]
@@ -353,7 +354,7 @@ def _weighted(candidate: Candidate, facts: Facts, axes: Axes, lifter: Lifter, fo
             apart = Dot((key,), weight, values, "float32")
             added = apart if added == NOTHING else s.call("add", added, apart, dtype="float32")
             continue
-        read = match(part.core, key, by_hand=op_name(candidate.normaliser) in EXPONENTIALS)
+        read = match_with_share(part.core, key, by_hand=op_name(candidate.normaliser) in EXPONENTIALS)
         if isinstance(read, Declined):
             if lifter.blame is not None:
                 return Declined(f"{read.reason} (`{op_name(lifter.blame)}` is not understood)", lifter.blame.name)
@@ -394,7 +395,10 @@ def _close(
                 raise Stop(Declined(reason + ", and the graph returns them" * is_returned(user), node.name))
     check_no_writes(facts, interior | lifted.lifter.visited | {root}, root)
     result = list(free) or axes.flat()
-    drafts = [Draft(result, mixed, lifted.key, soft, lifted.values, lifted.uncopied) for mixed, _, soft in lifted.terms]
+    drafts = [
+        Draft(result, mixed, lifted.key, soft, lifted.values, lifted.uncopied, not lifted.lifter.query_axes)
+        for mixed, _, soft in lifted.terms
+    ]
     parts, orders = [], []
     epilogue: Expr | None = None
     dtype = dtype_of(root)

@@ -143,7 +143,11 @@ class Report:
     def __str__(self) -> str:
         lines = [self.summary, *(f"note: {note}" for note in self.notes)]
         if not self.sites and not self.notes:
-            lines.append("No attention was found: no product of two tensors is normalised and applied to a third.")
+            lines.append(
+                "No attention was found: no product of two tensors is normalised and applied to a third."
+                if self.graphs
+                else "No graph was captured: the call ran as it is (TORCH_LOGS=graph_breaks says where Dynamo gave up)."
+            )
         for names, site in self._groups():
             lines += ["", f"{names}  {site.location}  {site.state}"]
             lines += [f"    {key:<9} {_indent(text)}" for key, text in _facts(site)]

@@ -53,4 +53,6 @@ def cut_axes(free: list[Axis], weights_index: tuple[Expr, ...], key: Axis) -> se
         size = float(axis.size.value) if isinstance(axis.size, Const) else float("inf")
         return axis in row, size, free.index(axis)
 
+    if not row and at > 0:
+        return set()  # one query: what is left are heads, of which the keys may have their own
     return {max(free, key=rank)} if free else set()

@@ -12,21 +12,26 @@ from torch import fx
 from refocus import simplify as s
 from refocus.ir import Const, Expr, Sym
 
+LEAST = -(2**63)  # what a number of which nothing is known may be: a position that the model is called with, say
 
-def size_expr(size: Any) -> Expr:
-    """A size as an expression: an int, a SymInt, or a node that holds either."""
+
+def size_expr(size: Any, low: int = LEAST) -> Expr:
+    """A size or another number as an expression: an int, a SymInt, or a node that holds either. `low`: what it is known
+    to be at least, whatever it is made of."""
     if isinstance(size, fx.Node):
         size = size.meta["val"]
     if isinstance(size, torch.SymInt):
         node = size.node
         concrete = node.maybe_as_int()
-        return Const(int(concrete)) if concrete is not None else _convert(node.expr, getattr(node, "shape_env", None))
+        return (
+            Const(int(concrete)) if concrete is not None else _convert(node.expr, getattr(node, "shape_env", None), low)
+        )
     return Const(int(size))
 
 
 def shape_of(node: fx.Node) -> tuple[Expr, ...]:
     """The shape of a tensor node."""
-    return tuple(size_expr(d) for d in node.meta["val"].shape)
+    return tuple(size_expr(d, 0) for d in node.meta["val"].shape)
 
 
 def hint(size: Any, default: int = 1024) -> int:
@@ -40,18 +45,17 @@ def hint(size: Any, default: int = 1024) -> int:
 def _low(symbol: sympy.Symbol, shape_env: Any) -> int:
     ranges = getattr(shape_env, "var_to_range", {})
     bound = ranges.get(symbol)
-    try:
-        return max(0, int(bound.lower)) if bound is not None else 0
-    except (TypeError, OverflowError, ValueError):
+    if bound is None:
         return 0
+    return int(bound.lower) if bound.lower.is_Integer else LEAST  # the infinities are none
 
 
-def _convert(value: sympy.Expr, shape_env: Any) -> Expr:
+def _convert(value: sympy.Expr, shape_env: Any, low: int) -> Expr:
     if value.is_Integer:
         return Const(int(value))
     if value.is_Symbol:
         return Sym(str(value), _low(value, shape_env))
-    args = [_convert(a, shape_env) for a in value.args]
+    args = [_convert(a, shape_env, LEAST) for a in value.args]
     name = type(value).__name__
     if value.is_Add:
         return s.add(*args)
@@ -67,4 +71,4 @@ def _convert(value: sympy.Expr, shape_env: Any) -> Expr:
         return s.minimum(args[0], args[1])
     if name == "Max":
         return s.maximum(args[0], args[1])
-    return Sym("u_" + re.sub(r"\W+", "_", str(value)), 0)
+    return Sym("u_" + re.sub(r"\W+", "_", str(value)), 0 if value.is_nonnegative else low)

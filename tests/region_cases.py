@@ -186,6 +186,15 @@ def empty_added(dtype: torch.dtype = torch.float32, n: int = 50, d: int = 16) ->
     return s.case(s.score, mask, add(s.score, fill), extra=(sink,), empty_row="logits")
 
 
+def masked_rows(dtype: torch.dtype = torch.float32, n: int = 50, d: int = 16) -> Case:
+    """Whole rows are masked, by a fill that the scores are lost in: they become the mean of all values."""
+    s = Setting(dtype, n, n, d, d)
+    s.tensors["keep"] = torch.arange(n)[None] >= torch.tensor([0, 11])[:, None]
+    mask = Load("keep", (s.b, s.i), BOOL)
+    fill = call("where", mask, s.const(0.0), s.const(torch.finfo(dtype).min), dtype=s.f)
+    return s.case(s.score, mask, add(s.score, fill), empty_row="logits")
+
+
 def gated(dtype: torch.dtype = torch.float32, n: int = 50, d: int = 16) -> Case:
     """The normalised weight is multiplied by a sigmoid of the key and one of the query."""
     s = Setting(dtype, n, n, d, d)
@@ -309,7 +318,7 @@ CASES: dict[str, Callable[..., Case]] = {
     for f in (
         dense, causal, causal_bfloat16, window, gqa, additive_bias, alibi, softcap, padding, documents, sinks,
         empty_min, empty_inf, empty_zero, empty_added, gated, cross, relative_table, t5_buckets, symbolic, two_dots,
-        merged_heads, windows_2d, unbatched, dropout,
+        masked_rows, merged_heads, windows_2d, unbatched, dropout,
     )
 }
 

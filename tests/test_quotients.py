@@ -197,6 +197,47 @@ def test_many_chunks() -> None:
     assert site.fused and "where" not in site.notation
 
 
+# --------------------------------------------------------------------------------------------------------------- shares
+
+
+SINK = torch.tensor([0.5, -1.0])
+
+
+def _times_share(scores: Tensor, v: Tensor, of: Tensor) -> Tensor:
+    share = (torch.logsumexp(of, -1) - SINK.to(of.dtype)[:, None]).sigmoid()
+    return (scores.softmax(-1) @ v) * share.unsqueeze(-1)
+
+
+def a_share_of_the_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ k.mT * SCALE).masked_fill(~CAUSAL, -math.inf)
+    return _times_share(scores, v, scores)
+
+
+def a_share_by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT * SCALE + torch.where(CAUSAL, 0.0, torch.finfo(torch.float32).min)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    weights = weights / weights.sum(-1, keepdim=True)
+    lse = torch.logsumexp(scores, -1, keepdim=True)
+    return (torch.sigmoid(-SINK.to(q.dtype)[:, None, None] + lse) * (weights @ v)).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("function", [a_share_of_the_row, a_share_by_hand], ids=lambda f: f.__name__)
+def test_a_share_is_an_extra_logit(function: Function) -> None:
+    (site,) = check(Attention(function), inputs(), lower=False, gradients=True).report.sites
+    assert site.fused and "extra" in site.notation and site.mask == "j <= i"
+
+
+def share_of_other_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT * SCALE
+    return _times_share(scores, v, 2 * scores)
+
+
+def share_of_rows_without_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """No number where there is no key, which a softmax with a sink would be."""
+    scores = (q @ k.mT * SCALE).masked_fill(~CAUSAL.tril(-1), -math.inf)
+    return _times_share(scores, v, scores)
+
+
 # ---------------------------------------------------------------------------------------------------------- near misses
 
 
@@ -282,6 +323,14 @@ NOT_YET = "a row may have no keys in the first chunks, and is no number then"
         (rounded_on_the_way, "the weights are not normalised over the keys"),
         (late_rows, NOT_YET),
         (stacked_causal, NOT_YET),
+        (
+            share_of_other_scores,
+            "the result is multiplied with a share that is not that of its own log-sum-exp",
+        ),
+        (
+            share_of_rows_without_keys,
+            "a row may have no keys: it is no number then, whatever its share",
+        ),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from refocus.testing import check
 from refocus.tolerances import difference
@@ -52,3 +53,36 @@ def test_covering_covers() -> None:
     for a, b in itertools.combinations(range(len(names)), 2):
         seen = {(getattr(s, names[a]), getattr(s, names[b])) for s in PAIRS}
         assert seen == set(itertools.product(CHOICES[names[a]], CHOICES[names[b]]))
+
+
+class MaskedRows(nn.Module):
+    """Rows that are padding get a fill at every key: their scores are lost in it, and the values' mean is left."""
+
+    def __init__(self, fill: float) -> None:
+        super().__init__()
+        self.fill = fill
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        scores = q @ k.mT + torch.where(keep, 0.0, self.fill)[:, :, None]
+        return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize(("fill", "mask"), [(torch.finfo(torch.float32).min, "t0[b,i]"), (-50.0, "")])
+def test_a_row_is_masked_by_what_is_added_to_all_of_it(fill: float, mask: str) -> None:
+    """A fill that leaves the scores as they are cancels in the softmax."""
+    keep = torch.arange(12)[None] < torch.tensor([[12], [7]])
+    model, tensors = MaskedRows(fill), (*torch.randn(3, 2, 12, 8).unbind(), keep)
+    (site,) = check(model, tensors, lower=False, gradients=True).report.sites
+    assert site.mask == mask
+
+
+def test_one_query_of_heads_with_keys_of_their_own_and_one_value_head() -> None:
+    """The heads are all that the weights have and the values have not; they are no queries."""
+
+    class Decode(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return (q @ k.repeat_interleave(2, dim=1).mT).softmax(-1) @ v[:, :1].repeat(1, 4, 1, 1)
+
+    k, v = torch.randn(2, 2, 2, 12, 8).unbind()
+    (site,) = check(Decode(), (torch.randn(2, 4, 1, 8), k, v), lower=False, gradients=True).report.sites
+    assert "k[b,h//2,j,d]" in site.notation

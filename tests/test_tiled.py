@@ -75,6 +75,11 @@ def left_padded(t: Tensors) -> Tensor:
     return tril(t) & t["keep"][:, None, None, :]
 
 
+def masked_rows(t: Tensors) -> Tensor:
+    fill = torch.where(t["keep"], 0.0, torch.finfo(MODEL_DTYPE).min).to(t["q"].dtype)
+    return torch.softmax(scores(t) + fill[:, None, :, None], -1) @ t["v"]
+
+
 def zero_rows(t: Tensors) -> Tensor:
     keep = left_padded(t)
     return attend(t, keep=keep, fill=-math.inf).masked_fill(~keep.any(-1, keepdim=True), 0.0)
@@ -156,6 +161,7 @@ EAGER: dict[str, Callable[[Tensors], Tensor]] = {
     "empty_inf": lambda t: attend(t, keep=left_padded(t), fill=-math.inf),
     "empty_zero": zero_rows,
     "empty_added": added,
+    "masked_rows": masked_rows,
     "gated": gated,
     "dropout": dropped,
     "cross": attend,
