@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from refocus.codegen.flash_fit import width
 from refocus.codegen.kernel_file import LOG2E, Source, kernel_file
-from refocus.codegen.key_tiles import COLUMN, ROW, KeyTiles, marks_empty
+from refocus.codegen.key_tiles import COLUMN, ROW, KeyTiles, marks_empty, placed_row
 from refocus.codegen.printer import MUL, UNARY, Place, conjunction, where_kept
 from refocus.codegen.writer import Block
 from refocus.simplify import mul
@@ -110,7 +110,10 @@ class Forward(KeyTiles):
         tail.line("acc = acc / row_sum[:, None]")
         out = self.scope.argument("out_ptr", "output", dtype=region.out_dtype)
         row = f"{self.positions.query}{COLUMN}"
-        if region.batch:
+        if region.output is not None:
+            tail.line("# Where the model wants them: the number of each row of values.")
+            row = placed_row(Place(self.scope, tail, {region.query: COLUMN}, (self.root,)), region)
+        elif region.batch:
             row = f"(batch * {self.root.text(region.query.size, UNARY)} + {row})"
         guards = Place(self.scope, tail, {region.query: COLUMN}).guards((region.query,))
         if total != self.value_lanes:
