@@ -108,6 +108,9 @@ class Forward(KeyTiles):
         if region.empty_row == "zero":
             tail.line("row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # rows without a key are zero")
         tail.line("acc = acc / row_sum[:, None]")
+        if self.saving and region.output is not None:
+            self._store_sums(tail)  # first: registers that it frees hold the addresses of the result
+            tail.line()
         out = self.scope.argument("out_ptr", "output", dtype=region.out_dtype)
         row = f"{self.positions.query}{COLUMN}"
         if region.output is not None:
@@ -121,7 +124,7 @@ class Forward(KeyTiles):
         masked = where_kept(guards)
         narrow = "" if region.out_dtype == "float32" else f".to(tl.{region.out_dtype})"
         tail.line(f"tl.store({out} + {row} * {total} + {self.value_lane}{ROW}, acc{narrow}{masked})")
-        if self.saving:
+        if self.saving and region.output is None:
             self._store_sums(tail)
 
     def _store_sums(self, tail: Block) -> None:
