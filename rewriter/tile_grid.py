@@ -51,10 +51,11 @@ class TileGrid:
     """The grid of tiles of one tiling.
 
     Its batch axes name the leading dimensions of every end. The last tile of a row may be short: positions past the end
-    of an axis are not part of any tile.
+    of an axis are not part of any tile. `_known`: what another grid found, which holds here too.
     """
 
     tiling: Tiling
+    _known: Mapping[Expr, Interval] = field(default_factory=dict)
     _memo: dict[Expr, Interval] = field(default_factory=dict)
     _scopes: dict[tuple[Axis, ...], Scope] = field(default_factory=dict)
 
@@ -72,11 +73,9 @@ class TileGrid:
         return (*(self.size(b.size) for b in self.batch), self.q_tiles, self.k_tiles)
 
     def of_rows(self, tiling: Tiling) -> TileGrid:
-        """The grid of other queries over the same keys, with what was found of these alone."""
-        grid = TileGrid(tiling)
-        if tiling.batch == self.batch:
-            grid._memo.update((e, found) for e, found in self._memo.items() if not self.sides(e) & QUERY)
-        return grid
+        """The grid of other queries over the same keys, with what was found here of these alone."""
+        known = {e: found for e, found in self._memo.items() if not self.sides(e) & QUERY}
+        return TileGrid(tiling, known if tiling.batch == self.batch else {})
 
     def states(self, mask: Expr) -> Tensor:
         """int8 [*batch, query tiles, key tiles]: 0 no pair is allowed, 1 perhaps some, 2 all are."""
@@ -92,7 +91,7 @@ class TileGrid:
     def interval(self, expr: Expr) -> Interval:
         found = self._memo.get(expr)
         if found is None:
-            found = self._memo[expr] = self._interval(expr)
+            found = self._memo[expr] = self._known.get(expr) or self._interval(expr)
         return found
 
     def _interval(self, expr: Expr) -> Interval:

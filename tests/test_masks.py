@@ -412,7 +412,7 @@ def test_one_linear_form_leaves_no_tile_open() -> None:
         assert leaves_open(s.and_(causal, other), space.i, space.j)
 
 
-@pytest.mark.parametrize("name", ["neighbours", "chosen blocks"])
+@pytest.mark.parametrize("name", ["neighbours", "windows by head", "chosen blocks"])
 def test_tiles_are_counted_in_less_memory_than_a_map_or_what_it_reads(name: str) -> None:
     n, side = 1 << 17, 1 << 8
     h, i, j = Axis("h", Const(8)), Axis("i", Const(n)), Axis("j", Const(n))
@@ -420,6 +420,8 @@ def test_tiles_are_counted_in_less_memory_than_a_map_or_what_it_reads(name: str)
     if name == "neighbours":
         apart = [s.sub(at(i, side), at(j, side)) for at in (s.floordiv, s.mod)]
         mask = s.and_(*(s.le(s.call("abs", x, dtype=INT), 3) for x in apart))
+    elif name == "windows by head":
+        mask = s.and_(s.le(j, i), s.lt(s.sub(i, j), s.mul(128, s.add(h, 1))))
     else:
         tensors["kept"] = torch.rand(8, n >> 5, n >> 5, generator=torch.Generator().manual_seed(0)) < 0.1  # 128 MiB
         mask = Load("kept", (h, s.floordiv(i, 32), s.floordiv(j, 32)), BOOL)
@@ -438,11 +440,12 @@ def test_a_scope_is_gone_when_nobody_has_it() -> None:
     i = Axis("i", Const(8))
     gc.disable()
     try:
-        scope = Scope({i: torch.arange(8)}, {}, {}).child({i: torch.arange(4)})
-        scope.tensor(s.add(s.floordiv(i, 2), 1))
-        left = weakref.ref(scope)
-        del scope
-        assert left() is None
+        outer = Scope({i: torch.arange(8)}, {}, {})
+        inner = outer.child({i: torch.arange(4)})
+        assert [len(x.tensor(s.add(s.floordiv(i, 2), 1))) for x in (outer, inner)] == [8, 4]
+        left = [weakref.ref(x) for x in (outer, inner)]
+        del outer, inner
+        assert [x() for x in left] == [None, None]
     finally:
         gc.enable()
 
