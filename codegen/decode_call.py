@@ -11,7 +11,17 @@ from torch import Tensor
 
 from refocus.codegen import decode, flash
 from refocus.codegen.decode_fit import multiprocessors, parts_of, rows_of
-from refocus.codegen.launch import INT32_MAX, Kernel, device_of, launch, needs_wide, result_shape, saved, start
+from refocus.codegen.launch import (
+    INT32_MAX,
+    Kernel,
+    device_of,
+    empty_result,
+    launch,
+    needs_wide,
+    result_shape,
+    saved,
+    start,
+)
 from refocus.codegen.plan import Plan
 from refocus.ir import Region
 
@@ -41,13 +51,14 @@ def run(
     parts = parts_of(rows, plan, sizes, multiprocessors(device)) if parts is None else parts
     wide = needs_wide(region, operands, sizes) or needs_wide(rows, operands, sizes) or parts * prod(shape) > INT32_MAX
     if parts == 1 or keys == 0 or prod(shape) == 0:
-        return launch(emit_whole(region, plan, wide), operands, sizes)[0].view(shape)
+        out, _ = launch(emit_whole(region, plan, wide), operands, sizes)
+        return out if region.output is not None else out.view(shape)
     first, second = emit(region, plan, wide)
     *batch, length = result_shape(rows, tuple(sizes))[0][: len(rows.batch) + 1]
     lines = prod(batch) * length
     acc = torch.empty([parts, lines, prod(shape) // lines], dtype=torch.float32, device=device)
     sums = torch.empty([2, parts, lines], dtype=torch.float32, device=device)
-    out = torch.empty(shape, dtype=getattr(torch, region.out_dtype), device=device)
+    out = empty_result(region, sizes, device)
     programs = prod(batch) * -(-length // plan.block_q)
     start(first, (programs, parts), operands, sizes, (acc, sums), counts=(parts,))
     start(second, (programs,), operands, sizes, (out,), (acc, sums), counts=(parts,))

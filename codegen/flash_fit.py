@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import prod
 
+from refocus.codegen.placing import row_of
 from refocus.codegen.plan import Plan
 from refocus.codegen.tile_lists import pays
 from refocus.ir import FALSE, TRUE, Axis, Call, Const, Dot, Expr, Reduce, Region
@@ -54,6 +55,8 @@ def supports(region: Region) -> str | None:
                 return f"a reduction ({node.op}) over axis {node.axis.name!r} stands inside the region"
             if node.dtype == "float64":
                 return "a part of it is computed in float64"
+    if region.output is not None and row_of(region) is None:
+        return "its values are to be put apart from one another"
     return _axes_problem(region) or _width_problem(region)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from refocus.codegen.flash_fit import width
 from refocus.codegen.kernel_file import LOG2E, Source, kernel_file
-from refocus.codegen.key_tiles import COLUMN, ROW, KeyTiles, marks_empty
+from refocus.codegen.key_tiles import COLUMN, ROW, KeyTiles, marks_empty, placed_row
 from refocus.codegen.printer import MUL, UNARY, Place, conjunction, where_kept
 from refocus.codegen.writer import Block
 from refocus.simplify import mul
@@ -108,9 +108,15 @@ class Forward(KeyTiles):
         if region.empty_row == "zero":
             tail.line("row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # rows without a key are zero")
         tail.line("acc = acc / row_sum[:, None]")
+        if self.saving and region.output is not None:
+            self._store_sums(tail)  # first: registers that it frees hold the addresses of the result
+            tail.line()
         out = self.scope.argument("out_ptr", "output", dtype=region.out_dtype)
         row = f"{self.positions.query}{COLUMN}"
-        if region.batch:
+        if region.output is not None:
+            tail.line("# Where the model wants them: the number of each row of values.")
+            row = placed_row(Place(self.scope, tail, {region.query: COLUMN}, (self.root,)), region)
+        elif region.batch:
             row = f"(batch * {self.root.text(region.query.size, UNARY)} + {row})"
         guards = Place(self.scope, tail, {region.query: COLUMN}).guards((region.query,))
         if total != self.value_lanes:
@@ -118,7 +124,7 @@ class Forward(KeyTiles):
         masked = where_kept(guards)
         narrow = "" if region.out_dtype == "float32" else f".to(tl.{region.out_dtype})"
         tail.line(f"tl.store({out} + {row} * {total} + {self.value_lane}{ROW}, acc{narrow}{masked})")
-        if self.saving:
+        if self.saving and region.output is None:
             self._store_sums(tail)
 
     def _store_sums(self, tail: Block) -> None:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from refocus.codegen import listed
 from refocus.codegen.flash_fit import dot_dtype, padded, width
 from refocus.codegen.kernel_file import precision
+from refocus.codegen.placing import row_of
 from refocus.codegen.plan import Plan
 from refocus.codegen.positions import Positions
 from refocus.codegen.printer import MUL, UNARY, Dots, Place, Scope, conjunction, split_scale
@@ -72,6 +73,18 @@ def tame(score: Expr) -> bool:
         return all(visit(c) for c in node.children)
 
     return visit(score)
+
+
+def placed_row(place: Place, region: Region) -> str:
+    """The number of the row of values that each query's result is, where `region.output` says: an operand of a product,
+    with the queries as they are laid out at the place."""
+    row = row_of(region)
+    assert row is not None, "flash_fit.supports"
+    text = place.named(row, "placed")
+    if region.query in row.axes:
+        return text
+    # A tile has a lane for each query, though there be only one, which is number zero.
+    return f"({text} + {place.text(region.query)})"
 
 
 class KeyTiles(Dots):

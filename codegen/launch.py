@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from refocus.codegen import placing
 from refocus.codegen.cache import key_of, load_module, save
 from refocus.codegen.interpreter import interpreted, mend
 from refocus.codegen.kernel_file import Source
@@ -66,13 +67,13 @@ def saved(source: Source, region: Region, plan: Plan, *more: object) -> Kernel:
 def launch(
     kernel: Kernel, operands: Sequence[Tensor], sizes: Sequence[int], grid: tuple[int, ...] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The region's result (*batch, query, *value), contiguous, of `region.out_dtype`, on the operands' device; and the
-    row sums (2, *batch, query), which are nothing but memory unless the kernel saves them. `grid`: how many programs,
-    if not one for each tile of queries of each batch position."""
+    """The region's result, contiguous, of `region.out_dtype`, on the operands' device; and the row sums
+    (2, *batch, query), which are nothing but memory unless the kernel saves them. `grid`: how many programs, if not one
+    for each tile of queries of each batch position."""
     region = kernel.region
     shape, keys = result_shape(region, tuple(sizes))
     device, rank = device_of(operands), len(region.batch)
-    out = torch.empty(shape, dtype=getattr(torch, region.out_dtype), device=device)
+    out = empty_result(region, sizes, device)
     saves = any(a.kind == "output" and a.index == 1 for a in kernel.arguments)
     sums = torch.empty([2, *shape[: rank + 1]] if saves else [0], dtype=torch.float32, device=device)
     if keys == 0:
@@ -136,12 +137,21 @@ def _indices_wide(region: Region, sizes: tuple[int, ...]) -> bool:
     if prod(result_shape(region, sizes)[0]) > INT32_MAX:
         return True
     known: dict[Expr, Expr] = {sym: Const(value) for sym, value in zip(region.syms, sizes)}
-    for node in {n for root in region.expressions for n in root.walk()}:
+    placed = () if region.output is None else (placing.row_of(region) or Const(0),)
+    for node in {n for root in (*region.expressions, *placed) for n in root.walk()}:
         if isinstance(node, Call) and node.is_int and node.op in ("add", "mul"):
             low, high = bounds(substitute(node, known))
             if (low or 0) < -INT32_MAX or (high or 0) > INT32_MAX:
                 return True
     return False
+
+
+def empty_result(region: Region, sizes: Sequence[int], device: torch.device) -> Tensor:
+    """Memory for a result: (*batch, query, *value), or what `region.output` says."""
+    shape, _ = result_shape(region, tuple(sizes))
+    if region.output is not None:
+        shape = placing.shape_of(region.output, dict(zip(region.syms, sizes, strict=True)))
+    return torch.empty(shape, dtype=getattr(torch, region.out_dtype), device=device)
 
 
 @lru_cache(maxsize=1024)

@@ -46,8 +46,11 @@ TRAINERS: dict[str, tuple[str, str]] = {
     "tiled": ("refocus.codegen.tiled", "refocus.codegen.tiled_backward"),
     "triton": ("refocus.codegen.triton_engine", "refocus.codegen.triton_backward"),
 }
-# Engines that put results where `region.output` says; for others, these are moved there.
-PLACERS = frozenset(("tiled",))
+# engine -> whether it puts a region's result where `region.output` says, and reads what flows back into it there.
+PLACERS: dict[str, Callable[[Region], bool]] = {
+    "tiled": lambda region: True,
+    "triton": lambda region: placing.row_of(region) is not None,
+}
 Engine = Callable[[Region, Plan, Sequence[Tensor], Sequence[int]], Tensor]
 
 
@@ -77,6 +80,11 @@ def engine_named(name: str) -> Engine:
     return run
 
 
+def places(region: Region, engine: str) -> bool:
+    """Whether an engine puts results where `region.output` says; if not, they are moved there."""
+    return region.output is None or (engine in PLACERS and PLACERS[engine](region))
+
+
 def result_shape(region: Region, numbers: Mapping[Sym, int]) -> list[int]:
     """(*batch, query, *value), or the shape of the output, for these sizes."""
     if region.output is not None:
@@ -101,7 +109,7 @@ def attend(operands: list[Tensor], sizes: list[int], region: str, plan: str) -> 
     (what, syms), how = parse_region(region), plans.parse(plan)
     _check(what, syms, operands, sizes)
     run = engine_named(how.engine)
-    if what.output is None or how.engine in PLACERS:
+    if places(what, how.engine):
         return run(what, _tuned(what, how, operands, sizes, run), operands, sizes)
     bare = replace(what, output=None)
     out = run(bare, _tuned(bare, how, operands, sizes, run), operands, sizes)
@@ -170,7 +178,7 @@ def attend_saving(operands: list[Tensor], sizes: list[int], region: str, plan: s
     (what, syms), how = parse_region(region), plans.parse(plan)
     _check(what, syms, operands, sizes)
     run = _trainer(how.engine)[0]
-    if what.output is None or how.engine in PLACERS:
+    if places(what, how.engine):
         result: tuple[Tensor, Tensor] = run(what, _tuned(what, how, operands, sizes, run), operands, sizes)
         return result
     bare = replace(what, output=None)
@@ -190,7 +198,7 @@ def attend_backward(
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of the operands for which `needs` holds."""
     (what, syms), how = parse_region(region), plans.parse(plan)
-    if what.output is not None:
+    if not places(what, how.engine):
         grad, out = (placing.taken(what, t, dict(zip(syms, sizes))) for t in (grad, out))
         what = replace(what, output=None)
     result: list[Tensor] = _trainer(how.engine)[1](what, how, grad, operands, out, sums, sizes, needs)

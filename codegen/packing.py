@@ -69,6 +69,7 @@ def _pack(region: Region, heads: list[Axis]) -> Region | None:
 
 
 def _substituted(region: Region, parts: dict[Expr, Expr]) -> Region:
+    to = region.output
     return replace(
         region,
         score=substitute(region.score, parts),
@@ -77,6 +78,7 @@ def _substituted(region: Region, parts: dict[Expr, Expr]) -> Region:
         values=substitute(region.values, parts),
         gate=substitute(region.gate, parts),
         extra=tuple(substitute(e, parts) for e in region.extra),
+        output=None if to is None else replace(to, index=tuple(substitute(e, parts) for e in to.index)),
     )
 
 

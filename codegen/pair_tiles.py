@@ -18,7 +18,7 @@ from refocus.codegen.backward_fit import Gradient, value_dtype
 from refocus.codegen.cotangents import Cotangents
 from refocus.codegen.flash_fit import OUT_DTYPES, dot_dtype, padded, width
 from refocus.codegen.kernel_file import Source, kernel_file, precision
-from refocus.codegen.key_tiles import COLUMN, ROW, marks_empty, tame
+from refocus.codegen.key_tiles import COLUMN, ROW, marks_empty, placed_row, tame
 from refocus.codegen.plan import Plan
 from refocus.codegen.positions import Positions
 from refocus.codegen.printer import ADD, ATOM, MUL, Dots, Place, Scope, conjunction, split_scale, where_kept
@@ -125,7 +125,7 @@ class Pairs(Dots):
         key = (self.flows.out, dtype)
         if key not in place.tiles:
             pointer = self.scope.argument("grad_ptr", "saved", 0, dtype=region.out_dtype)
-            at = self._address(place, (*region.batch, region.query, *region.value))
+            at = self._result(place)
             guards = place.guards((region.query, *region.value))
             if not region.value:
                 at, guards = self._one_lane(at, guards)
@@ -135,6 +135,14 @@ class Pairs(Dots):
             place.block.line(f"{name} = tl.load({pointer} + {at}{masked}){cast}")
             place.tiles[key] = name
         return place.tiles[key]
+
+    def _result(self, place: Place) -> str:
+        """The offset of a position of the result."""
+        region = self.region
+        if region.output is None:
+            return self._address(place, (*region.batch, region.query, *region.value))
+        first = f"{placed_row(place, region)} * {width(region.value) or 1}"
+        return f"{first} + {self._address(place, region.value)}" if region.value else first
 
     def _address(self, place: Place, axes: Sequence[Axis]) -> str:
         """The offset of the position along these axes in contiguous memory."""
@@ -186,6 +194,7 @@ class Pairs(Dots):
             block.line("shift = row_max * LOG2E + log_sum")
         if self.follows_score or any(g.extra for g in self.gradients):
             delta = self.scope.argument("delta_ptr", "saved", 2, dtype="float32")
+            at = placed_row(place, region) if region.output is not None else at
             block.line(f"delta = tl.load({delta} + {at}{masked})")
 
     # ------------------------------------------------------------------------------------------------------- pairs

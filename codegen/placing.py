@@ -2,11 +2,13 @@
 
 `Region.output` says at which place of a tensor each element of the result belongs. Where strides say it (dimensions
 in another order, or merged), the result is written there at once, through a view; elsewhere it is moved once.
+Generated kernels write whole rows of values, at the number that `row_of` says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,6 +19,28 @@ from refocus.ir import Axis, Const, Expr, Output, Region, Sym
 from refocus.polynomial import isolate, to_poly
 
 Numbers = Mapping[Sym, int]
+
+
+@lru_cache(maxsize=512)
+def row_of(region: Region) -> Expr | None:
+    """Which row of values, of all that the output consists of, belongs to a batch position and a query; None where
+    values are not put next to one another, in their order."""
+    assert region.output is not None
+    width = s.mul(1, *(axis.size for axis in region.value))
+    if width == Const(0):
+        return None
+    value = _flat(region.value, [axis.size for axis in region.value])
+    first = s.sub(_flat(region.output.index, region.output.shape), value)
+    row = s.floordiv(first, width)
+    return row if not row.axes & set(region.value) and s.mul(row, width) == first else None
+
+
+def _flat(index: Sequence[Expr], shape: Sequence[Expr]) -> Expr:
+    """Where a position lies in contiguous memory."""
+    flat: Expr = Const(0)
+    for entry, size in zip(index, shape, strict=True):
+        flat = s.add(s.mul(flat, size), entry)
+    return flat
 
 
 def axes_of(region: Region) -> tuple[Axis, ...]:
@@ -31,11 +55,9 @@ def shape_of(output: Output, numbers: Numbers) -> list[int]:
 def viewed(region: Region, placed: Tensor, numbers: Numbers) -> Tensor | None:
     """A contiguous tensor of the output's shape, seen as (*batch, query, *value). None where no strides say that."""
     assert region.output is not None
-    flat: s.IntLike = 0
-    for entry, size in zip(region.output.index, placed.shape):
-        flat = s.add(s.mul(flat, size), entry)
+    flat = _flat(region.output.index, [Const(size) for size in placed.shape])
     known: dict[Expr, Expr] = {sym: Const(n) for sym, n in numbers.items()}
-    rest = to_poly(s.substitute(s.expr(flat), known))
+    rest = to_poly(s.substitute(flat, known))
     strides = []
     for axis in axes_of(region):
         slope, rest = isolate(rest, axis)

@@ -51,7 +51,7 @@ class Positions:
             at.lines((f"{self.flat} = {program}",) if self.batch else ())
             self.tiles = "1"
             self._batch = at.nested()
-            at.line(f"{variable} = tl.arange(0, {self._tile})")
+            at.line(f"{variable} = tl.arange(0, {self._tile}){self.cast}")
             return
         if isinstance(size, Const):
             tiles = str(-(-int(size.value) // lanes))

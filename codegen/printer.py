@@ -155,6 +155,11 @@ class Place:
         """`text` of a float, or of an integer or condition made one."""
         return self.text(expr, level, exact) if expr.is_float else f"tl.cast({self.text(expr)}, tl.float32)"
 
+    def named(self, expr: Expr, wish: str) -> str:
+        """A variable that holds `expr`, computed once."""
+        home = self._home(expr)
+        return home.known.get((expr, False)) or home._bind(expr, False, wish)
+
     def assign(self, name: str, expr: Expr) -> None:
         """Write `name = expr`."""
         shared = self.uses[expr] > 1

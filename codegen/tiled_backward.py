@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from refocus import grid as grids
+from refocus.codegen import placing
 from refocus.codegen.cotangents import Cotangents, cotangents
 from refocus.codegen.plan import Plan
 from refocus.codegen.tiled import Tiles, spread
@@ -40,8 +41,10 @@ def run_backward(
 ) -> list[Tensor]:
     """The gradient of each operand for which `needs` holds, in order, in the operand's shape and dtype.
 
-    `grad`: what flows back into the result `out`, (*batch, query, *value). `sums`: from `tiled.run_saving`.
+    `grad`: what flows back into the result `out`, both as the forward puts it. `sums`: from `tiled.run_saving`.
     """
+    numbers = dict(zip(region.syms, sizes, strict=True))
+    grad, out = (placing.taken(region, t, numbers) for t in (grad, out))
     return _Backward(region, plan, operands, sizes, needs).gradients(grad, out, sums)
 
 

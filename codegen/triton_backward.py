@@ -7,7 +7,7 @@ a key's gradient over the heads that share it, a slope's over the queries, what 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from refocus import grid as grids
-from refocus.codegen import cache, flash_backward, flash_diagonals, flash_pairs
+from refocus.codegen import cache, flash_backward, flash_diagonals, flash_pairs, placing
 from refocus.codegen.backward_fit import DIAGONALS, MIXED, Gradient, backward_plan, gradients, square, supports_backward
 from refocus.codegen.cotangents import cotangents
 from refocus.codegen.launch import INT32_MAX, Kernel, device_of, needs_wide, start
@@ -82,16 +82,19 @@ def run_backward(
 ) -> list[Tensor]:
     """The gradient of each operand for which `needs` holds, in order, in the operand's shape and dtype.
 
-    `grad`: what flows back into the result `out`, (*batch, query, *value). `sums`: from `triton_engine.run_saving`.
+    `grad`: what flows back into the result `out`, both as the forward puts it. `sums`: from `triton_engine.run_saving`.
     """
     names = [o.name for o, need in zip(region.operands, needs, strict=True) if need]
     wanted = frozenset(names)
     numbers = dict(zip(region.syms, sizes, strict=True))
     results = _Results(dict(zip((o.name for o in region.operands), operands, strict=True)))
-    whole = _Part(region, numbers, (grad.to(out.dtype).contiguous(), sums, _delta(grad, out, len(region.value))))
+    whole = _part(region, numbers, grad, out, sums)
     if sums.numel() and whole.length(region.key) and names:
         for task in tasks(region, wanted):
-            for part in _by_rows(whole) if task.loop == MIXED else (whole,):
+            parts: Iterable[_Part] = (whole,)
+            if task.loop == MIXED:
+                parts = _by_rows(whole if region.output is None else _by_query(region, numbers, grad, out, sums))
+            for part in parts:
                 # The same kernel of the same gradients, in terms of the part's axes.
                 same = task if part is whole else _like(task, tasks(part.region, wanted))
                 for gradient, value in zip(same.gradients, _sum(part, wanted, same, plan, operands)):
@@ -121,6 +124,20 @@ class _Part:
 
     def of(self, axes: Sequence[Axis]) -> list[int]:
         return [self.length(a) for a in axes]
+
+
+def _part(region: Region, numbers: Mapping[Sym, int], grad: Tensor, out: Tensor, sums: Tensor) -> _Part:
+    """All queries. What flows back and delta lie as the result does, row of values after row of values."""
+    lanes = [size_of(axis.size, numbers) for axis in region.value]
+    if region.output is not None:
+        grad, out = grad.reshape([-1, *lanes]), out.reshape([-1, *lanes])
+    return _Part(region, numbers, (grad.to(out.dtype).contiguous(), sums, _delta(grad, out, len(lanes))))
+
+
+def _by_query(region: Region, numbers: Mapping[Sym, int], grad: Tensor, out: Tensor, sums: Tensor) -> _Part:
+    """The same, with both in order of the queries, wherever the result lies."""
+    grad, out = (placing.taken(region, t, numbers) for t in (grad, out))
+    return _part(replace(region, output=None), numbers, grad, out, sums)
 
 
 def _by_rows(whole: _Part) -> Iterator[_Part]:

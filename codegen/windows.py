@@ -47,7 +47,7 @@ class _Windows(Forward):
         block.lines((f"{flat} = tl.full([], step, tl.int64)",) if positions.cast else ())
         places, number = block.nested(), block.nested()
         self._enter(block, shared)
-        if flat != "batch":
+        if flat != "batch" and (region.output is None or self.saving):
             number.line(f"batch = {self.root.text(self._batch())}")
         self._window(Place(self.scope, block, layout, (shared, self.columns), True, dots=self))
         self._finish(block.nested())

@@ -101,8 +101,9 @@ class Scope:
         depth: int = 0,
     ) -> None:
         self.axes, self.tensors, self.sizes = dict(axes), tensors, sizes
+        # The outermost scope has neither: one that held itself would keep its values until garbage is collected.
         self.parent: Scope | None = None
-        self.root = self
+        self.outermost: Scope | None = None
         self.changed: frozenset[Axis] = frozenset()
         self.memo: dict[tuple[Expr, int], Value] = {}
         wide = any(t.dtype == torch.float64 for t in tensors.values())
@@ -115,7 +116,7 @@ class Scope:
         scope = Scope.__new__(Scope)
         scope.__dict__.update(self.__dict__)
         scope.axes = {**self.axes, **axes}
-        scope.parent, scope.changed, scope.memo = self, frozenset(axes), {}
+        scope.parent, scope.outermost, scope.changed, scope.memo = self, self.outermost or self, frozenset(axes), {}
         return scope
 
     # ------------------------------------------------------------------------------------------------ results
@@ -195,10 +196,11 @@ class Scope:
         A bound axis takes a dimension left of all others, the same in every scope: so one side of a product is computed
         once for all tiles of the other. Only where the name is a free axis too does the body get a scope of its own.
         """
+        outermost = self.outermost or self
         for axis in over:
             if axis not in self.bound:
-                self.root.depth += 1
-                self.bound[axis] = (-self.root.depth, size_of(axis.size, self.sizes))
+                outermost.depth += 1
+                self.bound[axis] = (-outermost.depth, size_of(axis.size, self.sizes))
         lengths = dict(self.bound[axis] for axis in over)
         clash = {a: grids.grid(0, (Term(*self.bound[a], 1),)) for a in over if a in self.axes}
         return (self.child(clash) if clash else self), lengths

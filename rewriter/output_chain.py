@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from refocus import simplify as s
 from refocus.codegen import plan as plans
-from refocus.codegen.operator import PLACERS, parse_region
+from refocus.codegen.operator import parse_region, places
 from refocus.codegen.placing import axes_of
-from refocus.ir import Const, Expr, Output
+from refocus.ir import Const, Expr, Output, Region
 from refocus.lift import Index, arguments, is_tensor, op_name
 from refocus.lift_views import arguments_of, dimension, reindex
 from refocus.sizes import shape_of, size_expr
@@ -31,37 +31,48 @@ from refocus.sizes import shape_of, size_expr
 _Push = Callable[[fx.Node, Index], "Index | None"]
 
 
-def place_results(gm: fx.GraphModule) -> None:
-    """Let the attentions of a graph put their results where they are first computed with, where that saves a copy."""
+def place_results(gm: fx.GraphModule) -> dict[fx.Node, Region]:
+    """Let the attentions of a graph put their results where they are first computed with, where that saves a copy.
+    Returns the calls that others took the place of, with the regions of these."""
+    found: dict[fx.Node, Region | None] = {}
     for node in list(gm.graph.nodes) if _is_plain(gm.graph) else ():
         if node.target is torch.ops.refocus.attend.default:
-            _place(gm.graph, node, node)
+            found[node] = _place(gm.graph, node, node)
         elif node.target is torch.ops.refocus.attend_saving.default:
             results = [user for user in node.users if op_name(user) == "getitem"]
             if len(results) == 1 == len(node.users) and results[0].args[1] == 0:
-                _place(gm.graph, node, results[0])
+                found[node] = _place(gm.graph, node, results[0])
+    return {call: region for call, region in found.items() if region is not None}
 
 
-def _place(graph: fx.Graph, call: fx.Node, result: fx.Node) -> None:
+def is_call(node: fx.Node) -> bool:
+    """Whether an attention is computed here."""
+    return node.target in (torch.ops.refocus.attend.default, torch.ops.refocus.attend_saving.default)
+
+
+def _place(graph: fx.Graph, call: fx.Node, result: fx.Node) -> Region | None:
+    """Replace a call by one that puts its result in place; its region, None where it stays."""
     assert callable(call.target) and callable(result.target)
     operands, sizes, text, plan = arguments(call)
     region, syms = parse_region(text)
-    if plans.parse(plan).engine not in PLACERS or is_traceable_wrapper_subclass(result.meta["val"]):
-        return
-    start = axes_of(region)
-    found: tuple[fx.Node, Index] | None = None
+    if is_traceable_wrapper_subclass(result.meta["val"]):
+        return None
+    start, engine = axes_of(region), plans.parse(plan).engine
+    found: tuple[fx.Node, Region] | None = None
     for node, position in _chain(result, start):
         if node.meta["val"].is_contiguous():
-            # What was not moved is a view of the result, and so is what was moved and came back.
-            found = (node, position) if _address(node, position) != _address(result, start) else None
+            placed = replace(region, output=Output(shape_of(node), position))
+            if _address(node, position) == _address(result, start):
+                found = None  # what was not moved is a view of the result, and so is what was moved and came back
+            elif places(placed, engine):
+                found = node, placed
     if found is None:
-        return
-    target, position = found
+        return None
+    target, placed = found
     if result is not call and _is_written(target):
-        return  # the backward reads the result as it was; what the model writes into is a copy of it
-    placed = replace(region, output=Output(shape_of(target), position))
+        return None  # the backward reads the result as it was; what the model writes into is a copy of it
     if placed.syms != syms:
-        return
+        return None
     with graph.inserting_before(call):
         new = graph.call_function(call.target, (operands, sizes, repr(placed), plan))
         new.meta.update(call.meta)
@@ -71,6 +82,7 @@ def _place(graph: fx.Graph, call: fx.Node, result: fx.Node) -> None:
             new.meta.update(result.meta)
         new.meta["val"] = target.meta["val"]
     target.replace_all_uses_with(new)
+    return placed
 
 
 def _is_plain(graph: fx.Graph) -> bool:

@@ -14,8 +14,8 @@ Bodies of activation checkpoints are graphs of their own, and rewritten first (r
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,14 +32,15 @@ from refocus.codegen.plan import Chosen, Leave, Plan
 from refocus.codegen.readings import prefers_tokens
 from refocus.errors import RegionNotFused
 from refocus.facts import Facts, gather_facts, given_scores
+from refocus.ir import Region
 from refocus.linear_sites import describe_linear, plan_linear
 from refocus.options import Options
-from refocus.output_chain import place_results
+from refocus.output_chain import is_call, place_results
 from refocus.recognize import recognize
 from refocus.recognize_linear import recognize_linear
 from refocus.report import Report, joined
 from refocus.report import Site as Row
-from refocus.sites import describe_left, describe_site, location_of, numbers_of
+from refocus.sites import describe_left, describe_site, kernel_path, location_of, numbers_of
 from refocus.splice import IN_GRAPH, CannotSplice, Splicer
 from refocus.splice_linear import replace_linear
 from refocus.training import trained_operands, with_cancelled
@@ -89,6 +90,7 @@ def _rewrite_outer(gm: fx.GraphModule, options: Options, inputs: Sequence[Any]) 
     debug.dump("recognize", found)
     splicer = Splicer(traced, facts, _mode(traced))
     rows = []
+    calls: dict[str, _Calls] = {}
     for k, site in enumerate(found):
         name = f"attention{k}"
         if isinstance(site, Left):
@@ -96,21 +98,23 @@ def _rewrite_outer(gm: fx.GraphModule, options: Options, inputs: Sequence[Any]) 
         elif isinstance(site, LinearSite):
             rows.append(_replace_linear(name, site, splicer, facts, options))
         else:
-            rows.append(_replace(name, site, splicer, facts, options))
+            rows.append(_replace(name, site, splicer, facts, options, calls))
     fused = any(row.fused for row in rows)
     notes = [
         f"{location_of(node)}: a softmax over what came into its graph; attention is fused only where the product of "
         "queries and keys is in the same graph (a graph break stands between them, if they are not the model's input)"
         for node in given_scores(facts)
     ]
+    if fused:
+        traced.graph.eliminate_dead_code()
+        placed = place_results(traced)
+        rows = [replace(r, kernel_path=calls[r.name].kernel_path(placed)) if r.name in calls else r for r in rows]
     report = Report(tuple(rows), 1, time.perf_counter() - started, tuple(dict.fromkeys(notes)))
     debug.dump("report", report)
     if options.require:
         _require(report)
     if not fused:
         return Rewritten(gm, report)
-    traced.graph.eliminate_dead_code()
-    place_results(traced)
     traced.graph.eliminate_dead_code()
     traced.graph.lint()
     traced.recompile()
@@ -119,13 +123,30 @@ def _rewrite_outer(gm: fx.GraphModule, options: Options, inputs: Sequence[Any]) 
     return Rewritten(traced, report, tuple(assumed))
 
 
-def _replace(name: str, site: Site, splicer: Splicer, facts: Facts, options: Options) -> Row:
-    """Plan one site and splice it in; its row of the report."""
+@dataclass(frozen=True)
+class _Calls:
+    """The calls that stand for a site, and what the first of them was made of."""
+
+    nodes: tuple[fx.Node, ...]
+    region: Region
+    plan: Plan
+
+    def kernel_path(self, placed: Mapping[fx.Node, Region]) -> str | None:
+        """The generated file of the first call. `placed`: calls that others took the place of."""
+        region = next((placed[n] for n in self.nodes[:1] if n in placed), self.region)
+        return kernel_path(region, self.plan)
+
+
+def _replace(
+    name: str, site: Site, splicer: Splicer, facts: Facts, options: Options, calls: dict[str, _Calls]
+) -> Row:
+    """Plan one site and splice it in; its row of the report. Adds what stands for it to `calls`."""
     site, plans, reason = _plan(site, facts, options)
     trained = trained_operands(site, facts)
     if plans is not None:
         try:
-            splicer.replace(site, plans, any(trained))
+            nodes = splicer.replace(site, plans, any(trained))
+            calls[name] = _Calls(tuple(n for n in nodes if is_call(n)), site.parts[0].region, plans[0])
         except CannotSplice as problem:
             plans, reason = None, str(problem)
     return describe_site(name, site, plans, reason, facts.inferred)

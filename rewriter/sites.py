@@ -61,7 +61,8 @@ def numbers_of(site: Site) -> dict[Sym, int]:
 def describe_site(
     name: str, site: Site, plans: Sequence[Plan] | None, reason: str, inferred: Set[fx.Node] = frozenset()
 ) -> Row:
-    """A recognised site: `plans` is None where it was left as it is. `inferred`: constants taken for a closed form."""
+    """A recognised site: `plans` is None where it was left as it is. `inferred`: constants taken for a closed form.
+    Which kernel runs it is known when all attentions stand in the graph."""
     region = site.parts[0].region
     numbers = numbers_of(site)
     tiles = tiles_of(region, plans[0] if plans else None, numbers)
@@ -78,7 +79,6 @@ def describe_site(
         mask_source=source_of(site, inferred),
         tiles=tiles,
         engine=plans[0].engine if plans else "",
-        kernel_path=kernel_path(region, plans[0]) if plans else None,
         before=before,
         after=after if plans else None,
     )

@@ -48,9 +48,9 @@ class Splicer:
     _constants: dict[fx.Node, str | None] = field(default_factory=dict)
     _replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
-    def replace(self, site: Site, plans: Sequence[Plan], trained: bool = False) -> None:
-        """Put the fused form of `site` in place of its root; with `trained`, one that has a gradient. Raises
-        CannotSplice before anything is changed."""
+    def replace(self, site: Site, plans: Sequence[Plan], trained: bool = False) -> list[fx.Node]:
+        """Put the fused form of `site` in place of its root; with `trained`, one that has a gradient. Returns what
+        stands there now. Raises CannotSplice before anything is changed."""
         inputs = list(dict.fromkeys(n for p in site.parts for b in p.bindings for n in sources(b, self.facts)))
         inputs += [n for n in loads_of(site.epilogue, self.facts) if n not in inputs]
         syms = _syms_of(site)
@@ -59,7 +59,7 @@ class Splicer:
         key = (_body_key(site, plans, inputs), trained)
         function = _function(site, plans, inputs, syms, trained)
         body = self.traced(key, function, values, [n.meta["val"] for n in sym_nodes])
-        self.inline(body, [*(self._kept(n, site.root) for n in inputs), *sym_nodes], [site.root])
+        return self.inline(body, [*(self._kept(n, site.root) for n in inputs), *sym_nodes], [site.root])
 
     def traced(
         self, key: Any, function: Callable[[list[Tensor], list[int]], Any], values: list[Tensor], sizes: list[Any]
@@ -121,8 +121,9 @@ class Splicer:
                         return new
         raise CannotSplice(f"the size {sym.name} is not at hand in the graph")
 
-    def inline(self, body: fx.GraphModule, inputs: list[fx.Node], roots: Sequence[fx.Node]) -> None:
-        """Put a body where the first of `roots` stands; its results replace them, in order."""
+    def inline(self, body: fx.GraphModule, inputs: list[fx.Node], roots: Sequence[fx.Node]) -> list[fx.Node]:
+        """Put a body where the first of `roots` stands; its results replace them, in order. Returns the body's nodes
+        there."""
         root = roots[0]
         graph = self.gm.graph
         inputs = [self._replaced.get(n, n) for n in inputs]  # of a site before this one, the result that is fused
@@ -148,6 +149,7 @@ class Splicer:
             result.meta["val"] = result.meta.get("val", old.meta["val"])
             old.replace_all_uses_with(result)
             self._replaced[old] = result
+        return [n for n in map(env.get, body.graph.nodes) if isinstance(n, fx.Node) and n not in inputs]
 
     def _attribute(self, body: fx.GraphModule, target: str) -> str:
         value: Any = body

@@ -51,10 +51,11 @@ class TileGrid:
     """The grid of tiles of one tiling.
 
     Its batch axes name the leading dimensions of every end. The last tile of a row may be short: positions past the end
-    of an axis are not part of any tile.
+    of an axis are not part of any tile. `_known`: what another grid found, which holds here too.
     """
 
     tiling: Tiling
+    _known: Mapping[Expr, Interval] = field(default_factory=dict)
     _memo: dict[Expr, Interval] = field(default_factory=dict)
     _scopes: dict[tuple[Axis, ...], Scope] = field(default_factory=dict)
 
@@ -71,6 +72,11 @@ class TileGrid:
     def shape(self) -> tuple[int, ...]:
         return (*(self.size(b.size) for b in self.batch), self.q_tiles, self.k_tiles)
 
+    def of_rows(self, tiling: Tiling) -> TileGrid:
+        """The grid of other queries over the same keys, with what was found here of these alone."""
+        known = {e: found for e, found in self._memo.items() if not self.sides(e) & QUERY}
+        return TileGrid(tiling, known if tiling.batch == self.batch else {})
+
     def states(self, mask: Expr) -> Tensor:
         """int8 [*batch, query tiles, key tiles]: 0 no pair is allowed, 1 perhaps some, 2 all are."""
         found = self.interval(mask)
@@ -85,7 +91,7 @@ class TileGrid:
     def interval(self, expr: Expr) -> Interval:
         found = self._memo.get(expr)
         if found is None:
-            found = self._memo[expr] = self._interval(expr)
+            found = self._memo[expr] = self._known.get(expr) or self._interval(expr)
         return found
 
     def _interval(self, expr: Expr) -> Interval:
@@ -439,7 +445,7 @@ def _reduce_tiles(tensor: Tensor, reads: Mapping[int, _Reads]) -> tuple[Tensor, 
     truth = tensor.dtype == torch.bool
     # Measured on a 4096 x 4096 bool mask, one core: amin or amax of bytes along the outer dimension takes 1 ms, along
     # the inner one 8 ms, any() 10 ms. aminmax() starts threads even for tiny tensors.
-    lo = hi = tensor.to(torch.uint8) if truth else tensor
+    lo = hi = tensor.view(torch.uint8) if truth else tensor
     for dim in sorted(reads, key=lambda d: (reads[d].rows is not None, d)):  # runs first: less is left to gather
         lo, hi = _reduce_dim(lo, dim, reads[dim], torch.amin), _reduce_dim(hi, dim, reads[dim], torch.amax)
     return (lo.bool(), hi.bool()) if truth else (lo, hi)

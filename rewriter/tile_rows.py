@@ -20,7 +20,7 @@ from refocus.evaluate import size_of
 from refocus.ir import Axis, Const, Expr
 from refocus.refine import refine
 from refocus.simplify import add, substitute
-from refocus.tile_grid import is_exact, tile_states
+from refocus.tile_grid import TileGrid, is_exact, tile_states
 from refocus.tiling import Tiling
 
 # Tiles at once: interval arithmetic keeps some ten numbers of eight bytes for each.
@@ -49,12 +49,15 @@ def tile_rows(mask: Expr, tiling: Tiling, at_once: int = _AT_ONCE, budget: int =
         yield 0, refine(state, mask, tiling, budget) if budget else state
         return
     share = budget // -(-rows // count)
+    grid: TileGrid | None = None
     for first in range(0, rows, count):
         start = first * block
         part = Axis(query.name, Const(min(count * block, tiling.queries - start)))
         here, some = substitute(mask, {query: add(part, start)}), replace(tiling, query=part)
         # What the range decides may take batch axes out of the mask; the shape stays.
-        state = tile_states(here, some)
+        seen = some.seen_by(here)
+        grid = TileGrid(seen) if grid is None else grid.of_rows(seen)
+        state = grid.states(here)
         shape = [size if b in here.axes else 1 for b, size in zip(tiling.batch, full)]
         state = state.reshape(*shape, *state.shape[-2:]).expand(*full, *state.shape[-2:])
         yield first, refine(state, here, some, share) if share else state

@@ -27,6 +27,7 @@ from tests import region_cases as cases
 from tests import schedule_cases
 from tests.backward_cases import BACKWARD
 from tests.linear_cases import recorded, tensors
+from tests.placed_cases import merged, rolled, windows_reversed
 from tests.region_cases import Case
 from tests.test_gradients import wanted_of
 
@@ -120,6 +121,36 @@ def windows() -> Iterator[Compiled]:
                 yield Compiled(case, kernel, target, plain="float32" in name and target != "gfx942")
 
 
+def placed() -> Iterator[Compiled]:
+    """Those that put their result where the model wants it, forward and backward."""
+    half: dict[str, Any] = {"dtype": HALF, "n": 1024}
+
+    def put(case: Case, where: Callable[[Region], Region]) -> Case:
+        return where(case[0]), case[1], case[2]
+
+    yield from _of({
+        "merged 64": (put(cases.causal(**half, d=64), merged), ALL),
+        "merged 128": (put(cases.causal(**half, d=128), merged), NVIDIA),
+        "rolled 64": (put(cases.causal(**half, d=64), rolled), NVIDIA),
+        "rolled 128": (put(cases.causal(**half, d=128), rolled), NVIDIA),
+        "merged symbolic 64": (put(cases.symbolic(**half, d=64), merged), NVIDIA),
+        "rolled fills 64": (put(cases.empty_added(**half, d=64), rolled), NVIDIA),
+        "rolled bias 64": (put(cases.additive_bias(**half, d=64), rolled), NVIDIA),
+        "rolled documents 64": (put(cases.documents(**half, d=64), rolled), NVIDIA),
+        "float32 rolled 64": (put(cases.causal(SINGLE, n=1024, d=64), rolled), ("sm_80",)),
+    }, training)  # fmt: skip
+    for name, (region, targets) in schedule_cases.windows().items():
+        side = {16: 4, 49: 7, 64: 8}[region.query.size.value]  # type: ignore[attr-defined]
+        whole = windows_reversed(region, 8, side, side // 2)
+        for saving in (False, True):
+            kernel = triton_engine.emit(whole, windows_plan(whole), saving=saving)
+            case = f"windows {name}, saving" if saving else f"windows {name}"
+            yield from (Compiled(case, kernel, t, "float32" in name) for t in targets if t in NVIDIA)
+    region, _ = schedule_cases.few_queries()["8 queries"]
+    kernel = decode_call.emit(merged(region), decode_plan(region))[1]
+    yield from (Compiled("decode 8 queries", kernel, target, True) for target in NVIDIA)
+
+
 def _more(name: str, d: int) -> Case:
     make: Callable[..., Case] = BACKWARD[name]
     return make(HALF, n=1024, d=d)
@@ -178,6 +209,7 @@ GROUPS: dict[str, Callable[[], Iterator[Compiled]]] = {
     "backward": backward,
     "decode": decode,
     "windows": windows,
+    "placed": placed,
     "linear 64": partial(linear, 64, HALF, targets=ALL),
     "linear 128": partial(linear, 128, HALF),
     "linear float32 64": partial(linear, 64, SINGLE),

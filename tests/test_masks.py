@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from benchmarks.measure import peak_memory
 from refocus import simplify as s
-from refocus.evaluate import arange_env, evaluate, size_of
+from refocus.evaluate import Scope, arange_env, evaluate, size_of
 from refocus.ir import BOOL, FALSE, INT, TRUE, Axis, Const, Expr, Load, Sym
 from refocus.masks import (
     EMPTY,
@@ -407,6 +410,44 @@ def test_one_linear_form_leaves_no_tile_open() -> None:
     assert not leaves_open(s.le(space.j, 7), space.i, space.j)
     for other in (s.le(space.j, 30), s.le(s.add(space.i, space.j), 20), s.eq(s.mod(s.sub(space.i, space.j), 3), 0)):
         assert leaves_open(s.and_(causal, other), space.i, space.j)
+
+
+@pytest.mark.parametrize("name", ["neighbours", "windows by head", "chosen blocks"])
+def test_tiles_are_counted_in_less_memory_than_a_map_or_what_it_reads(name: str) -> None:
+    n, side = 1 << 17, 1 << 8
+    h, i, j = Axis("h", Const(8)), Axis("i", Const(n)), Axis("j", Const(n))
+    tensors: dict[str, Tensor] = {}
+    if name == "neighbours":
+        apart = [s.sub(at(i, side), at(j, side)) for at in (s.floordiv, s.mod)]
+        mask = s.and_(*(s.le(s.call("abs", x, dtype=INT), 3) for x in apart))
+    elif name == "windows by head":
+        mask = s.and_(s.le(j, i), s.lt(s.sub(i, j), s.mul(128, s.add(h, 1))))
+    else:
+        tensors["kept"] = torch.rand(8, n >> 5, n >> 5, generator=torch.Generator().manual_seed(0)) < 0.1  # 128 MiB
+        mask = Load("kept", (h, s.floordiv(i, 32), s.floordiv(j, 32)), BOOL)
+    tiling = Tiling((h,), i, j, 128, 128, tensors, {})
+    rows = tile_rows(mask, tiling, at_once=1 << 15)
+    next(rows)
+    gc.disable()  # nothing must wait for it
+    try:
+        peak = peak_memory(lambda: list(zip(range(30), rows)), device=torch.device("cpu"))
+    finally:
+        gc.enable()
+    assert peak is None or peak < 24 << 20
+
+
+def test_a_scope_is_gone_when_nobody_has_it() -> None:
+    i = Axis("i", Const(8))
+    gc.disable()
+    try:
+        outer = Scope({i: torch.arange(8)}, {}, {})
+        inner = outer.child({i: torch.arange(4)})
+        assert [len(x.tensor(s.add(s.floordiv(i, 2), 1))) for x in (outer, inner)] == [8, 4]
+        left = [weakref.ref(x) for x in (outer, inner)]
+        del outer, inner
+        assert [x() for x in left] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_million_tokens_in_little_memory() -> None:

@@ -250,6 +250,8 @@ def test_wide_addresses() -> None:
     assert "tl.program_id(0).to(tl.int64)" in source
     # The program, two widths, and the keys of two loops.
     assert source.count(".to(tl.int64)") == 5
+    # The only tile of queries has positions whose strides may be as wide.
+    assert "i = tl.arange(0, BLOCK_Q).to(tl.int64)" in text(cases.gqa(n=16), wide=True)
 
 
 def test_names_of_strangers_do_not_reach_the_source() -> None:
