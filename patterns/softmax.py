@@ -19,7 +19,7 @@ from refocus.ir import TRUE, Axis, Call, Const, Dot, Expr, Load, Reduce, rewrite
 from refocus.patterns.declined import Declined
 from refocus.patterns.fills import KEPT, UNCLEAR, of_shift, same_sum
 from refocus.patterns.guards import sum_under_guard, unguarded
-from refocus.steps import cases, from_cases, line
+from refocus.steps import branches, cases, from_cases, line
 
 
 @dataclass(frozen=True)
@@ -256,9 +256,10 @@ def _match_at(
     if Counter(main.factors) - factors or not set(main.conditions) <= set(top.conditions):
         return None
     conditions = [c for c in dict.fromkeys(top.conditions) if c not in main.conditions]  # those of the gate
-    if any(key in f.axes for f in main.factors):
-        return None  # exp(x) * w / sum exp(x) * w with a general w
-    logits = summed(mine, dtype)
+    weighted = [f for f in main.factors if key in f.axes]
+    if not all(_is_number(f) for f in weighted):
+        return None  # exp(x) * w / sum exp(x) * w with a w that may be negative
+    logits = summed([*mine, *((1, s.call("log", f, dtype=dtype)) for f in weighted)], dtype)
     if main.conditions:
         logits = s.where(s.and_(*main.conditions), logits, Const(-math.inf, dtype))
     gate: Expr = Const(1.0, "float32")
@@ -287,6 +288,13 @@ def _match_at(
     selected = s.and_(*top.selected)
     fills = UNCLEAR if top.logged else of_shift(my_rows, summed(mine, dtype), key)
     return Softmax(logits, tuple(found), gate, top.cleaned, selected, fills)
+
+
+def _is_number(weight: Expr) -> bool:
+    """Whether a weight is one of a few numbers, none of them negative: exp(x) * w is exp(x + log w)."""
+    if isinstance(weight, Call) and weight.op == "where":
+        return all(map(_is_number, weight.args[1:]))
+    return isinstance(weight, Const) and weight.value >= 0
 
 
 Signed = tuple[int, Expr]
@@ -381,6 +389,8 @@ def factored(e: Expr) -> Factored:
                     out = factored(kept)
                     selects = Factored([], [], [], [condition], selected=(condition,) if out.divisors else ())
                     return selects.times(out)
+            if holds_scores(a) and holds_scores(b):
+                return _of_both(cond, factored(a), factored(b), e)
         if e.op == "add" and all((isinstance(a, Const) and a.value == 0) or a is e.args[0] for a in e.args):
             return factored(e.args[0])
     return Factored([], [e], [], [])
@@ -390,6 +400,22 @@ def _inverse(divisor: Expr) -> Factored:
     """1 / divisor. What is zero where a condition fails is not taken apart: its inverse is infinite there."""
     parts = factored(divisor)
     return Factored([], [], [divisor], []) if parts.conditions else parts.invert()
+
+
+def _of_both(condition: Expr, a: Factored, b: Factored, whole: Expr) -> Factored:
+    """What both sides of a choice are products with: p[j] * 2 where j == 0, else p[j], is p[j] * (2 where j == 0)."""
+    alike = (a.conditions, a.selected, a.logged) == (b.conditions, b.selected, b.logged)
+    if a.cleaned or b.cleaned or not alike or Counter(a.exponents) != Counter(b.exponents):
+        return Factored([], [whole], [], [])
+    factors, divisors = (Counter(x) & Counter(y) for x, y in ((a.factors, b.factors), (a.divisors, b.divisors)))
+    rest: list[Expr] = []
+    for x in (a, b):
+        above, below = Counter(x.factors) - factors, Counter(x.divisors) - divisors
+        rest.append(_multiplied(Factored([], [*above.elements()], [*below.elements()], []), whole.dtype))
+    if any(holds_scores(r) for r in rest):
+        return Factored([], [whole], [], [])
+    common = replace(a, factors=[*factors.elements()], divisors=[*divisors.elements()])
+    return common.times(Factored([], [s.where(condition, *rest)], [], []))
 
 
 def _but_for_nan(e: Call) -> Expr | None:
@@ -434,6 +460,28 @@ def separate_mask(logits: Expr, scale: float = 1.0) -> tuple[Expr, Expr]:
     return score, mask
 
 
+def _as_choice(e: Expr) -> Expr | None:
+    """What is computed with numbers from a product of two masks, as a choice by the one that is a condition:
+
+    (1.0 - where(p, 1.0, 0.0) * t[j]) * -1e9     ->  where(p, (1.0 - t[j]) * -1e9, -1e9)
+    """
+    if not (isinstance(e, Call) and e.is_float and e.op in ("add", "sub", "mul", "div", "neg")):
+        return None
+    rest = [k for k, a in enumerate(e.args) if not isinstance(a, Const)]
+    if len(rest) == 1 and not isinstance(e.args[rest[0]], Load | Dot):
+        inner = e.args[rest[0]]
+        below = inner if isinstance(inner, Call) and inner.op == "where" else _as_choice(inner)
+        if not (isinstance(below, Call) and below.op == "where"):
+            return None
+        ends = [
+            s.call(e.op, *(x if k == rest[0] else a for k, a in enumerate(e.args)), dtype=e.dtype)
+            for x in below.args[1:]
+        ]
+        return s.where(below.args[0], *ends)
+    told = branches(e) if e.op == "mul" and not holds_scores(e) else None
+    return None if told is None else s.where(*told)
+
+
 def _separate(logits: Expr, scale: float) -> tuple[Expr, Expr]:
     if not (isinstance(logits, Call) and logits.is_float):
         return logits, TRUE
@@ -448,6 +496,10 @@ def _separate(logits: Expr, scale: float) -> tuple[Expr, Expr]:
     if steep is not None:  # what it adds where it keeps a key stays
         low = steep.below(MASK_FILL / scale)
         return logits, TRUE if low is None else s.not_(low)
+    chosen = _as_choice(logits)
+    # What is as low as a fill, and no mask, would take part in a row that is left with nothing else.
+    if chosen is not None and all(isinstance(x, Const) or _separate(x, scale)[1] != TRUE for x in chosen.children[1:]):
+        return _separate(chosen, scale)
     if logits.op == "where":
         for cond, kept, fill in ((args[0], args[1], args[2]), (s.not_(args[0]), args[2], args[1])):
             if isinstance(fill, Const) and fill.value * scale <= MASK_FILL:

@@ -25,6 +25,19 @@ def interior_of(candidate: Candidate, facts: Facts, visited: set[fx.Node]) -> se
     return {n for n in forward if is_tensor(n) or op_name(n) in (*SPLITS, "unbind", "max")}
 
 
+def reads_shape(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a reader has no use for a node's values: it asks for a size, or fills all that it is given."""
+    if op_name(user) in _OF_SHAPE:
+        return node not in user.args[1:]
+    moves = op_name(user) in ("select", "slice", "narrow", "unsqueeze", "squeeze")
+    return moves and bool(user.users) and all(reads_shape(reader, user) for reader in user.users)
+
+
+_OF_SHAPE = frozenset(
+    ("sym_size", "sym_numel", "sym_stride", "fill", "zeros_like", "ones_like", "full_like", "empty_like")
+)
+
+
 def is_returned(node: fx.Node) -> bool:
     """Whether what reads a value moves it, and hands it to whoever runs the graph: a graph break is enough."""
     seen, stack = {node}, [node]

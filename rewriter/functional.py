@@ -264,8 +264,8 @@ def _rank(node: Any) -> int:
 
 def _written_part(target: fx.Node, write: fx.Node, order: dict[fx.Node, int]) -> _Written | None:
     """How to put a write through a view back; None where that is not possible, or not worth it: what is made of
-    products is no mask, and copying it costs more than it tells; but for what is put together part by part in memory
-    that was made for it."""
+    products is no mask, and copying it costs more than it tells; but for scores and weights, and for what is put
+    together part by part in memory that was made for it."""
     chain: list[fx.Node] = []
     base = target
     while base.op == "call_function" and _aliases(base):
@@ -277,7 +277,9 @@ def _written_part(target: fx.Node, write: fx.Node, order: dict[fx.Node, int]) ->
     if base.op != "call_function" or not chain:
         return None
     made_for_it = _name(_first_of(base)) in _CREATIONS
-    if _takes_many_strokes(base) or (not made_for_it and _made_of_products((base, *write.all_input_nodes))):
+    if _takes_many_strokes(base):
+        return None
+    if not made_for_it and _made_of_products((base, *write.all_input_nodes)) and not _meets_softmax(base):
         return None
     views: list[fx.Node] = []
     stack = [base]
@@ -340,6 +342,24 @@ def _made_of_products(nodes: Iterable[fx.Node]) -> bool:
     return False
 
 
+def _meets_softmax(base: fx.Node) -> bool:
+    """Whether a value is one of scores, that a softmax is taken of, or of weights, that come out of one."""
+    if _name(base) in _SOFTMAX:
+        return True
+    for towards in (lambda n: n.users, lambda n: n.all_input_nodes):
+        seen, stack = {base}, [base]
+        while stack:
+            for node in towards(stack.pop()):
+                if node.op != "call_function" or node in seen or _name(node) in _PRODUCTS - _SOFTMAX:
+                    continue
+                if _name(node) in _SOFTMAX:
+                    return True
+                seen.add(node)
+                stack.append(node)
+    return False
+
+
+_SOFTMAX = frozenset(("softmax", "_softmax"))
 _PRODUCTS = frozenset(
     ("matmul", "mm", "bmm", "addmm", "baddbmm", "linear", "einsum", "convolution", "conv1d", "conv2d", "conv3d",
      "scaled_dot_product_attention", "embedding", "layer_norm", "native_layer_norm", "rms_norm", "softmax", "_softmax")

@@ -72,6 +72,17 @@ def is_mixed_radix(value: Expr) -> bool:
     return all(stride == Const(1) or stride in sizes for stride in strides) and len(set(strides)) == len(strides)
 
 
+@dataclass(frozen=True)
+class Standing:
+    """Along dimension `dim` of tensors of this shape, `seen` is `place`: what x[.., 0] = x[.., 0] * 2 puts at
+    position j is only asked for where j == 0, and what it reads at 0 stands at j."""
+
+    shape: Index
+    dim: int
+    seen: Expr
+    place: Expr
+
+
 class Known(Protocol):
     """What the lift asks about a graph (`refocus.facts.Facts`)."""
 
@@ -95,7 +106,8 @@ class Lifter:
     through, `blame` is the first operation that stopped a value which may hold scores. With `far`, what an operation
     has copied or repeated (a roll, a gather, overlapping windows) is read where it was before; and while `joining`
     parts of one tensor, so are its parts. `expands`: contractions
-    are written out as sums, running sums too, and what is made of literals is followed like anything else.
+    are written out as sums, running sums too, and what is made of literals is followed like anything else. `standing`:
+    positions that are known, of a part of a tensor that is being written.
     """
 
     known: Known
@@ -109,7 +121,8 @@ class Lifter:
     budget: int = 20_000
     expands: bool = False
     unpads: bool = False
-    _memo: dict[tuple[fx.Node, Index, bool], Expr] = field(default_factory=dict)
+    standing: tuple[Standing, ...] = ()
+    _memo: dict[Any, Expr] = field(default_factory=dict)
 
     # ------------------------------------------------------------------------------------------------ the entry
 
@@ -117,7 +130,7 @@ class Lifter:
         """The value of a tensor node at a position (one integer expression for each dimension)."""
         index = tuple(index)
         shared = node in self.known.pure and not self.expands
-        key: Any = (node, index) if shared else (node, index, self.joining)
+        key: Any = (node, index) if shared else (node, index, self.joining, self.standing)
         memo: dict[Any, Expr] = (
             self.known.lifted if shared else self._memo
         )  # what is made of integers reads the same at every site
@@ -237,8 +250,8 @@ class Lifter:
                 return self.leaf(node, index) if here < there else below
             smaller = (_numel(source), source.meta["val"].dim()) < (_numel(node), node.meta["val"].dim())
             return below if smaller else self.leaf(node, index)
-        if holds_scores(below) or node in self.known.pure or isinstance(below, Const):
-            return below
+        if holds_scores(below) or node in self.known.pure or not any(x.is_float for x in _loads(below)):
+            return below  # scores; or what integers and booleans tell: numbers, a mask in floats
         if self.far and isinstance(below, Call) and below.op == "where" and len(below.loads) == 1:
             # Windows with zeros past the border are many times their source; a padded tensor is not.
             if self.unpads or _numel(node) >= 2 * _numel(self.known.nodes[below.loads[0].tensor]):

@@ -15,7 +15,7 @@ from torch import fx
 
 from refocus import simplify as s
 from refocus.ir import BOOL, Const, Expr, Load
-from refocus.lift import Handler, Index, Lifter, arguments, dtype_of, kind_of, op_name
+from refocus.lift import Handler, Index, Lifter, Standing, arguments, dtype_of, kind_of, op_name
 from refocus.lift_views import PARTS, arguments_of, dimension, start_of
 from refocus.simplify import Knowledge
 from refocus.sizes import shape_of, size_expr
@@ -183,11 +183,12 @@ def _block_diag(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
 
 @dataclass(frozen=True)
 class _Stroke:
-    """One write to a part of a tensor: `new` at `at` where `inside`."""
+    """One write to a part of a tensor: `new` at `at` where `inside`, where some positions of the tensor are known."""
 
     inside: Expr
     new: fx.Node
     at: Index
+    known: tuple[Standing, ...]
 
 
 def _stroke(lift: Lifter, node: fx.Node, index: Index) -> _Stroke:
@@ -200,7 +201,8 @@ def _stroke(lift: Lifter, node: fx.Node, index: Index) -> _Stroke:
     size = shape_of(source)[dim]
     at: Index
     if op_name(node) == "select_scatter":
-        inside = s.eq(index[dim], start_of(start, size))
+        seen = start_of(start, size)
+        inside = s.eq(index[dim], seen)
         at = index[:dim] + index[dim + 1 :]
     else:
         first, by = s.minimum(start_of(start, size), size), size_expr(step)
@@ -209,12 +211,14 @@ def _stroke(lift: Lifter, node: fx.Node, index: Index) -> _Stroke:
         inside = s.and_(s.ge(ahead, 0), s.lt(index[dim], last), s.eq(s.mod(ahead, by), 0))
         position = clamped(s.under(s.floordiv(ahead, by), s.assume(inside)), shape_of(new)[dim])
         at = (*index[:dim], position, *index[dim + 1 :])
+        seen = s.add(first, s.mul(position, by))
+    known = (Standing(shape_of(source), dim, seen, index[dim]),)
     if op_name(new) in ("slice_scatter", "select_scatter"):
         viewed = arguments(new)[0]
         if op_name(viewed) in ("slice", "select") and arguments(viewed)[0] is source:
             inner = _stroke(lift, new, at)
-            return _Stroke(s.and_(inside, inner.inside), inner.new, inner.at)
-    return _Stroke(inside, new, at)
+            return _Stroke(s.and_(inside, inner.inside), inner.new, inner.at, (*known, *inner.known))
+    return _Stroke(inside, new, at, known)
 
 
 def _scatter(lift: Lifter, node: fx.Node, index: Index) -> Expr:
@@ -225,8 +229,19 @@ def _scatter(lift: Lifter, node: fx.Node, index: Index) -> Expr:
         return lift.at(arguments(node)[0], index)
     source = arguments(node)[0]
     with _joining(lift, [stroke.new, source]):
-        value = _guarded(lift, stroke.new, stroke.at, s.assume(stroke.inside))
+        with _standing(lift, stroke.known):
+            value = _guarded(lift, stroke.new, stroke.at, s.assume(stroke.inside))
         return _joined(lift, stroke.inside, value, lift.at(source, index))
+
+
+@contextmanager
+def _standing(lift: Lifter, known: tuple[Standing, ...]) -> Iterator[None]:
+    before = lift.standing
+    lift.standing = (*before, *known)
+    try:
+        yield
+    finally:
+        lift.standing = before
 
 
 def _copied(lift: Lifter, node: fx.Node, index: Index) -> Expr:

@@ -10,6 +10,7 @@ log-sum-exps (a sample counts for more than one key) is added to that part's sco
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -210,14 +211,52 @@ def _shifts(a: _Part, b: _Part) -> tuple[Expr | None, Expr | None] | None:
 
 
 def _log_odds(share: Expr) -> list[tuple[int, Expr]] | None:
-    """x of sigmoid(x), or of 1 - sigmoid(-x), as signed terms."""
-    if isinstance(share, Call) and share.op == "sigmoid":
+    """a - b, as signed terms, of a share exp(a) / (exp(a) + exp(b)) however it is spelled, or of one minus such."""
+    if not isinstance(share, Call):
+        return None
+    if share.op == "sigmoid":
         return additive(share.args[0], 1)
-    if isinstance(share, Call) and share.op == "sub" and isinstance(share.args[0], Const) and share.args[0].value == 1:
-        inner = share.args[1]
-        if isinstance(inner, Call) and inner.op == "sigmoid":
-            return additive(inner.args[0], -1)
+    if share.op == "sub" and _is_one(share.args[0]):
+        rest = _log_odds(share.args[1])
+        return None if rest is None else [(-way, term) for way, term in rest]
+    if share.op == "exp":  # exp(a - logaddexp(a, b))
+        terms = additive(share.args[0], 1)
+        joint = [t for way, t in terms if way < 0 and isinstance(t, Call) and t.op == "logaddexp"]
+        for mine in joint[0].args if len(joint) == 1 else ():
+            if Counter([*additive(mine, 1), (-1, joint[0])]) == Counter(terms):
+                return _difference(mine, joint[0].args)
+        return None
+    if share.op == "reciprocal":
+        return _over_sum(Const(0.0, share.dtype), share.args[0])
+    if share.op == "div":
+        above = share.args[0]
+        if isinstance(above, Call) and above.op == "exp":
+            return _over_sum(above.args[0], share.args[1])
+        return _over_sum(Const(0.0, share.dtype), share.args[1]) if _is_one(above) else None
     return None
+
+
+def _over_sum(exponent: Expr, total: Expr) -> list[tuple[int, Expr]] | None:
+    """a - b of exp(a) / (exp(a) + exp(b)), where 1 is exp(0)."""
+    if not (isinstance(total, Call) and total.op == "add" and len(total.args) == 2):
+        return None
+    exponents: list[Expr] = []
+    for part in total.args:
+        if isinstance(part, Call) and part.op == "exp":
+            exponents.append(part.args[0])
+        elif _is_one(part):
+            exponents.append(Const(0.0, total.dtype))
+    return _difference(exponent, tuple(exponents)) if len(exponents) == 2 and exponent in exponents else None
+
+
+def _difference(mine: Expr, both: tuple[Expr, ...]) -> list[tuple[int, Expr]]:
+    other = both[1] if both[0] == mine else both[0]
+    terms = [*additive(mine, 1), *additive(other, -1)]
+    return [t for t in terms if not (isinstance(t[1], Const) and t[1].value == 0)]
+
+
+def _is_one(value: Expr) -> bool:
+    return isinstance(value, Const) and value.value == 1
 
 
 def _is_lse(term: Expr, part: _Part) -> bool:

@@ -150,10 +150,33 @@ def _axis_names(batch: list[Axis], query: Axis, key: Axis, value: list[Axis], ex
     for e in exprs:
         for node in e.walk():
             if isinstance(node, Dot):
-                seen.update(dict.fromkeys(node.over))
+                seen.update(dict.fromkeys(summed_first(node).over))
     for k, axis in enumerate(seen):
         names[axis] = Axis("d" if k == 0 else f"d{k}", axis.size)
     return names
+
+
+def summed_first(dot: Dot) -> Dot:
+    """A product of three matrices as one of two: what only one side has is summed there, outside of the region.
+
+    sum_(c,d) x[i,c] * w[c,d] * x[j,d]  ->  sum_d (sum_c x[i,c] * w[c,d]) * x[j,d]
+    """
+    of_query = tuple(a for a in dot.over if a in dot.query.axes and a not in dot.key.axes)
+    of_key = tuple(a for a in dot.over if a in dot.key.axes and a not in dot.query.axes)
+    over = tuple(a for a in dot.over if a not in (*of_query, *of_key))
+    if not over or any(a.size == Const(1) for a in (*of_query, *of_key)):
+        return dot
+    return Dot(over, _summed(dot.query, of_query), _summed(dot.key, of_key), dot.dtype)
+
+
+def _summed(value: Expr, axes: tuple[Axis, ...]) -> Expr:
+    if not axes:
+        return value
+    if isinstance(value, Call) and value.op == "mul" and len(value.args) == 2:
+        return Dot(axes, *value.args, value.dtype)
+    for axis in reversed(axes):
+        value = Reduce("sum", axis, value, value.dtype)
+    return value
 
 
 def in_pieces(value: Expr) -> bool:
@@ -183,6 +206,7 @@ class _Operands:
             if isinstance(node, Axis):
                 return self.names.get(node, node)
             if isinstance(node, Dot):
+                node = summed_first(node)
                 over = tuple(self.names[a] for a in node.over)
                 # A product of a column and a row sums over one element, which a view may have dropped from both.
                 dropped = tuple(a for a in node.over if a not in node.query.axes | node.key.axes)

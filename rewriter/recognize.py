@@ -20,7 +20,7 @@ from torch import fx
 from refocus import simplify as s
 from refocus.attention import Left, Part, Readings, Site, closed_under_sharing
 from refocus.bands import Reading, Tensors, to_tokens
-from refocus.closure import check_no_writes, interior_of, is_returned
+from refocus.closure import check_no_writes, interior_of, is_returned, reads_shape
 from refocus.facts import Candidate, Facts, candidates, contraction_operands, taint_of
 from refocus.gathers import distinct, gathered
 from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Reduce
@@ -386,7 +386,7 @@ def _close(
     shared: list[tuple[fx.Node, fx.Node]] = []
     for node in sorted(interior, key=facts.order.__getitem__):
         for user in node.users:
-            if user in interior or user is root or op_name(user) in ("sym_size", "sym_numel", "sym_stride"):
+            if user in interior or user is root or reads_shape(user, node):
                 continue
             if not facts.order[node] >= facts.order[candidate.normaliser]:
                 shared.append((node, user))

@@ -210,9 +210,9 @@ def compare_floats(op: str, a: Expr, b: Expr) -> Expr:
     if decided_by_cases is not None:
         return decided_by_cases
     for choice, other, turned in ((a, b, False), (b, a, True)):
-        branches = _branches(choice) if isinstance(other, Const) else None
-        if branches is not None:
-            cond, *ends = branches
+        told_apart = branches(choice) if isinstance(other, Const) else None
+        if told_apart is not None:
+            cond, *ends = told_apart
             told = [s.call(op, *((other, x) if turned else (x, other)), dtype=BOOL) for x in ends]
             return s.or_(s.and_(cond, told[0]), s.and_(s.not_(cond), told[1]))
     left, right = whole_number(a), whole_number(b)
@@ -230,7 +230,7 @@ def compare_floats(op: str, a: Expr, b: Expr) -> Expr:
     return Call(op, (a, b), BOOL)
 
 
-def _branches(e: Expr) -> tuple[Expr, Expr, Expr] | None:
+def branches(e: Expr) -> tuple[Expr, Expr, Expr] | None:
     """A choice of which one branch at least is a number, or a multiple of a choice between 1 and 0: masks stacked on
     one another, and multiplied."""
     if not (isinstance(e, Call) and e.is_float):
