@@ -13,8 +13,9 @@ from dataclasses import replace
 from refocus import simplify as s
 from refocus.ir import TRUE, Axis, Call, Expr, Reduce
 from refocus.patterns.declined import Declined
+from refocus.patterns.factors import additive, factored, holds_scores, multiplied, summed
 from refocus.patterns.fills import KEPT
-from refocus.patterns.softmax import Softmax, additive, by_key, factored, holds_scores, match, multiplied, summed
+from refocus.patterns.softmax import Softmax, by_key, match
 
 
 def match_with_share(core: Expr, key: Axis, by_hand: bool = False) -> Softmax | Declined:

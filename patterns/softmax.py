@@ -15,11 +15,12 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from refocus import simplify as s
-from refocus.ir import TRUE, Axis, Call, Const, Dot, Expr, Load, Reduce, rewrite
+from refocus.ir import TRUE, Axis, Call, Const, Dot, Expr, Load, Reduce
 from refocus.patterns.declined import Declined
+from refocus.patterns.factors import Factored, Signed, additive, factored, holds_scores, multiplied, summed
 from refocus.patterns.fills import KEPT, UNCLEAR, of_shift, same_sum
 from refocus.patterns.guards import sum_under_guard, unguarded
-from refocus.steps import branches, cases, from_cases, line
+from refocus.patterns.masking import MASK_FILL
 
 
 @dataclass(frozen=True)
@@ -49,45 +50,6 @@ class Term:
     mixed: tuple[Axis, ...]
     factor: Expr
     core: Expr
-
-
-@dataclass
-class Factored:
-    """A product taken apart: exp(sum of exponents) * factors / divisors where all conditions hold, else 0.
-
-    Those of the conditions that are `selected` choose between what is divided by scores and 0; the others multiply.
-    `logged`: something was divided by in an exponent, as its logarithm."""
-
-    exponents: list[tuple[int, Expr]]
-    factors: list[Expr]
-    divisors: list[Expr]
-    conditions: list[Expr]
-    cleaned: bool = False
-    selected: tuple[Expr, ...] = ()
-    logged: bool = False
-
-    def invert(self) -> Factored:
-        return replace(
-            self,
-            exponents=[(-sign, e) for sign, e in self.exponents],
-            factors=self.divisors,
-            divisors=self.factors,
-        )
-
-    def times(self, other: Factored) -> Factored:
-        return Factored(
-            self.exponents + other.exponents,
-            self.factors + other.factors,
-            self.divisors + other.divisors,
-            self.conditions + other.conditions,
-            self.cleaned or other.cleaned,
-            self.selected + other.selected,
-            self.logged or other.logged,
-        )
-
-
-def holds_scores(value: Expr) -> bool:
-    return any(isinstance(n, Dot) for n in value.walk())
 
 
 def terms_of(weights: Expr, key: Axis) -> tuple[list[Term], Expr]:
@@ -218,16 +180,6 @@ def _renormalised(divisors: list[Expr]) -> list[Expr] | None:
     return None
 
 
-def multiplied(parts: Factored, dtype: str) -> Expr:
-    """A product that was taken apart, put together again."""
-    value = s.call("exp", summed(parts.exponents, dtype), dtype=dtype)
-    for factor in parts.factors:
-        value = s.call("mul", value, factor, dtype=dtype)
-    for divisor in parts.divisors:
-        value = s.call("div", value, divisor, dtype=dtype)
-    return s.where(s.and_(*parts.conditions), value, Const(0.0, dtype)) if parts.conditions else value
-
-
 def _only_infinite(logits: Expr) -> bool:
     """Whether a row has no number for a softmax only where a condition fills all of it with -inf: what is added from a
     tensor may hold infinities of its own, and beside a finite fill there is a softmax."""
@@ -297,9 +249,6 @@ def _is_number(weight: Expr) -> bool:
     return isinstance(weight, Const) and weight.value >= 0
 
 
-Signed = tuple[int, Expr]
-
-
 def _take(rows: Counter[Signed], term: Signed) -> bool:
     if rows[term] > 0:
         rows[term] -= 1
@@ -321,212 +270,3 @@ def _cancels(term: Expr) -> bool:
         return True
     constants = [n.value for n in term.walk() if isinstance(n, Const) and n.is_float]
     return not any(n.is_float for n in term.loads) and all(MASK_FILL < value < math.inf for value in constants)
-
-
-def summed(terms: list[tuple[int, Expr]], dtype: str) -> Expr:
-    out: Expr | None = None
-    for sign, e in terms:
-        if out is None:
-            out = e if sign > 0 else s.call("neg", e, dtype=dtype)
-        else:
-            out = s.call("add" if sign > 0 else "sub", out, e, dtype=dtype)
-    return Const(0.0, dtype) if out is None else out
-
-
-def additive(e: Expr, sign: int) -> list[tuple[int, Expr]]:
-    if isinstance(e, Call) and e.is_float:
-        if e.op == "add":
-            return [t for a in e.args for t in additive(a, sign)]
-        if e.op == "sub":
-            return additive(e.args[0], sign) + additive(e.args[1], -sign)
-        if e.op == "neg":
-            return additive(e.args[0], -sign)
-        if e.op == "mul" and any(isinstance(n, Reduce) for n in e.walk()):
-            # c * (x - max x): the row's maximum is a term of its own
-            for inner, factor in ((e.args[0], e.args[1]), (e.args[1], e.args[0])):
-                if isinstance(factor, Const):
-                    parts = additive(inner, sign)
-                    return [(way, s.call("mul", part, factor, dtype=e.dtype)) for way, part in parts]
-    return [(sign, e)]
-
-
-def factored(e: Expr) -> Factored:
-    if isinstance(e, Const) and e.value == 1.0:
-        return Factored([], [], [], [])
-    if isinstance(e, Call):
-        if e.op == "mul":
-            out = factored(e.args[0])
-            for a in e.args[1:]:
-                out = out.times(factored(a))
-            return out
-        if e.op == "div":
-            above = factored(e.args[0])
-            if holds_scores(e.args[1]):  # a row of zeros is divided by its sum
-                above = replace(above, selected=())
-            return above.times(_inverse(e.args[1]))
-        if e.op == "reciprocal":
-            return _inverse(e.args[0])
-        if e.op in ("exp", "exp2"):
-            scale = (
-                e.args[0] if e.op == "exp" else s.call("mul", e.args[0], Const(math.log(2.0), e.dtype), dtype=e.dtype)
-            )
-            out = Factored([], [], [], [])
-            for sign, term in additive(scale, 1):
-                if isinstance(term, Call) and term.op == "log":
-                    part = factored(term.args[0])
-                    out = out.times(part if sign > 0 else replace(_inverse(term.args[0]), logged=True))
-                else:
-                    out.exponents.append((sign, term))
-            return out
-        if e.op == "where":
-            cond, a, b = e.args
-            number = _but_for_nan(e)
-            if number is not None:
-                out = factored(number)
-                return replace(out, cleaned=True)
-            for condition, kept, other in ((cond, a, b), (s.not_(cond), b, a)):
-                if isinstance(other, Const) and other.value == 0:
-                    out = factored(kept)
-                    selects = Factored([], [], [], [condition], selected=(condition,) if out.divisors else ())
-                    return selects.times(out)
-            if holds_scores(a) and holds_scores(b):
-                return _of_both(cond, factored(a), factored(b), e)
-        if e.op == "add" and all((isinstance(a, Const) and a.value == 0) or a is e.args[0] for a in e.args):
-            return factored(e.args[0])
-    return Factored([], [e], [], [])
-
-
-def _inverse(divisor: Expr) -> Factored:
-    """1 / divisor. What is zero where a condition fails is not taken apart: its inverse is infinite there."""
-    parts = factored(divisor)
-    return Factored([], [], [divisor], []) if parts.conditions else parts.invert()
-
-
-def _of_both(condition: Expr, a: Factored, b: Factored, whole: Expr) -> Factored:
-    """What both sides of a choice are products with: p[j] * 2 where j == 0, else p[j], is p[j] * (2 where j == 0)."""
-    alike = (a.conditions, a.selected, a.logged) == (b.conditions, b.selected, b.logged)
-    if a.cleaned or b.cleaned or not alike or Counter(a.exponents) != Counter(b.exponents):
-        return Factored([], [whole], [], [])
-    factors, divisors = (Counter(x) & Counter(y) for x, y in ((a.factors, b.factors), (a.divisors, b.divisors)))
-    rest: list[Expr] = []
-    for x in (a, b):
-        above, below = Counter(x.factors) - factors, Counter(x.divisors) - divisors
-        rest.append(_multiplied(Factored([], [*above.elements()], [*below.elements()], []), whole.dtype))
-    if any(holds_scores(r) for r in rest):
-        return Factored([], [whole], [], [])
-    common = replace(a, factors=[*factors.elements()], divisors=[*divisors.elements()])
-    return common.times(Factored([], [s.where(condition, *rest)], [], []))
-
-
-def _but_for_nan(e: Call) -> Expr | None:
-    """x out of where(isnan(x), 0, x), which may also replace what is infinite: probabilities never are."""
-    cond, fill, rest = e.args
-    if isinstance(cond, Call) and cond.op == "not":
-        cond, fill, rest = cond.args[0], rest, fill
-    if not (isinstance(cond, Call) and cond.op == "isnan" and isinstance(fill, Const) and fill.value == 0):
-        return None
-    number = cond.args[0]
-    while isinstance(rest, Call) and rest.op == "where" and rest != number:
-        test = rest.args[0]
-        if not (isinstance(test, Call) and test.op == "eq" and number in test.args):
-            return None
-        if not any(isinstance(a, Const) and a.is_float and math.isinf(a.value) for a in test.args):
-            return None
-        rest = rest.args[2]
-    return number if rest == number else None
-
-
-# ---------------------------------------------------------------------------------------------------- masks
-
-# A finite fill this low removes a key in every row that keeps one: exp(fill + 88) is 0 in every float dtype unless
-# scores differ by thousands. Softer fills (Swin's -100) stay in the score as they are.
-MASK_FILL = -1.0e4
-
-
-def separate_mask(logits: Expr, scale: float = 1.0) -> tuple[Expr, Expr]:
-    """(score, mask): fills and additive masks become a predicate, everything else stays. `scale` is what the result
-    is multiplied with later.
-
-        where(p, x, -inf) + bias        ->  x + bias,  p
-        x + where(p, 0.0, finfo.min)    ->  x,         p
-        x * [p] - 1e4 * (1 - [p])       ->  x,         p
-        x + (1.0 - t[j]) * finfo.min    ->  itself,    t[j] > 0.5
-    """
-    score, mask = _separate(logits, scale)
-    if mask != TRUE:  # where the mask holds, its parts are known
-        known = dict.fromkeys(s.conjuncts(mask), TRUE)
-        # But what is loaded is loaded everywhere: an index that a part of the mask keeps in range stays as it is.
-        score = rewrite(score, lambda node: node if isinstance(node, Load) else known.get(node), s.rebuild)
-    return score, mask
-
-
-def _as_choice(e: Expr) -> Expr | None:
-    """What is computed with numbers from a product of two masks, as a choice by the one that is a condition:
-
-    (1.0 - where(p, 1.0, 0.0) * t[j]) * -1e9     ->  where(p, (1.0 - t[j]) * -1e9, -1e9)
-    """
-    if not (isinstance(e, Call) and e.is_float and e.op in ("add", "sub", "mul", "div", "neg")):
-        return None
-    rest = [k for k, a in enumerate(e.args) if not isinstance(a, Const)]
-    if len(rest) == 1 and not isinstance(e.args[rest[0]], Load | Dot):
-        inner = e.args[rest[0]]
-        below = inner if isinstance(inner, Call) and inner.op == "where" else _as_choice(inner)
-        if not (isinstance(below, Call) and below.op == "where"):
-            return None
-        ends = [
-            s.call(e.op, *(x if k == rest[0] else a for k, a in enumerate(e.args)), dtype=e.dtype)
-            for x in below.args[1:]
-        ]
-        return s.where(below.args[0], *ends)
-    told = branches(e) if e.op == "mul" and not holds_scores(e) else None
-    return None if told is None else s.where(*told)
-
-
-def _separate(logits: Expr, scale: float) -> tuple[Expr, Expr]:
-    if not (isinstance(logits, Call) and logits.is_float):
-        return logits, TRUE
-    args = logits.args
-    values = cases(logits)
-    if values is not None:
-        stay = {value: where for value, where in values.items() if not value * scale <= MASK_FILL}
-        if len(stay) == len(values) or not stay:
-            return logits, TRUE
-        return from_cases(stay, logits.dtype), s.or_(*stay.values())
-    steep = line(logits)
-    if steep is not None:  # what it adds where it keeps a key stays
-        low = steep.below(MASK_FILL / scale)
-        return logits, TRUE if low is None else s.not_(low)
-    chosen = _as_choice(logits)
-    # What is as low as a fill, and no mask, would take part in a row that is left with nothing else.
-    if chosen is not None and all(isinstance(x, Const) or _separate(x, scale)[1] != TRUE for x in chosen.children[1:]):
-        return _separate(chosen, scale)
-    if logits.op == "where":
-        for cond, kept, fill in ((args[0], args[1], args[2]), (s.not_(args[0]), args[2], args[1])):
-            if isinstance(fill, Const) and fill.value * scale <= MASK_FILL:
-                score, mask = _separate(kept, scale)
-                return score, s.and_(cond, mask)
-        (yes, mask_yes), (no, mask_no) = _separate(args[1], scale), _separate(args[2], scale)
-        if (mask_yes, mask_no) != (TRUE, TRUE):  # keys of two sources, each with a mask of its own
-            mask = s.or_(s.and_(args[0], mask_yes), s.and_(s.not_(args[0]), mask_no))
-            return s.where(args[0], yes, no), mask
-    elif logits.op == "add":
-        parts = [_separate(a, scale) for a in args]
-        score = parts[0][0]
-        for part, _ in parts[1:]:
-            score = s.call("add", score, part, dtype=logits.dtype)
-        return score, s.and_(*(m for _, m in parts))
-    elif logits.op == "sub":
-        taken = args[1]
-        if isinstance(taken, Call) and taken.op == "where" and all(isinstance(a, Const) for a in taken.args[1:]):
-            given = s.call("neg", taken, dtype=logits.dtype)
-            return _separate(s.call("add", args[0], given, dtype=logits.dtype), scale)
-        score, mask = _separate(args[0], scale)
-        return s.call("sub", score, taken, dtype=logits.dtype), mask
-    elif logits.op in ("mul", "div"):
-        for inner, factor in ((args[0], args[1]), (args[1], args[0])):
-            if isinstance(factor, Const) and factor.value > 0 and (logits.op == "mul" or factor is args[1]):
-                ratio = factor.value if logits.op == "mul" else 1 / factor.value
-                score, mask = _separate(inner, scale * ratio)
-                pair = (score, factor) if inner is args[0] else (factor, score)
-                return s.call(logits.op, *pair, dtype=logits.dtype), mask
-    return logits, TRUE

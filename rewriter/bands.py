@@ -24,7 +24,8 @@ from refocus import simplify as s
 from refocus.ir import TRUE, Axis, Call, Const, Dot, Expr, Load, rewrite
 from refocus.lift_joins import clamped
 from refocus.patterns.declined import Declined
-from refocus.patterns.softmax import Softmax, separate_mask
+from refocus.patterns.masking import separate_mask
+from refocus.patterns.softmax import Softmax
 from refocus.polynomial import from_poly, isolate, to_poly
 
 Index = tuple[Expr, ...]

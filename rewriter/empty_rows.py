@@ -21,7 +21,8 @@ from refocus.lift import Lifter, arguments, op_name
 from refocus.masks import never_empty
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.fills import KEPT, UNCLEAR
-from refocus.patterns.softmax import MASK_FILL, Softmax, separate_mask
+from refocus.patterns.masking import MASK_FILL, separate_mask
+from refocus.patterns.softmax import Softmax
 from refocus.row_sums import opened, summed_dims
 
 
@@ -117,9 +118,3 @@ def _with_infinite_fills(logits: Expr) -> Expr:
 
 def _implies(condition: Expr, mask: Expr) -> bool:
     return s.under(mask, s.assume(condition)) == TRUE
-
-
-def known_inside(value: Expr, mask: Expr) -> Expr:
-    """A value of the pairs that a mask keeps. What is loaded is loaded everywhere: its index stays as it is."""
-    known = dict.fromkeys(s.conjuncts(mask), TRUE)
-    return rewrite(value, lambda node: known.get(node, node if isinstance(node, Load) else None), s.rebuild)

@@ -21,8 +21,9 @@ from refocus import simplify as s
 from refocus.ir import TRUE, Axis, Call, Const, Dot, Expr, Load, Reduce
 from refocus.lift import Index, Lifter
 from refocus.masks import never_empty
+from refocus.patterns.factors import factored, summed
 from refocus.patterns.guards import unguarded
-from refocus.patterns.softmax import factored, separate_mask, summed
+from refocus.patterns.masking import separate_mask
 from refocus.row_sums import Row
 
 

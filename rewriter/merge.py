@@ -23,7 +23,8 @@ from refocus.joint import moved
 from refocus.lift import Index, Lifter, arguments, is_tensor, op_name
 from refocus.lift_reductions import operands_at
 from refocus.patterns.declined import Declined, Stop
-from refocus.patterns.softmax import Softmax, additive, match
+from refocus.patterns.factors import additive
+from refocus.patterns.softmax import Softmax, match
 from refocus.piecewise import along
 
 

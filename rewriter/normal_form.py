@@ -12,13 +12,15 @@ from torch import fx
 
 from refocus import simplify as s
 from refocus.dropout import dropping
-from refocus.empty_rows import Rows, known_inside
+from refocus.empty_rows import Rows
 from refocus.facts import Facts
 from refocus.hoist import Hoisted, hoist_distances
 from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Operand, Reduce, Region, rewrite
 from refocus.lift import dtype_of
 from refocus.patterns.declined import Declined, Stop
-from refocus.patterns.softmax import Softmax, holds_scores, separate_mask
+from refocus.patterns.factors import holds_scores
+from refocus.patterns.masking import known_inside, separate_mask
+from refocus.patterns.softmax import Softmax
 from refocus.sizes import shape_of
 
 

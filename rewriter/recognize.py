@@ -30,9 +30,10 @@ from refocus.lifted import Lifted, all_loads, split_axis, stands_in_pieces, unti
 from refocus.merge import Merge, lift_merge, merges
 from refocus.normal_form import Draft, finish, in_pieces
 from refocus.patterns.declined import Declined, Stop
+from refocus.patterns.factors import holds_scores
 from refocus.patterns.sdpa import lift_sdpa
 from refocus.patterns.shares import match_with_share
-from refocus.patterns.softmax import Softmax, holds_scores, terms_of
+from refocus.patterns.softmax import Softmax, terms_of
 from refocus.pieces import holds_pieces, whole
 from refocus.products import reads_of
 from refocus.quotient import EXPONENTIALS, Quotient, Rescaled, lift_rescaled, quotients

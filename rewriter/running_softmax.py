@@ -24,8 +24,9 @@ from refocus.lift_pointwise import POINTWISE
 from refocus.lift_reductions import CONTRACTIONS
 from refocus.lift_views import VIEWS
 from refocus.patterns.declined import Declined, Stop
+from refocus.patterns.factors import Factored, additive, factored
 from refocus.patterns.guards import unguarded
-from refocus.patterns.softmax import Factored, Softmax, additive, factored
+from refocus.patterns.softmax import Softmax
 from refocus.piecewise import along, seamless
 from refocus.products import reads_of
 from refocus.quotient import Quotient, below_views, divisor_of, weights_of

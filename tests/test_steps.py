@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from refocus import simplify as s
 from refocus.evaluate import arange_env, evaluate
 from refocus.ir import BOOL, FALSE, INT, TRUE, Axis, Call, Const, Expr, Load
-from refocus.patterns.softmax import separate_mask
+from refocus.patterns.masking import separate_mask
 from refocus.steps import cases, line, whole_number
 from refocus.testing import check
 

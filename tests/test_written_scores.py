@@ -1,0 +1,130 @@
+"""Scores and weights that are written over in part, and masks that are products of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import refocus
+from refocus.testing import check
+from tests.drawn import Attention, drawn, fuses, scores, stays
+
+# ------------------------------------------------------------------------------------------------ parts written over
+
+
+def head_without_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = scores(q, k)
+    logits[:, 1, :] = 0
+    return logits.softmax(-1) @ v
+
+
+def first_key_counts_more(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = scores(q, k).masked_fill(torch.ones(24, 10).triu(1) == 1, -1e9).softmax(-1).clone()
+    p[..., 0] = p[..., 0] * 1.7
+    return (p / p.sum(-1, keepdim=True)) @ v
+
+
+def some_keys_shifted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = scores(q, k).clone()
+    logits[..., 5:9] = float("-inf")
+    logits[..., :2] += 1.5
+    return logits.softmax(-1) @ v
+
+
+def one_head_less(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = scores(q, k).softmax(-1).clone()
+    p[:, 1] *= 0.3
+    return p @ v
+
+
+@pytest.mark.parametrize(
+    "function", [head_without_scores, first_key_counts_more, some_keys_shifted, one_head_less], ids=lambda f: f.__name__
+)
+def test_parts_of_scores_and_weights_that_are_written_over(function: Callable[..., Tensor]) -> None:
+    fuses(function, 10)
+
+
+def test_a_weight_of_another_key_written_over() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        p = scores(q, k).softmax(-1).clone()
+        p[..., 1] = p[..., 0] * 0.3
+        return p @ v
+
+    stays(function, "", 10)
+
+
+def test_weights_that_count_negative() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        p = scores(q, k).softmax(-1).clone()
+        p[..., 0] *= -0.3
+        return (p / p.sum(-1, keepdim=True)) @ v
+
+    stays(function, "exponents", 10)
+
+
+def test_a_product_of_three_matrices_is_one_of_two() -> None:
+    matrix = torch.randn(8, 8, generator=torch.Generator().manual_seed(5))
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.einsum("bhic,cd,bhjd->bhij", q, matrix.to(q.dtype), k).softmax(-1) @ v
+
+    found = check(Attention(function), drawn(10), sites=1, lower=False, gradients=True)
+    assert "sum_d q[b,h,i,d] * k[b,h,j,d]" in str(found.report)
+
+
+def test_scores_normalised_by_head() -> None:
+    norm = nn.BatchNorm2d(2)
+    nn.init.uniform_(norm.weight)
+    norm.running_var = torch.tensor([0.5, 2.0])
+
+    class Normalised(Attention):
+        def __init__(self) -> None:
+            super().__init__(lambda q, k, v: None)
+            self.norm = norm
+
+        def forward(self, *inputs: Tensor) -> Tensor:
+            q, k, v = inputs
+            return self.norm(scores(q, k)).softmax(-1) @ v
+
+    check(Normalised().eval(), drawn(10), sites=1, lower=False)
+    report = refocus.explain(Normalised().train(), *drawn(10), engine="tiled")
+    assert not any(site.fused for site in report.sites)  # with the statistics of the batch, each depends on all
+
+
+# ------------------------------------------------------------------------------------------------ masks in floats
+
+
+def test_a_mask_of_two_products() -> None:
+    """Causal and padding, both in floats; a row of padding only sees all keys the same, as in eager code."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+        both = torch.ones(24, 10).tril() * padding[:, None, :]
+        return (scores(q, k) + (1.0 - both[:, None]) * -1e9).softmax(-1) @ v
+
+    padding = (torch.arange(10) < torch.tensor([[10], [6]])).float()
+    padding[1, 0] = 0.0
+    found = check(Attention(function), (*drawn(10), padding), sites=1, lower=False)
+    assert "j <= i and not" in found.report.sites[0].mask
+
+
+def test_a_mask_of_rows_and_columns_is_no_mask_of_keys() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+        both = torch.ones(24, 24).tril() * padding[:, None, :] * padding[:, :, None]
+        return (scores(q, k) + (1.0 - both[:, None]) * -1e9).softmax(-1) @ v
+
+    fuses(function, 24, more=((torch.arange(24) < torch.tensor([[24], [17]])).float(),))
+
+
+def test_a_prefix_that_the_data_decide() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, labels: Tensor) -> Tensor:
+        first = (labels >= 0).int().argmax(-1)
+        prefix = (torch.arange(24)[None, None, :] < first[:, None, None]).float()
+        mask = torch.maximum(torch.ones(24, 24).tril()[None], prefix)[:, None].to(q.dtype)
+        return (scores(q, k) + (1 - mask) * torch.finfo(q.dtype).min).softmax(-1) @ v
+
+    labels = torch.arange(24) - torch.tensor([[5], [9]])
+    found = check(Attention(function), (*drawn(24), labels), sites=1, lower=False)
+    assert "j <= i or j < t0[b]" in str(found.report)
