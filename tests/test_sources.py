@@ -204,7 +204,7 @@ NOT_ITS_SHARE = "multiplied with a share that is not that of its own log-sum-exp
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
-        (other_shares, NOT_ITS_SHARE),
+        (other_shares, "the probabilities are read elsewhere"),
         (other_shares_of_the_second, NOT_ITS_SHARE),
         (the_wrong_way_round, NOT_ITS_SHARE),
         (more_than_the_sum, "the weights are normalised more than once"),
