@@ -74,10 +74,10 @@ def is_mixed_radix(value: Expr) -> bool:
 
 @dataclass(frozen=True)
 class Standing:
-    """Along dimension `dim` of tensors of this shape, `seen` is `place`: what x[.., 0] = x[.., 0] * 2 puts at
+    """Along dimension `dim` of the tensor that is written, `seen` is `place`: what x[.., 0] = x[.., 0] * 2 puts at
     position j is only asked for where j == 0, and what it reads at 0 stands at j."""
 
-    shape: Index
+    written: fx.Node
     dim: int
     seen: Expr
     place: Expr

@@ -200,8 +200,10 @@ def _stroke(lift: Lifter, node: fx.Node, index: Index) -> _Stroke:
     dim = dimension(dim, len(index))
     size = shape_of(source)[dim]
     at: Index
+    known: tuple[Standing, ...] = ()
     if op_name(node) == "select_scatter":
         seen = start_of(start, size)
+        known = (Standing(source, dim, seen, index[dim]),)
         inside = s.eq(index[dim], seen)
         at = index[:dim] + index[dim + 1 :]
     else:
@@ -211,8 +213,6 @@ def _stroke(lift: Lifter, node: fx.Node, index: Index) -> _Stroke:
         inside = s.and_(s.ge(ahead, 0), s.lt(index[dim], last), s.eq(s.mod(ahead, by), 0))
         position = clamped(s.under(s.floordiv(ahead, by), s.assume(inside)), shape_of(new)[dim])
         at = (*index[:dim], position, *index[dim + 1 :])
-        seen = s.add(first, s.mul(position, by))
-    known = (Standing(shape_of(source), dim, seen, index[dim]),)
     if op_name(new) in ("slice_scatter", "select_scatter"):
         viewed = arguments(new)[0]
         if op_name(viewed) in ("slice", "select") and arguments(viewed)[0] is source:

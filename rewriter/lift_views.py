@@ -219,7 +219,7 @@ def _part(lift: Lifter, node: fx.Node, index: Index) -> Expr:
     source, position = PARTS[op_name(node)](node, index)
     if lift.standing and lift.tainted(source):
         for known in lift.standing:
-            if known.shape == shape_of(source) and position[known.dim] == known.seen:
+            if known.written is source and position[known.dim] == known.seen:
                 position = (*position[: known.dim], known.place, *position[known.dim + 1 :])
     return lift.at(source, position)
 
