@@ -99,6 +99,8 @@ def _row_sum(total: Expr) -> Expr | None:
         read = match(weight, total.axis, of_scores=False)
         if part.mixed or isinstance(read, Declined) or read.extra or total.axis in read.gate.axes:
             return None
+        if read.cleaned or read.selected != TRUE:  # zeros in the place of no numbers add up to zero
+            return None
         out = read.gate if out is None else s.call("add", out, read.gate, dtype=total.dtype)
     return out
 

@@ -128,6 +128,12 @@ def chosen_and_normalised_again(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights / weights.sum(-1, keepdim=True) @ v
 
 
+def multiplied_chosen_and_normalised_again(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT * WIDTH**-0.5).exp() * MASK
+    weights = (weights / weights.sum(-1, keepdim=True)).masked_fill(~MASK, 0.0)
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
 def loaded_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Whether a row is filled is known when the model runs."""
     added = torch.zeros(()).masked_fill(q[:, :1, :, :1] > 0.5, LOWEST)
@@ -151,6 +157,12 @@ ALL = (
 def test_empty_rows_are_what_the_model_makes_of_them(function: Function) -> None:
     (site,) = check(Attention(function), inputs(), lower=False, gradients=True).report.sites
     assert site.fused and bool(site.mask) == (function is not loaded_rows)
+
+
+def test_zeros_divided_by_their_sum_are_no_numbers() -> None:
+    """The model's gradients are no numbers either, in any of these rows."""
+    (site,) = check(Attention(multiplied_chosen_and_normalised_again), inputs(), lower=False).report.sites
+    assert site.fused
 
 
 def test_gradients_of_the_zeros_in_place_of_a_quotient_are_zeros() -> None:
