@@ -84,7 +84,8 @@ def check(
 
     `lower=False` runs the rewritten graph as it is, not through Inductor: some seconds faster for each engine.
 
-    `fused=False` turns 1 and 2 round: no site may be fused, and the result must still be right. Raises `CheckFailed`.
+    With `fused=False`, sites may be left as they are, and the result must still be right: whether any is fused is for
+    the caller to ask of the report. Raises `CheckFailed`.
     """
     kwargs = kwargs or {}
     module = module.eval()

@@ -35,6 +35,7 @@ def fuses(function: Callable[..., object], *keys: int, sites: int = 1, more: tup
 
 def stays(function: Callable[..., object], reason: str, *keys: int, more: tuple[Tensor, ...] = ()) -> None:
     report = check(Attention(function), (*drawn(*keys), *more), fused=False, lower=False).report
+    assert not any(site.fused for site in report.sites), report
     assert any(re.search(reason, site.reason) for site in report.sites), report
 
 

@@ -173,11 +173,15 @@ def test_a_mask_may_go_the_way_of_the_keys() -> None:
     assert site.notation.count("sum_d") == 1  # ones times the mask is the mask
 
 
-@pytest.mark.parametrize(
-    ("scores", "values"), [(assigned, ones_beside), (assigned, cut_off), (unmasked, gathered)], ids=_name
-)
+@pytest.mark.parametrize(("scores", "values"), [(assigned, ones_beside), (assigned, cut_off)], ids=_name)
 def test_near_misses_are_left_alone(scores: Scores, values: Values) -> None:
-    check(Attention(scores, values), (torch.randn(TOKENS, HEADS * WIDTH),), lower=False, fused=False)
+    found = check(Attention(scores, values), (torch.randn(TOKENS, HEADS * WIDTH),), lower=False, fused=False)
+    assert found.report.sites and not any(site.fused for site in found.report.sites)
+
+
+def test_scores_that_are_not_masked_at_the_ends_are_no_band() -> None:
+    found = check(Attention(unmasked, gathered), (torch.randn(TOKENS, HEADS * WIDTH),), lower=False)
+    assert BAND not in {site.mask for site in found.report.sites}
 
 
 def test_a_predicate_loses_what_the_rest_of_it_says() -> None:
