@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from refocus.ir import Expr
+
 
 @dataclass(frozen=True)
 class Declined:
-    """A near miss. `reason` is a short English clause, `blame` the name of a graph node or operation."""
+    """A near miss. `reason` is a short English clause, `blame` the name of a graph node or operation; `equal`: two sizes
+    that may be one in this call, with which it would be none."""
 
     reason: str
     blame: str | None = None
+    equal: tuple[Expr, Expr] | None = None
 
 
 class Stop(Exception):

@@ -30,6 +30,7 @@ from refocus.close_linear import LinearSite
 from refocus.codegen.choose import plan_part
 from refocus.codegen.plan import Chosen, Leave, Plan
 from refocus.codegen.readings import prefers_tokens
+from refocus.equal_sizes import made_equal
 from refocus.errors import RegionNotFused
 from refocus.facts import Facts, gather_facts, given_scores
 from refocus.ir import Region
@@ -85,8 +86,12 @@ def _rewrite_outer(gm: fx.GraphModule, options: Options, inputs: Sequence[Any]) 
         return Rewritten(gm, Report((), 1, time.perf_counter() - started, (note,)))
     debug.dump("capture", traced)
     placeholders = traced.graph.find_nodes(op="placeholder")
-    facts = gather_facts(traced, model_buffers(placeholders, inputs))
+    buffers = model_buffers(placeholders, inputs)
+    facts = gather_facts(traced, buffers)
     found = recognize_linear(facts, recognize(facts))
+    if made_equal(traced.graph, found):
+        facts = gather_facts(traced, buffers)
+        found = recognize_linear(facts, recognize(facts))
     debug.dump("recognize", found)
     splicer = Splicer(traced, facts, _mode(traced))
     rows = []

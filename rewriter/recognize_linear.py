@@ -159,7 +159,8 @@ def _attempt(candidate: LinearCandidate, facts: Facts) -> LinearSite | None:
         return None
     weight = _weight(read.product, pair, facts)
     if weight.causal and roles.query.size != roles.key.size:
-        raise Stop(Declined("the mask is causal, and there are not as many keys as queries"))
+        sizes = (roles.query.size, roles.key.size)
+        raise Stop(Declined("the mask is causal, and there are not as many keys as queries", equal=sizes))
     if any(holds_sum(side) for side in (*roles.queries, *roles.keys, *roles.values)):
         return None  # a chain of more than three products (an inverse by iteration): none of them is an attention
     return close(candidate, facts, read, roles, weight)

@@ -413,3 +413,19 @@ def test_sums_in_another_order_than_the_result(tokens: int) -> None:
     inputs = torch.rand(3, 2, tokens, 6, 4).add(0.1).unbind()
     (site,) = check(Attention(), inputs, lower=False, gradients=True).report.sites
     assert site.family == "linear" and site.fused
+
+
+def test_second_length_is_fused() -> None:
+    """Dynamo gives queries and keys a length each from the second call on; where they are equal, the graph is for that."""
+    reports: list[refocus.Report] = []
+    run = refocus.optimize(positive_weights, engine="tiled", report=reports.append)
+    for lengths in ((48, 48), (80, 80), (67, 67), (80, 48), (48, 80)):
+        q, k, v = (inputs(n)[x] for x, n in enumerate((lengths[0], lengths[1], lengths[1])))
+        torch.testing.assert_close(run(q, k, v), positive_weights(q, k, v))
+    assert [r.sites[0].fused for r in reports] == [True, True, False]
+    assert "not as many keys as queries" in reports[2].sites[0].reason
+
+
+def positive_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = scores(q, k).tril()
+    return (weights / weights.sum(-1, keepdim=True)) @ v
