@@ -9,8 +9,8 @@ from refocus.ir import Expr
 
 @dataclass(frozen=True)
 class Declined:
-    """A near miss. `reason` is a short English clause, `blame` the name of a graph node or operation; `equal`: two sizes
-    that may be one in this call, with which it would be none."""
+    """A near miss. `reason` is a short English clause, `blame` the name of a graph node or operation; `equal`: two
+    sizes that may be one in this call, with which it would be none."""
 
     reason: str
     blame: str | None = None

@@ -23,7 +23,8 @@ def made_equal(graph: fx.Graph, found: Iterable[object]) -> bool:
     if not asked:
         return False
     sizes = {size_expr(size, 0): size for size in _sizes(graph)}
-    return any([_equal(sizes.get(one), sizes.get(other)) for one, other in asked])
+    told = [_equal(sizes.get(one), sizes.get(other)) for one, other in asked]  # all of them, before the next reading
+    return any(told)
 
 
 def _sizes(graph: fx.Graph) -> Iterator[int | torch.SymInt]:

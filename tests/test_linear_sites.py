@@ -416,7 +416,7 @@ def test_sums_in_another_order_than_the_result(tokens: int) -> None:
 
 
 def test_second_length_is_fused() -> None:
-    """Dynamo gives queries and keys a length each from the second call on; where they are equal, the graph is for that."""
+    """Dynamo gives queries and keys a length each from the second call on. A graph is for equal ones where they are."""
     reports: list[refocus.Report] = []
     run = refocus.optimize(positive_weights, engine="tiled", report=reports.append)
     for lengths in ((48, 48), (80, 80), (67, 67), (80, 48), (48, 80)):
