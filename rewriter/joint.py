@@ -132,13 +132,12 @@ class _Part:
     weights: fx.Node
     index: Index
     dim: int
-    start: int
+    start: Expr
     values: tuple[fx.Node, Index]
 
     @property
-    def size(self) -> int:
-        assert isinstance(self.bound.size, Const)
-        return int(self.bound.size.value)
+    def end(self) -> Expr:
+        return s.add(self.start, self.bound.size)
 
 
 def lift_joint(joint: Joint, lifter: Lifter, index: Index, after: frozenset[fx.Node]) -> Joined:
@@ -152,7 +151,7 @@ def lift_joint(joint: Joint, lifter: Lifter, index: Index, after: frozenset[fx.N
             continue
         lifter.visited.add(node)
         reads = operands_at(lifter, node, at)
-        if reads is None or len(reads[1]) != 2 or len(reads[0]) != 1 or not isinstance(reads[0][0].size, Const):
+        if reads is None or len(reads[1]) != 2 or len(reads[0]) != 1:
             raise Stop(Declined("the values are not summed over one key axis", op_name(node)))
         (bound,), operands = reads
         weights, values = operands[weighted[node]], operands[1 - weighted[node]]
@@ -161,20 +160,32 @@ def lift_joint(joint: Joint, lifter: Lifter, index: Index, after: frozenset[fx.N
                 parts.append(_part(bound, source, position, values))
                 continue
             rest = _plus(rest, Dot((bound,), lifter.leaf(source, position), lifter.at(*values), "float32"))
-    parts.sort(key=lambda p: p.start)
-    first = parts[0] if parts else None
-    if first is None or len(parts) < 2:
+    if len(parts) < 2:
         raise Stop(Declined("the products take no part of the weights"))
-    end = first.start
+    parts = _in_order(parts)
+    first = parts[0]
     for part in parts:
         others = [e for k, e in enumerate(part.index) if k != part.dim]
         same = part.weights is first.weights and part.dim == first.dim
-        if not same or others != [e for k, e in enumerate(first.index) if k != first.dim] or part.start != end:
+        if not same or others != [e for k, e in enumerate(first.index) if k != first.dim]:
             raise Stop(Declined("the products do not take the weights apart, key by key", part.weights.name))
-        end += part.size
-    key = Axis(f"{joint.root.name}.keys", Const(end - first.start))
+    key = Axis(f"{joint.root.name}.keys", s.sub(parts[-1].end, first.start))
     position = tuple(s.add(key, first.start) if k == first.dim else e for k, e in enumerate(first.index))
     return Joined(key, first.weights, position, _values(lifter, parts, key), rest)
+
+
+def _in_order(parts: list[_Part]) -> list[_Part]:
+    """Parts that follow each other without a gap, the first one first: a part starts where another ends."""
+    ends = {part.end for part in parts}
+    rest = sorted(parts, key=lambda part: part.start in ends)
+    ordered = [rest.pop(0)]
+    while rest:
+        following = [part for part in rest if part.start == ordered[-1].end]
+        if len(following) != 1:
+            raise Stop(Declined("the products do not take the weights apart, key by key", ordered[-1].weights.name))
+        rest.remove(following[0])
+        ordered.append(following[0])
+    return ordered
 
 
 def _plus(rest: Expr, more: Expr) -> Expr:
@@ -184,20 +195,21 @@ def _plus(rest: Expr, more: Expr) -> Expr:
 def _part(bound: Axis, weights: fx.Node, index: Index, values: tuple[fx.Node, Index]) -> _Part:
     dims = [k for k, e in enumerate(index) if bound in e.axes]
     start = s.sub(index[dims[0]], bound) if len(dims) == 1 else None
-    if not isinstance(start, Const) or not isinstance(bound.size, Const):
+    if start is None or start.axes:
         raise Stop(Declined("the products do not take the weights apart, key by key", weights.name))
-    return _Part(bound, weights, index, dims[0], int(start.value), values)
+    return _Part(bound, weights, index, dims[0], start, values)
 
 
 def _values(lifter: Lifter, parts: list[_Part], key: Axis) -> Expr:
     """The values as one conditional load along the joint key axis."""
     value: Expr | None = None
     for part in reversed(parts):
-        begin = part.start - parts[0].start
-        facts = s.assume(s.and_(s.ge(key, begin), s.lt(key, begin + part.size)))
+        begin = s.sub(part.start, parts[0].start)
+        end = s.add(begin, part.bound.size)
+        facts = s.assume(s.and_(s.ge(key, begin), s.lt(key, end)))
         local = clamped(s.under(s.sub(key, begin), facts), part.bound.size)
         node, index = part.values
         here = lifter.at(node, [s.substitute(e, {part.bound: local}) for e in index])
-        value = here if value is None else s.where(s.lt(key, begin + part.size), here, value)
+        value = here if value is None else s.where(s.lt(key, end), here, value)
     assert value is not None
     return value

@@ -72,6 +72,36 @@ def test_three_parts_and_a_mask() -> None:
     fuses(causal_within_the_first, 24, 7)
 
 
+def apart_by_length(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    p = torch.cat((scores(q, k), scores(q, k2)), -1).softmax(-1)
+    n = k.shape[-2]
+    return p[..., n:] @ v2 + p[..., :n] @ v
+
+
+def split_by_lengths(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, k3: Tensor, v3: Tensor) -> Tensor:
+    sink = torch.zeros_like(q[..., :1])
+    later = torch.arange(k.shape[2])[None] > torch.arange(q.shape[2])[:, None]
+    near = scores(q, k).masked_fill(later, float("-inf"))
+    p = torch.cat((sink, scores(q, k3), near, scores(q, k2)), -1).softmax(-1)
+    _, third, first, second = p.split((1, k3.shape[2], k.shape[2], k2.shape[2]), -1)
+    return first @ v + second @ v2 + third @ v3
+
+
+@pytest.mark.parametrize(("function", "parts"), [(apart_by_length, 2), (split_by_lengths, 3)])
+def test_parts_of_lengths_that_change(function: Callable[..., Tensor], parts: int) -> None:
+    """Each tensor has a symbol of its own for its length: parts follow each other by what they are made of."""
+    module = Attention(function)
+    reports: list[refocus.Report] = []
+    run = refocus.optimize(module, engine="tiled", require=True, report=reports.append)
+    for lengths in ((10, 7, 5), (10, 11, 17), (9, 33, 4)):
+        given = drawn(*lengths[:parts])
+        for tensor in given:
+            torch._dynamo.maybe_mark_dynamic(tensor, 2)
+        with torch.no_grad():
+            torch.testing.assert_close(run(*given), module(*given))
+    assert len(reports) == 1 and reports[0].sites[0].fused
+
+
 def the_same_part_twice(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
     p = torch.cat((scores(q, k), scores(q, k2)), -1).softmax(-1)
     return p[..., :7] @ v[:, :, :7] + p[..., :7] @ v2
