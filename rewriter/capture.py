@@ -70,6 +70,7 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
     detach_blanks(traced)
     join_strokes(traced, mode)
     make_functional(traced, mode)
+    detach_blanks(traced, permuted=True)
     return traced
 
 

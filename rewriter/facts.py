@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from refocus import debug
+from refocus.blank import is_blank, number_of, sources_of
 from refocus.equal_values import equal_values
 from refocus.infer import closed_form, constant_form
 from refocus.ir import BOOL, Call, Const, Expr
@@ -123,6 +124,11 @@ class Facts:
                 for part in str(step.target).split("."):
                     value = getattr(value, part)
                 env[step] = value.detach().cpu() if isinstance(value, torch.Tensor) else value
+            elif is_blank(step):
+                fill, blank = number_of(step), step.meta["val"]
+                if isinstance(fill, fx.Node) or any(isinstance(size, torch.SymInt) for size in blank.shape):
+                    raise ValueError("it is filled when the graph runs")
+                env[step] = torch.full(blank.shape, fill, dtype=blank.dtype, device="cpu")
             else:
                 args, kwargs = fx.map_arg((step.args, dict(step.kwargs)), lambda n: env[n])
                 if "device" in kwargs:
@@ -141,7 +147,7 @@ class Facts:
             if n in found:
                 continue
             found.add(n)
-            stack.extend(n.all_input_nodes)
+            stack.extend(sources_of(n))
             stack.extend(w for w in self.writers.get(self.storage[n], ()) if self.order[w] < until)
         return found
 
@@ -155,7 +161,8 @@ def gather_facts(gm: fx.GraphModule, buffers: dict[fx.Node, torch.Tensor] | None
     for position, node in enumerate(gm.graph.nodes):
         facts.order[node] = position
         facts.flow.add_node(node)
-        facts.flow.add_edges_from((source, node) for source in node.all_input_nodes)
+        sources = sources_of(node)
+        facts.flow.add_edges_from((source, node) for source in sources)
         facts.nodes[node.name] = node
         if node.op == "call_function" and getattr(node.target, "__name__", "") == "_set_grad_enabled":
             grad = bool(arguments(node)[0])
@@ -173,19 +180,19 @@ def gather_facts(gm: fx.GraphModule, buffers: dict[fx.Node, torch.Tensor] | None
             facts.pure.add(node)
         elif node.op == "call_function":
             name = op_name(node)
-            if all(n in facts.pure or _is_number(n) for n in node.all_input_nodes) and (
+            if all(n in facts.pure or _is_number(n) for n in sources) and (
                 name in MOVES or name in OPERATIONS or name in _SPLITS
             ):
                 facts.pure.add(node)
-            if all(n in facts.closed for n in node.all_input_nodes) and _deterministic(node):
+            if all(n in facts.closed for n in sources) and _deterministic(node):
                 facts.closed.add(node)
         if node.op.startswith("call_") and (floating or not isinstance(value, torch.Tensor)):
-            flows = any(n in facts.needs_grad for n in node.all_input_nodes)
+            flows = any(n in facts.needs_grad for n in sources)
             if flows and grad and op_name(node) not in _STOPS and node.target not in _STOPS:
                 facts.needs_grad.add(node)
             elif flows and grad:
                 facts.cuts.add(node)
-            elif not grad and (flows or any(n in unrecorded for n in node.all_input_nodes)):
+            elif not grad and (flows or any(n in unrecorded for n in sources)):
                 unrecorded[node] = None
         facts.storage[node] = _storage_of(node, facts, ids)
         for target in _written(node):
@@ -193,6 +200,8 @@ def gather_facts(gm: fx.GraphModule, buffers: dict[fx.Node, torch.Tensor] | None
             facts.writes.append((position, storage))
             facts.writers.setdefault(storage, []).append(node)
     facts.opaque = {n for n in facts.order if facts.storage[n] in facts.writers}
+    # What is written to is read where it stands, which is after its image.
+    facts.flow.add_edges_from((source, n) for n in facts.opaque for source in n.all_input_nodes)
     facts.pure -= facts.opaque
     facts.cuts.update(n for n in unrecorded if any(u.op != "output" and facts.grad_enabled[u] for u in n.users))
     _settle(facts)
@@ -207,7 +216,7 @@ def _settle(facts: Facts) -> None:
         dirty = {s for s, writers in facts.writers.items() if any(w not in facts.closed for w in writers)}
         gone = {
             n for n in facts.closed
-            if facts.storage[n] in dirty or (n.op == "call_function" and not facts.closed.issuperset(n.all_input_nodes))
+            if facts.storage[n] in dirty or (n.op == "call_function" and not facts.closed.issuperset(sources_of(n)))
         }  # fmt: skip
         facts.closed -= gone
         changed = bool(gone)
@@ -215,7 +224,7 @@ def _settle(facts: Facts) -> None:
         if (
             node.op == "call_function"
             and node in facts.pure
-            and not all(i in facts.pure or i in facts.closed or _is_number(i) for i in node.all_input_nodes)
+            and not all(i in facts.pure or i in facts.closed or _is_number(i) for i in sources_of(node))
         ):
             facts.pure.discard(node)
 
@@ -417,7 +426,7 @@ def taint_of(node: fx.Node, facts: Facts) -> frozenset[fx.Node]:
         if n.op == "call_function" and (name in MOVES or name in OPERATIONS) and n not in facts.pure:
             stack.extend(
                 a
-                for a in n.all_input_nodes
+                for a in sources_of(n)
                 if is_tensor(a) or op_name(a) in (*SPLITS, "unbind", "max", "min", "topk", "sort")
             )
         if n.op == "call_function" and n in facts.opaque and facts.storage[n] not in written:

@@ -51,6 +51,11 @@ class _Running(Lifter):
     rows: frozenset[fx.Node] = frozenset()
 
     def _at(self, node: fx.Node, index: Index) -> Expr:
+        if self.joining and op_name(node) in _SCALES and not self.within(node, index) and node not in self.rows:
+            # Chunks that were scaled one by one are parts of one tensor still.
+            scaled = POINTWISE[op_name(node)](self, node, index)
+            if scaled is not None and sum(1 for x in scaled.walk() if isinstance(x, Load)) == 1:
+                return scaled
         if node not in self.rows or self.within(node, index):
             return super()._at(node, index)
         name = op_name(node)
@@ -59,6 +64,7 @@ class _Running(Lifter):
         return self.leaf(node, index) if value is None else unguarded(value) or value
 
 
+_SCALES = frozenset(("mul", "multiply", "div", "true_divide", "divide", "neg", "negative"))
 _GUARDS = ("where", "masked_fill", "eq", "ne", "le", "lt", "ge", "gt", "isinf", "logical_not", "bitwise_not")
 _FOLLOWED = frozenset(("exp", "exp2", "sub", "add", "neg", "mul", "div", "reciprocal", "log", "rsub", *_GUARDS))
 

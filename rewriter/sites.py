@@ -47,15 +47,18 @@ def describe_left(name: str, left: Left) -> Row:
 
 
 def numbers_of(site: Site) -> dict[Sym, int]:
-    """Representative values of a site's symbolic sizes."""
+    """Representative values of a site's symbolic sizes, and of numbers that it is called with."""
+    wanted = {s for part in site.parts for s in part.region.syms}
+    if not wanted:
+        return {}
     found: dict[str, int] = {}
-    for part in site.parts:
-        for binding in part.bindings:
-            if isinstance(binding, fx.Node):
-                for d in binding.meta["val"].shape:
-                    if isinstance(d, torch.SymInt):
-                        found[str(d.node.expr)] = hint(d)
-    return {s: found.get(s.name, 1024) for part in site.parts for s in part.region.syms}
+    bindings = (b for part in site.parts for b in part.bindings if isinstance(b, fx.Node))
+    for node in (*site.root.graph.find_nodes(op="placeholder"), *bindings):
+        value = node.meta.get("val")
+        for d in value.shape if isinstance(value, torch.Tensor) else (value,):
+            if isinstance(d, torch.SymInt):
+                found[str(d.node.expr)] = hint(d)
+    return {s: found.get(s.name, 1024) for s in wanted}
 
 
 def describe_site(

@@ -212,6 +212,7 @@ def rewritten(
     *,
     engine: str | None = None,
     require: bool = False,
+    dynamic: bool = False,
     report: Callable[[Report], None] | None = None,
 ) -> Callable[..., Any]:
     """As `refocus.optimize`, but the rewritten graph runs eagerly, op by op: what the rewrite alone does."""
@@ -223,7 +224,7 @@ def rewritten(
     def call(*args: Any, **kwargs: Any) -> Any:
         return module(*args, **kwargs)
 
-    compiled = torch.compile(call, backend=backend, dynamic=False)
+    compiled = torch.compile(call, backend=backend, dynamic=dynamic)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         try:

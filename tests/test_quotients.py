@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import refocus
-from refocus.testing import check
+from refocus.testing import check, rewritten
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 BATCH, HEADS, TOKENS, WIDTH = 2, 2, 40, 8
@@ -163,8 +163,35 @@ def guarded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _infinite(q, k, v, CAUSAL & ~CAUSAL.tril(-8), guarded=True)
 
 
+def _tokens_first(q: Tensor, k: Tensor, v: Tensor, blank: Callable[[Tensor], Tensor]) -> Tensor:
+    """What is zero at first has the layout of the queries, which is not that of their memory."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    most, total, result = torch.full_like(q[..., 0], -math.inf), blank(q[..., 0]), blank(q)
+    for begin, end in CHUNKS:
+        scores = torch.einsum("bihd,bjhd->bihj", q, k[:, begin:end] * SCALE)
+        new = torch.maximum(most, scores.amax(-1))
+        weights, rescale = (scores - new[..., None]).exp(), (most - new).exp()
+        total = total * rescale + weights.sum(-1)
+        result = result * rescale[..., None] + torch.einsum("bihj,bjhd->bihd", weights, v[:, begin:end])
+        most = new
+    return result / total.unsqueeze(-1)
+
+
+def running_tokens_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _tokens_first(q, k, v, torch.zeros_like)
+
+
+def running_zeros_by_size(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _tokens_first(q, k, v, lambda x: x.mT.new_zeros(x.mT.shape).mT)
+
+
+def running_fills(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _tokens_first(q, k, v, lambda x: torch.full_like(x, 3.0).fill_(0.0))
+
+
 ONE = (after, reciprocal_and_layouts, masked_by_multiplication, with_a_sink, tokens_first, renormalised)
-SEAMLESS = (running, running_causal_in_place, running_causal_infinite, stacked)
+BLANKS = (running_tokens_first, running_zeros_by_size, running_fills)
+SEAMLESS = (running, running_causal_in_place, running_causal_infinite, stacked, *BLANKS)
 SEVERAL = (*SEAMLESS, divided_at_every_step, two_memories, guarded)
 
 
@@ -180,6 +207,41 @@ def test_chunks_of_one_tensor_are_that_tensor(function: Function) -> None:
     (site,) = refocus.explain(Attention(function), *inputs(), engine="tiled").sites
     assert "where" not in site.notation and "k1" not in site.notation, site.notation
     assert site.mask == ("j <= i" if "causal" in function.__name__ else "")
+
+
+@pytest.mark.parametrize("function", [running, *BLANKS], ids=lambda f: f.__name__)
+def test_chunks_of_any_length(function: Function) -> None:
+    """The bounds of the chunks are numbers of the call, too."""
+    found: list[refocus.Report] = []
+    model = Attention(function)
+    run = rewritten(model, engine="tiled", dynamic=True, require=True, report=found.append)
+    with torch.no_grad():
+        for width in (WIDTH, 12):
+            given = torch.randn(3, BATCH, HEADS, TOKENS, width).unbind()
+            torch.testing.assert_close(run(*given), model(*given))
+    assert len(found) == 1 and [site.family for site in found[0].sites] == ["softmax"]
+
+
+def test_chunks_of_unknown_lengths() -> None:
+    """Zeros in the image of queries are zeros, however many there are."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        most, total, result = q.new_full(q.shape[:-1], -math.inf), q.new_zeros(q.shape[:-1]), torch.zeros_like(q)
+        for keys, values in zip(k.chunk(2, 2), v.chunk(2, 2)):
+            scores = q @ keys.mT
+            before, most = most, torch.maximum(most, scores.amax(-1))
+            weights, rescale = (scores - most[..., None]).exp(), (before - most).exp()
+            total = total * rescale + weights.sum(-1)
+            result = result * rescale[..., None] + weights @ values
+        return result / total[..., None]
+
+    found: list[refocus.Report] = []
+    run = rewritten(function, engine="tiled", dynamic=True, require=True, report=found.append)
+    with torch.no_grad():
+        for tokens in (TOKENS, 56, 33):
+            given = torch.randn(3, BATCH, TOKENS // 4, tokens, WIDTH).unbind()
+            torch.testing.assert_close(run(*given), function(*given))
+    assert len(found) == 1
 
 
 def test_many_chunks() -> None:
