@@ -51,13 +51,12 @@ def lift_sdpa(lifter: Any, node: Any, index: tuple[Expr, ...]) -> Sdpa | Decline
     lifter.query_axes = {a for x in (*lead, row) for a in x.axes if a not in value.axes}
     logits: Expr = Dot((dot,), at(query, qs, row, dot), at(keys, ks, key, dot), dtype)
     scale = args.get("scale")
-    if scale is None:
-        if not isinstance(qs[-1], Const):
-            return Declined("the head width is not known while compiling", "scale")
-        scale = 1 / math.sqrt(qs[-1].value)
-    if not isinstance(scale, int | float):
-        return Declined("the scale is not known while compiling", "scale")
-    logits = s.call("mul", logits, Const(float(scale), dtype), dtype=dtype)
+    if scale is not None:
+        logits = s.call("mul", logits, lifter.factor(scale, dtype), dtype=dtype)
+    elif isinstance(qs[-1], Const):
+        logits = s.call("mul", logits, Const(1 / math.sqrt(qs[-1].value), dtype), dtype=dtype)
+    else:
+        logits = s.call("div", logits, s.call("sqrt", qs[-1], dtype=dtype), dtype=dtype)
     lowest = Const(-math.inf, dtype)
     zero_rows = True
     if args.get("is_causal"):

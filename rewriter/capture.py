@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from refocus.blank import detach_blanks
 from refocus.bodies import Retrace, changes_casts
 from refocus.functional import make_functional
+from refocus.held_numbers import hold_numbers
 from refocus.strokes import join_strokes
 
 
@@ -71,6 +72,7 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
     join_strokes(traced, mode)
     make_functional(traced, mode)
     detach_blanks(traced, permuted=True)
+    hold_numbers(traced, mode)
     return traced
 
 

@@ -19,9 +19,10 @@ import torch
 from torch import fx
 
 from refocus import simplify as s
+from refocus.held_numbers import held
 from refocus.ir import BOOL, INT, Axis, Call, Const, Dot, Expr, Load, Reduce
 from refocus.polynomial import to_poly
-from refocus.sizes import hint, shape_of, size_expr
+from refocus.sizes import hint, shape_of, size_expr, whole_number
 
 Index = tuple[Expr, ...]
 Handler = Callable[["Lifter", fx.Node, Index], "Expr | None"]
@@ -279,6 +280,11 @@ class Lifter:
             source = value.args[0] if value.args else None
             if op_name(value) in ("item", "_local_scalar_dense") and is_tensor(source):
                 return self.at(source, ())  # type: ignore[arg-type]
+            whole, tensor = whole_number(value.meta["val"]), held(value)
+            if whole is not None:
+                return whole
+            if tensor is not None:
+                return self.leaf(tensor, ())
             value = value.meta["val"]
         if isinstance(value, bool):
             return Const(value, BOOL)

@@ -29,6 +29,14 @@ def size_expr(size: Any, low: int = LEAST) -> Expr:
     return Const(int(size))
 
 
+def whole_number(value: Any) -> Expr | None:
+    """A float that is an integer made one, as that integer; None for any other."""
+    number = value.node.expr if isinstance(value, torch.SymFloat) else None
+    if type(number).__name__ != "ToFloat":
+        return None
+    return _convert(number.args[0], getattr(value.node, "shape_env", None), LEAST)
+
+
 def shape_of(node: fx.Node) -> tuple[Expr, ...]:
     """The shape of a tensor node."""
     return tuple(size_expr(d, 0) for d in node.meta["val"].shape)

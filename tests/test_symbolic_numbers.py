@@ -1,0 +1,88 @@
+"""Numbers that Python computes from sizes while the graph runs: scales, slopes, temperatures, widths of windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import refocus
+from refocus.testing import rewritten
+
+Function = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def root_of_the_width(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT / math.sqrt(q.size(-1))).softmax(-1) @ v
+
+
+def on_the_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("bhid,bhjd->bhij", q * q.size(-1) ** -0.5, k).softmax(-1) @ v
+
+
+def of_both_sizes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    blank = q.new_zeros(1, 1, 1)
+    scores = torch.baddbmm(blank, q.flatten(0, 1), k.flatten(0, 1).mT, beta=0.0, alpha=k.size(2) / (9.5 * k.size(3)))
+    return (scores.softmax(-1) @ v.flatten(0, 1)).view_as(v)
+
+
+def softcapped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    cap = 2.5 * q.size(-1)
+    return (torch.tanh(q @ k.mT / cap) * cap).softmax(-1) @ v
+
+
+def a_slope(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    place = torch.arange(k.size(-2))
+    return (q @ k.mT).sub((place[:, None] - place).abs(), alpha=3 / k.size(-2)).softmax(-1) @ v
+
+
+def a_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    place = torch.arange(k.size(-2))
+    far = (place[:, None] - place).abs() > k.size(-2) / 4
+    return (q @ k.mT).masked_fill(far, -math.inf).softmax(-1) @ v
+
+
+def of_the_kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [root_of_the_width, on_the_queries, of_both_sizes, softcapped, a_slope, a_window, of_the_kernel],
+    ids=lambda f: f.__name__,
+)
+def test_numbers_made_of_sizes(function: Function) -> None:
+    found: list[refocus.Report] = []
+    run = rewritten(function, engine="tiled", dynamic=True, require=True, report=found.append)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for tokens, width in ((40, 8), (56, 8), (33, 16)):
+            given = torch.randn(3, 2, 3, tokens, width).unbind()
+            torch.testing.assert_close(run(*given), function(*given))
+    assert len(found) == 1  # compiled once, for all sizes
+
+
+def test_a_number_is_as_exact_as_the_operation_that_reads_it() -> None:
+    """A tensor that the model makes of it in half precision is another."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scale = k.size(-2) / 7
+        rounded = torch.scalar_tensor(scale, dtype=torch.float16)
+        return (q @ k.mT * scale).softmax(-1) @ v * rounded
+
+    run = rewritten(function, engine="tiled", dynamic=True, require=True)
+    given = torch.randn(3, 2, 3, 40, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+    with torch.no_grad():
+        torch.testing.assert_close(run(*given), function(*given), rtol=1e-12, atol=1e-12)
+
+
+def test_lowered_numbers() -> None:
+    run = refocus.optimize(on_the_queries, engine="tiled", dynamic=True, require=True)
+    with torch.no_grad():
+        for width in (8, 12):
+            given = torch.randn(3, 2, 3, 40, width).unbind()
+            torch.testing.assert_close(run(*given), on_the_queries(*given))
