@@ -19,6 +19,7 @@ from refocus.bodies import Retrace, changes_casts
 from refocus.functional import make_functional
 from refocus.held_numbers import hold_numbers
 from refocus.strokes import join_strokes
+from refocus.vmaps import without_vmaps
 
 
 class CaptureFailed(Exception):
@@ -47,13 +48,14 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
     own = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
     try:
         with mode, own, torch.fx.traceback.preserve_node_meta():
-            graph = Retrace(gm, casts)
-            traced = make_fx(graph.run, pre_dispatch=not casts)(*(graph.values[n] for n in placeholders))
+            graph = Retrace(without_vmaps(gm, mode), casts)
+            given = [graph.values[n] for n in graph.graph.find_nodes(op="placeholder")]
+            traced = make_fx(graph.run, pre_dispatch=not casts)(*given)
     except Exception as problem:  # anything may go wrong while tracing foreign code; the caller falls back
         raise CaptureFailed(f"{type(problem).__name__}: {problem}") from problem
     for node in traced.graph.find_nodes(op="get_attr"):
         if isinstance(_attribute(traced, node), FakeTensor):
-            # Under torch.vmap, for one, values are made that the tracer does not follow: it took one for a constant.
+            # Values were made that the tracer does not follow: it took one for a constant.
             raise CaptureFailed("a value of the graph was lost when it was traced again")
     traced.meta.update(gm.meta)
     traced.graph.eliminate_dead_code()

@@ -17,7 +17,7 @@ _HELD = torch.ops.aten.scalar_tensor.default
 
 
 def hold_numbers(gm: fx.GraphModule, mode: Any) -> None:
-    """Make a tensor of every number that tensors are computed with. Whoever has no use for it leaves it as dead code."""
+    """Make a tensor of every number that tensors are computed with; where it has no use, it is dead code."""
     for node in list(gm.graph.nodes):
         number = node.meta.get("val")
         if not isinstance(number, torch.SymFloat):
