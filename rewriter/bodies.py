@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from refocus.native_layers import expansion_of
 
+DATA = "_get_data_attr"
+
 # Operations that call their body once, with the arguments that follow it.
 _CALLS = ("tag_activation_checkpoint", "wrap_activation_checkpoint")
 
@@ -96,9 +98,12 @@ class Retrace(fx.Interpreter):
         return super().call_function(expansion_of(target, args) or target, args, kwargs)
 
     def _is_whole(self, node: fx.Node) -> bool:
-        """Whether an operation reads or makes a tensor subclass, or moves the parts of a DTensor."""
+        """Whether an operation reads or makes a tensor subclass, moves the parts of a DTensor, or is none that the tracer
+        sees: x.data, which reads and writes x past autograd."""
         if not node.op.startswith("call_"):
             return False
+        if getattr(node.target, "__name__", "") == DATA:
+            return True
         nodes = (node, *node.all_input_nodes)
         if any(_subclasses(self.values[n]) for n in nodes):
             return True

@@ -16,6 +16,7 @@ from torch import fx
 
 from refocus import debug
 from refocus.blank import is_blank, number_of, sources_of
+from refocus.bodies import DATA
 from refocus.equal_values import equal_values
 from refocus.infer import closed_form, constant_form
 from refocus.ir import BOOL, Call, Const, Expr
@@ -229,7 +230,7 @@ def _settle(facts: Facts) -> None:
             facts.pure.discard(node)
 
 
-_STOPS = ("detach", "detach_copy")
+_STOPS = ("detach", "detach_copy", DATA)
 _SPLITS = (*SPLITS, "unbind", "meshgrid", "broadcast_tensors")
 
 
@@ -256,7 +257,7 @@ def _written(node: fx.Node) -> Iterator[fx.Node]:
                     yield from (v for v in value if isinstance(v, fx.Node))
 
 
-_MAYBE_VIEWS = {"reshape", "contiguous", "to", "type_as", "flatten", "expand_as", "getitem", "broadcast_to"}
+_MAYBE_VIEWS = {DATA, "reshape", "contiguous", "to", "type_as", "flatten", "expand_as", "getitem", "broadcast_to"}
 
 
 def _storage_of(node: fx.Node, facts: Facts, ids: Iterator[int]) -> int:

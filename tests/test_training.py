@@ -169,6 +169,40 @@ def test_a_custom_function_beside_an_attention_keeps_its_gradient() -> None:
     same(gradients(rewritten(call, engine="tiled", require=True), model, x), gradients(call, model, x))
 
 
+class Clamped(Attention):
+    """A parameter that is kept in bounds past autograd, as the model runs: before the scores are made, or after."""
+
+    late = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
+        if not self.late:
+            self.slopes.data.clamp_(-0.5, 0.5)
+        scores = q @ k.mT * self.slopes[:, None, None]
+        if self.late:
+            scores = scores.detach()
+            self.slopes.data.clamp_(-0.5, 0.5)
+        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(-2)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_parameter_that_is_written_past_autograd(late: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 24, 32)
+    found: dict[bool, Any] = {}
+    reports: list[refocus.Report] = []
+    for fused in (False, True):
+        torch.manual_seed(1)
+        model = Clamped()
+        model.late = late
+        run = rewritten(model, engine="tiled", report=reports.append) if fused else model
+        found[fused] = gradients(run, model, x), model(x), model.slopes.detach().clone()
+    same(found[True][0], found[False][0])
+    torch.testing.assert_close(found[True][1:], found[False][1:])
+    (site,) = reports[0].sites
+    assert found[True][2].max() == 0.5 and site.fused is not late
+
+
 def test_reruns_are_bitwise_equal() -> None:
     model = Attention()
     fast = rewritten(model, engine="tiled", require=True)
