@@ -98,7 +98,7 @@ class Retrace(fx.Interpreter):
         return super().call_function(expansion_of(target, args) or target, args, kwargs)
 
     def _is_whole(self, node: fx.Node) -> bool:
-        """Whether an operation reads or makes a tensor subclass, moves the parts of a DTensor, or is none that the tracer
+        """Whether an operation reads or makes a tensor subclass, moves parts of a DTensor, or is none that the tracer
         sees: x.data, which reads and writes x past autograd."""
         if not node.op.startswith("call_"):
             return False
