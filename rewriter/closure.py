@@ -5,19 +5,24 @@ from __future__ import annotations
 import networkx as nx
 from torch import fx
 
-from refocus.facts import Candidate, Facts
+from refocus.attention import Part
+from refocus.facts import Candidate, Facts, contraction_operands
+from refocus.hoist import Hoisted
+from refocus.ir import Call, Region
 from refocus.lift import is_tensor, op_name
 from refocus.lift_reductions import CONTRACTIONS
 from refocus.lift_tables import MOVES
 from refocus.lift_views import SPLITS
+from refocus.normal_form import Binding
 from refocus.patterns.declined import Declined, Stop
+from refocus.patterns.factors import holds_scores
 
 
 def interior_of(candidate: Candidate, facts: Facts, visited: set[fx.Node]) -> set[fx.Node]:
     """Nodes whose value holds scores: from the score products forward to the root."""
     if candidate.weights < 0:
         return set()
-    scores = {n for n in visited if op_name(n) in CONTRACTIONS or _sums_product(n)}
+    scores = {n for n in visited if _is_product(n)}
     read = facts.flow.subgraph({*visited, candidate.root})
     below = nx.ancestors(read, candidate.root)
     starts = scores & below
@@ -49,6 +54,64 @@ def is_returned(node: fx.Node) -> bool:
             stack.extend(user for user in reader.users if user not in seen)
             seen.update(reader.users)
     return False
+
+
+def check_reads(facts: Facts, interior: set[fx.Node], part: Part) -> None:
+    """A region reads nothing that is made of its own scores: they would be stored for that, and computed once more in
+    the region, in another order of summation. Where the two are compared (scores with the tenth greatest of them), the
+    last bit decides, so that nothing may be made of products of the same tensors elsewhere, either."""
+    compared = _compared(part.region)
+    twins = _twins(facts, interior) if compared else set()
+    for operand, binding in zip(part.region.operands, part.bindings):
+        for node in _nodes_of(binding, facts):
+            made_of = {node} | nx.ancestors(facts.flow, node)
+            own = made_of & interior
+            if own:
+                readers = (n for n in made_of - interior if not own.isdisjoint(n.all_input_nodes))
+                reader = min(readers, key=facts.order.__getitem__, default=node)
+                raise Stop(Declined(f"a score is read elsewhere (by `{op_name(reader)}`)", reader.name))
+            if operand.name in compared and not made_of.isdisjoint(twins):
+                reason = "scores are compared with what is made of a second product of the same queries and keys"
+                raise Stop(Declined(reason, node.name))
+
+
+def _nodes_of(binding: Binding, facts: Facts) -> list[fx.Node]:
+    if isinstance(binding, Hoisted):
+        return [facts.nodes[x.tensor] for x in binding.value.loads if x.tensor in facts.nodes]
+    return [binding] if isinstance(binding, fx.Node) else []
+
+
+def _compared(region: Region) -> set[str]:
+    """Operands of floats that decide, together with scores, where a condition holds."""
+    return {
+        load.tensor
+        for e in (region.logits, region.mask, region.gate)
+        for n in e.walk()
+        if isinstance(n, Call) and n.op in ("lt", "le", "eq", "ne") and any(holds_scores(a) for a in n.args)
+        for load in n.loads
+        if load.is_float
+    }
+
+
+def _twins(facts: Facts, interior: set[fx.Node]) -> set[fx.Node]:
+    """Products of what the scores are products of, that stand elsewhere."""
+    products = {n: frozenset(_source(a) for a in contraction_operands(n)) for n in facts.order if _is_product(n)}
+    own = {factors for n, factors in products.items() if n in interior}
+    return {n for n, factors in products.items() if n not in interior and factors in own}
+
+
+def _is_product(node: fx.Node) -> bool:
+    return op_name(node) in CONTRACTIONS or _sums_product(node)
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """The tensor that was moved and scaled to make a factor."""
+    while op_name(node) in MOVES or op_name(node) in ("mul", "div"):
+        tensors = [a for a in node.all_input_nodes if is_tensor(a)]
+        if len(tensors) != 1:
+            break
+        node = tensors[0]
+    return node
 
 
 def _sums_product(node: fx.Node) -> bool:

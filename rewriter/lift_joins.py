@@ -116,6 +116,7 @@ def _run(lift: Lifter, parts: list[tuple[fx.Node, Index]], which: Expr) -> Expr 
         ):
             return None
         place.append(s.add(entries[0], s.mul(step, which)))
+    lift.visited.update(n for part, _ in parts for n in _views(part))
     return lift.at(source, place)
 
 
@@ -124,6 +125,13 @@ def _viewed(node: fx.Node, index: Index) -> tuple[fx.Node, Index]:
     while op_name(node) in PARTS:
         node, index = PARTS[op_name(node)](node, index)
     return node, index
+
+
+def _views(node: fx.Node) -> Iterator[fx.Node]:
+    """The parts of parts that `_viewed` looks through."""
+    while op_name(node) in PARTS:
+        yield node
+        node = arguments(node)[0]
 
 
 def _stack(lift: Lifter, node: fx.Node, index: Index) -> Expr:
@@ -216,6 +224,7 @@ def _stroke(lift: Lifter, node: fx.Node, index: Index) -> _Stroke:
     if op_name(new) in ("slice_scatter", "select_scatter"):
         viewed = arguments(new)[0]
         if op_name(viewed) in ("slice", "select") and arguments(viewed)[0] is source:
+            lift.visited.update((new, viewed))  # seen through: both are read by nobody but this stroke, if by one
             inner = _stroke(lift, new, at)
             return _Stroke(s.and_(inside, inner.inside), inner.new, inner.at, (*known, *inner.known))
     return _Stroke(inside, new, at, known)

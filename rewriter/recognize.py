@@ -20,7 +20,7 @@ from torch import fx
 from refocus import simplify as s
 from refocus.attention import Left, Part, Readings, Site, closed_under_sharing
 from refocus.bands import Reading, Tensors, to_tokens
-from refocus.closure import check_no_writes, interior_of, is_returned, reads_shape
+from refocus.closure import check_no_writes, check_reads, interior_of, is_returned, reads_shape
 from refocus.facts import Candidate, Facts, candidates, contraction_operands, taint_of
 from refocus.gathers import distinct, gathered
 from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Reduce
@@ -406,6 +406,7 @@ def _close(
     for k, (draft, (mixed, factor, _)) in enumerate(zip(drafts, lifted.terms)):
         region, bindings, order = finish(draft, facts, dtype, lifted.zero_rows)
         parts.append(Part(region, bindings))
+        check_reads(facts, interior, parts[-1])
         orders.append(order)
         read = Load(f"part{k}", tuple((places or {}).get(a, a) for a in order), dtype)
         term: Expr = read

@@ -1,0 +1,83 @@
+"""Who reads scores: nothing that a region reads may be made of the scores that it computes itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.drawn import fuses, scores, stays
+
+
+def a_part_with_its_own_bias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Relative positions for all tokens but the first, added in place, as multi-scale vision models do it."""
+    logits = scores(q, k)
+    rows = torch.einsum("bhic,kc->bhik", q[:, :, 1:], v[0, 0, 1:])
+    logits[:, :, 1:, 1:] = (logits[:, :, 1:, 1:].view(2, -1, 23, 3, 3) + rows.view(2, 2, 23, 3, 3)).view(2, -1, 23, 9)
+    return logits.softmax(-1) @ v
+
+
+def test_a_part_of_a_part_that_is_written_over_is_read_by_nobody_else() -> None:
+    fuses(a_part_with_its_own_bias, 10)
+
+
+def test_stacked_parts_of_scores_are_read_by_nobody_else() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        logits = scores(q, k)
+        windows = torch.stack([logits[:, :, n : n + 20] for n in range(3)], 2)
+        return windows.softmax(-1) @ v[:, :, None]
+
+    def returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        logits = scores(q, k)
+        windows = torch.stack([logits[:, :, n : n + 20] for n in range(3)], 2)
+        return windows.softmax(-1) @ v[:, :, None], logits
+
+    fuses(function, 10)
+    stays(returned, "a score is read elsewhere", 10)
+
+
+def below_the_median(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = scores(q, k)
+    return logits.masked_fill(logits < logits.median(-1, keepdim=True).values, float("-inf")).softmax(-1) @ v
+
+
+def in_a_part(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The comparison is written into a part of the mask."""
+    other = scores(k, k).mean(1, keepdim=True)
+    low = other < other.median(-1, keepdim=True).values
+    mask = torch.zeros(2, 1, 24, 10, dtype=torch.bool)
+    mask[:, :, 10:20, :4] = low[..., :4]
+    return scores(q, k).masked_fill(mask, float("-inf")).softmax(-1) @ v
+
+
+def below_what_the_token_gives_itself(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = scores(k, k)
+    own = logits.diagonal(dim1=-2, dim2=-1)
+    return logits.masked_fill(logits > own[..., None], float("-inf")).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    "function", [below_the_median, in_a_part, below_what_the_token_gives_itself], ids=lambda f: f.__name__
+)
+def test_scores_that_are_compared_with_one_of_them(function) -> None:  # type: ignore[no-untyped-def]
+    stays(function, "a score is read elsewhere", 10)
+
+
+def test_scores_that_are_compared_with_one_of_their_equals() -> None:
+    """The tenth greatest of a row is among its scores: it must be computed as they are, to the last bit."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.no_grad():
+            least = scores(q, k).topk(4, -1).values[..., -1:]
+        logits = scores(q, k)
+        return logits.masked_fill(logits < least, float("-inf")).softmax(-1) @ v
+
+    stays(function, "compared with what is made of a second product", 10)
+
+
+def test_scores_that_are_compared_with_a_number_of_their_own() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        logits, least = scores(q, k), (q @ v.new_ones(8, 1)) - 3.0
+        return torch.where(logits < least, -9.0, logits).softmax(-1) @ v
+
+    fuses(function, 10)
