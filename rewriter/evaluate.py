@@ -268,6 +268,8 @@ class Scope:
 
     def _float_call(self, node: Call, declared: bool) -> Value:
         kind: Expr = node if node.is_float else next((a for a in node.args if a.is_float), node.args[0])
+        # As in a truncation, rounding shows where numbers are compared; with scores it is theirs that counts.
+        declared = declared or (node.dtype == BOOL and not _holds_sum(node))
         dtype = self._dtype(kind, declared) if kind.is_float else self.float_dtype
         args = [self._float(self._plain(a, declared), dtype) for a in node.args]
         if not any(isinstance(a, Tensor) for a in args) or node.op in TENSORS_ONLY:
@@ -310,6 +312,11 @@ class Scope:
 
     def _flat(self, value: Value) -> Value:
         return value.tensor(self.device) if isinstance(value, Grid) else value
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _holds_sum(expr: Expr) -> bool:
+    return any(isinstance(n, Dot | Reduce) for n in expr.walk())
 
 
 def device_of(tensors: Iterable[Tensor]) -> torch.device:

@@ -23,6 +23,7 @@ from refocus.held_numbers import held
 from refocus.ir import BOOL, INT, Axis, Call, Const, Dot, Expr, Load, Reduce
 from refocus.polynomial import to_poly
 from refocus.sizes import hint, shape_of, size_expr, whole_number
+from refocus.widths import narrowed, recast
 
 Index = tuple[Expr, ...]
 Handler = Callable[["Lifter", fx.Node, Index], "Expr | None"]
@@ -97,6 +98,8 @@ class Known(Protocol):
 
     def closed_form(self, node: fx.Node) -> Expr | None: ...
 
+    def constant(self, node: fx.Node) -> torch.Tensor | None: ...
+
 
 @dataclass
 class Lifter:
@@ -160,8 +163,10 @@ class Lifter:
         move = MOVES.get(name)
         if move is not None:
             value = move(self, node, index)
+            if value is not None and name in _CASTS:
+                value = recast(value, arguments(node)[0].meta["val"].dtype, node.meta["val"].dtype)
             if value is None:
-                return self.leaf(node, index)
+                return self._stop(node, index)
             self.visited.add(node)
             if not value.is_float and _is_table(node, index, value):
                 return self.leaf(node, index)
@@ -172,6 +177,8 @@ class Lifter:
         floating = kind_of(dtype_of(node)) not in (INT, BOOL)
         if not floating or node in self.known.pure:
             value = handler(self, node, index)
+            if value is not None and value.is_int and node.meta["val"].dtype != torch.bool:
+                value = narrowed(value, node.meta["val"].dtype)
             if value is not None and not (floating and any(x.is_float for x in _loads(value))):
                 self.visited.add(node)
                 return self.leaf(node, index) if _is_table(node, index, value) else value
@@ -232,7 +239,7 @@ class Lifter:
     def constant(self, node: fx.Node, index: Index) -> Expr | None:
         """A value that is known now, where its elements follow a rule: one number, a position, a mask's closed form."""
         form = self.known.closed_form(node)
-        if form is None:
+        if form is None or (form.is_int and narrowed(form, node.meta["val"].dtype) is not form):
             return None
         return s.substitute(form, {Axis(f"dim{k}", size): x for k, (size, x) in enumerate(zip(shape_of(node), index))})
 
@@ -338,13 +345,14 @@ def _laid_out(node: fx.Node, source: fx.Node) -> bool:
     return True
 
 
+_CASTS = frozenset(("to", "_to_copy", "type_as", "float", "half", "bfloat16", "double"))
+
 _LAYOUTS = frozenset(
     (
         "view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as", "transpose", "swapaxes",
         "swapdims", "t", "numpy_T", "movedim", "moveaxis", "mT", "matrix_H", "adjoint", "contiguous", "clone", "alias",
         "squeeze", "unsqueeze", "permute", "select", "slice", "narrow", "getitem", "split", "chunk", "unbind",
-        "split_with_sizes", "tensor_split", "unsafe_split", "unsafe_chunk", "to", "_to_copy", "type_as", "float",
-        "half", "bfloat16", "double", "detach", "diagonal",
+        "split_with_sizes", "tensor_split", "unsafe_split", "unsafe_chunk", "detach", "diagonal", *_CASTS,
     )
 )  # fmt: skip
 

@@ -7,14 +7,17 @@ slice_scatter(x, y, 0, 3)[i] ->  y[i - 3] where i >= 3 else x[i]
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from refocus import simplify as s
-from refocus.ir import BOOL, Const, Expr, Load
+from refocus.infer import constant_form
+from refocus.ir import BOOL, Axis, Const, Expr, Load
 from refocus.lift import Handler, Index, Lifter, Standing, arguments, dtype_of, kind_of, op_name
 from refocus.lift_views import PARTS, arguments_of, dimension, start_of
 from refocus.simplify import Knowledge
@@ -258,8 +261,46 @@ def _copied(lift: Lifter, node: fx.Node, index: Index) -> Expr:
     return s.cast(lift.broadcast(arguments(node)[1], index), kind_of(dtype_of(node)))
 
 
+def _put(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    """x[.., mask] = number, which is masked_fill, and x[.., 3, [1, 5]] = number at places that are known now."""
+    source, places, new, adds = arguments_of(node, "self", "indices", "values", "accumulate", accumulate=False)
+    dims = [dim for dim, place in enumerate(places) if place is not None]
+    if adds or not dims or any(size != Const(1) for size in shape_of(new)):
+        return None
+    first = places[dims[0]]
+    if len(dims) == 1 and dtype_of(first) == BOOL:
+        inside: Expr | None = lift.at(first, index[dims[0] : dims[0] + len(shape_of(first))])
+    else:
+        inside = _is_among(lift, [places[dim] for dim in dims], [shape_of(source)[dim] for dim in dims])
+        axes = {Axis(f"dim{k}", shape_of(source)[dim]): index[dim] for k, dim in enumerate(dims)}
+        inside = None if inside is None else s.substitute(inside, axes)
+    if inside is None:
+        return None
+    kind = kind_of(dtype_of(node))
+    number = lift.at(new, [Const(0)] * len(shape_of(new)))
+    return s.where(inside, s.cast(number, kind), lift.at(source, index))
+
+
+def _is_among(lift: Lifter, places: list[fx.Node], sizes: list[Expr]) -> Expr | None:
+    """Whether a position is one of those that index tensors of known values give, as a function of the dimensions."""
+    known = [lift.known.constant(place) for place in places]
+    values = [value for value in known if value is not None and value.dtype == torch.int64]
+    lengths = [int(size.value) for size in sizes if isinstance(size, Const)]
+    if len(values) < len(places) or len(lengths) < len(sizes) or math.prod(lengths) > _TABLE:
+        return None
+    table = torch.zeros(lengths, dtype=torch.bool)
+    try:
+        table[tuple(values)] = True
+    except (IndexError, RuntimeError):
+        return None
+    return constant_form(table)
+
+
+_TABLE = 1 << 20  # elements of a table that is written to tell which places are meant
+
+
 JOINS: dict[str, Handler] = {
     **dict.fromkeys(("cat", "concat", "concatenate"), _cat), **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
-    "stack": _stack, "block_diag": _block_diag, "copy": _copied,
+    "stack": _stack, "block_diag": _block_diag, "copy": _copied, "index_put": _put,
     **dict.fromkeys(("slice_scatter", "select_scatter"), _scatter),
 }  # fmt: skip

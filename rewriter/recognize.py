@@ -26,6 +26,7 @@ from refocus.gathers import distinct, gathered
 from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Reduce
 from refocus.joint import NOTHING, Joint, joints, lift_joint
 from refocus.lift import Lifter, Unliftable, dtype_of, op_name
+from refocus.lift_reductions import CONTRACTIONS
 from refocus.lifted import Lifted, all_loads, split_axis, stands_in_pieces, untidy
 from refocus.merge import Merge, lift_merge, merges
 from refocus.normal_form import Draft, finish, in_pieces
@@ -345,7 +346,10 @@ def _weighted(candidate: Candidate, facts: Facts, axes: Axes, lifter: Lifter, fo
     if found.rescaled is not None:
         weights = found.rescaled.times_rows(lifter, weights)
     if not any(isinstance(n, Dot) for n in weights.walk()):
-        return Declined("the weights hold no product of queries and keys", (lifter.blame or candidate.normaliser).name)
+        reason = "the weights hold no product of queries and keys"
+        if lifter.blame is not None and op_name(lifter.blame) not in CONTRACTIONS:
+            reason += f" (`{op_name(lifter.blame)}` is not understood)"
+        return Declined(reason, (lifter.blame or candidate.normaliser).name)
     parts, rest = terms_of(weights, key)
     cores: list[tuple[tuple[Axis, ...], Expr, Softmax]] = []
     added = NOTHING

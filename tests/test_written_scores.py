@@ -128,3 +128,95 @@ def test_a_prefix_that_the_data_decide() -> None:
     labels = torch.arange(24) - torch.tensor([[5], [9]])
     found = check(Attention(function), (*drawn(24), labels), sites=1, lower=False)
     assert "j <= i or j < t0[b]" in str(found.report)
+
+
+# ------------------------------------------------------------------------------------------------ numbers put at places
+
+
+def put_where_the_mask_says(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = scores(q, k)
+    logits[:, :, torch.ones(24, 10).triu(1) == 1] = float("-inf")
+    return logits.softmax(-1) @ v
+
+
+def put_in_all_of_it(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = scores(q, k)
+    logits[(torch.ones(24, 10).triu(1) == 1).expand_as(logits)] = -1e9
+    return logits.softmax(-1) @ v
+
+
+def put_at_three_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = scores(q, k)
+    logits[..., [1, 3, -2]] = float("-inf")
+    return logits.softmax(-1) @ v
+
+
+def put_at_the_token_itself(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = scores(k, k)
+    logits[:, :, torch.arange(10), torch.arange(10)] = float("-inf")
+    return logits.softmax(-1) @ v
+
+
+def put_in_one_block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = scores(q, k)
+    logits[:, 1, torch.tensor([[2], [3]]), torch.tensor([4, 5])] = q.sum() * 0.01
+    return logits.softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    "function",
+    [put_where_the_mask_says, put_in_all_of_it, put_at_three_keys, put_at_the_token_itself, put_in_one_block],
+    ids=lambda f: f.__name__,
+)
+def test_a_number_that_is_put_at_places(function: Callable[..., Tensor]) -> None:
+    fuses(function, 10)
+
+
+def put_several(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = scores(q, k)
+    logits[..., torch.tensor([4, 5])] = torch.tensor([1.0, 2.0], dtype=q.dtype)
+    return logits.softmax(-1) @ v
+
+
+def put_and_added(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = scores(q, k)
+    places = (torch.tensor([0, 1, 1]), torch.tensor([1, 0, 0]))
+    return logits.index_put(places, logits.new_tensor(1.0), accumulate=True).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("function", [put_several, put_and_added], ids=lambda f: f.__name__)
+def test_what_is_put_at_places_otherwise_is_not_followed(function: Callable[..., Tensor]) -> None:
+    stays(function, "`index_put` is not understood", 10)
+
+
+def test_places_that_are_only_known_when_the_graph_runs() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, places: Tensor) -> Tensor:
+        logits = scores(q, k)
+        logits[..., places] = float("-inf")
+        return logits.softmax(-1) @ v
+
+    stays(function, "`index_put` is not understood", 10, more=(torch.tensor([1, 3]),))
+
+
+# ------------------------------------------------------------------------------------------------ activations of scores
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        lambda x: torch.nn.functional.leaky_relu(x, 0.2),
+        torch.nn.functional.gelu,
+        lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+        lambda x: torch.nn.functional.elu(x * 400.0, 0.7) / 100.0,  # of what has no exponential
+        torch.nn.functional.selu,
+        lambda x: torch.nn.functional.hardtanh(x, -0.5, 0.7),
+        torch.nn.functional.relu6,
+        torch.nn.functional.softsign,
+        torch.nn.functional.logsigmoid,
+        torch.nn.functional.hardsigmoid,
+        torch.nn.functional.hardswish,
+        torch.nn.functional.mish,
+    ],
+)
+def test_activations_of_scores(activation: Callable[[Tensor], Tensor]) -> None:
+    fuses(lambda q, k, v: activation(scores(q, k)).softmax(-1) @ v, 10)

@@ -1,0 +1,108 @@
+"""Activations that are made of simpler operations: leaky_relu(x) = x where x > 0 else slope * x."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from refocus import simplify as s
+from refocus.ir import BOOL, Const, Expr
+from refocus.lift import Handler, Index, Lifter, dtype_of
+from refocus.lift_views import arguments_of
+
+# What a formula is given: the value, its dtype, and the parameters of the activation in the order of its schema.
+Formula = Callable[..., Expr]
+
+
+def _activation(formula: Formula, **parameters: Any) -> Handler:
+    def handler(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+        source, *given = arguments_of(node, "self", *parameters, **parameters)
+        if any(isinstance(g, fx.Node) for g in given):
+            return None
+        return formula(lift.broadcast(source, index), dtype_of(node), *given)
+
+    return handler
+
+
+def _clamped(x: Expr, dtype: str, low: float, high: float) -> Expr:
+    return s.call(
+        "min", s.call("max", x, Const(float(low), dtype), dtype=dtype), Const(float(high), dtype), dtype=dtype
+    )
+
+
+def _times(dtype: str, *factors: Expr | float) -> Expr:
+    out: Expr | None = None
+    for f in factors:
+        factor = f if isinstance(f, Expr) else Const(float(f), dtype)
+        out = factor if out is None else s.call("mul", out, factor, dtype=dtype)
+    assert out is not None
+    return out
+
+
+def _plus(dtype: str, a: Expr, b: Expr | float) -> Expr:
+    return s.call("add", a, b if isinstance(b, Expr) else Const(float(b), dtype), dtype=dtype)
+
+
+def _is_positive(x: Expr, dtype: str) -> Expr:
+    return s.call("lt", Const(0.0, dtype), x, dtype=BOOL)
+
+
+def _leaky_relu(x: Expr, dtype: str, slope: float) -> Expr:
+    return s.where(_is_positive(x, dtype), x, _times(dtype, x, slope))
+
+
+def _elu(x: Expr, dtype: str, alpha: float, scale: float, inner: float) -> Expr:
+    # The exponential is of what is not positive, where it is not used either: its gradient is a number there.
+    below = s.call("expm1", _times(dtype, s.call("min", x, Const(0.0, dtype), dtype=dtype), inner), dtype=dtype)
+    return s.where(_is_positive(x, dtype), _times(dtype, x, scale), _times(dtype, below, alpha * scale))
+
+
+def _selu(x: Expr, dtype: str) -> Expr:
+    return _elu(x, dtype, 1.6732632423543772848170429916717, 1.0507009873554804934193349852946, 1.0)
+
+
+def _gelu(x: Expr, dtype: str, approximate: str) -> Expr:
+    if approximate == "tanh":
+        cube = _times(dtype, 0.044715, x, x, x)
+        share = s.call("tanh", _times(dtype, math.sqrt(2 / math.pi), _plus(dtype, x, cube)), dtype=dtype)
+    else:
+        share = s.call("erf", _times(dtype, x, math.sqrt(0.5)), dtype=dtype)
+    return _times(dtype, 0.5, x, _plus(dtype, share, 1.0))
+
+
+def _softsign(x: Expr, dtype: str) -> Expr:
+    return s.call("div", x, _plus(dtype, s.call("abs", x, dtype=dtype), 1.0), dtype=dtype)
+
+
+def _log_sigmoid(x: Expr, dtype: str) -> Expr:
+    return s.call("neg", s.call("softplus", s.call("neg", x, dtype=dtype), dtype=dtype), dtype=dtype)
+
+
+def _hardsigmoid(x: Expr, dtype: str) -> Expr:
+    return s.call("div", _clamped(_plus(dtype, x, 3.0), dtype, 0.0, 6.0), Const(6.0, dtype), dtype=dtype)
+
+
+def _hardswish(x: Expr, dtype: str) -> Expr:
+    return _times(dtype, x, _hardsigmoid(x, dtype))
+
+
+def _mish(x: Expr, dtype: str) -> Expr:
+    return _times(dtype, x, s.call("tanh", s.call("softplus", x, dtype=dtype), dtype=dtype))
+
+
+ACTIVATIONS: dict[str, Handler] = {
+    "leaky_relu": _activation(_leaky_relu, negative_slope=0.01),
+    "hardtanh": _activation(_clamped, min_val=-1.0, max_val=1.0),
+    "relu6": _activation(lambda x, dtype: _clamped(x, dtype, 0.0, 6.0)),
+    "elu": _activation(_elu, alpha=1.0, scale=1.0, input_scale=1.0),
+    "selu": _activation(_selu),
+    "gelu": _activation(_gelu, approximate="none"),
+    "softsign": _activation(_softsign),
+    "log_sigmoid": _activation(_log_sigmoid),
+    "hardsigmoid": _activation(_hardsigmoid),
+    "hardswish": _activation(_hardswish),
+    "mish": _activation(_mish),
+}
