@@ -12,7 +12,7 @@ On other devices the generated kernels run what they take: what is left to them 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -58,6 +58,14 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Passes:
+    """How often a single step goes over its state, reading or writing: compiled as it is spelled, and fused."""
+
+    spelled: int
+    fused: int
+
+
+@dataclass(frozen=True)
 class LinearWork:
     """The sizes that decide. `spelled`: what the model makes of them, as `LinearSite` has it."""
 
@@ -70,6 +78,7 @@ class LinearWork:
     gate: str
     spelled: str
     rows: int = 1  # positions of a chunk, where the model works in chunks
+    passes: Passes | None = None  # of a single step
 
     def __str__(self) -> str:
         return f"{self.heads} heads x {self.queries} queries x {self.keys} keys"
@@ -88,6 +97,8 @@ def choose_linear(work: LinearWork, sample: Sample, device: Any, engine: str | N
         return Leave(
             f"a product of three matrices, with no fewer features than keys: no order of them is cheaper, at {work}"
         )
+    if work.passes is not None:
+        return _single_step(work, work.passes, sample, device)
     if work.spelled == "linear":
         return Leave(f"its cost is linear in the length already, at {work}")
     declined = ""
@@ -119,6 +130,17 @@ def _forced(work: LinearWork, sample: Sample, device: Any, engine: str) -> Chose
     return Chosen(_plan_of(work, sample, engine), f"engine={engine!r} was asked for")
 
 
+def _single_step(work: LinearWork, passes: Passes, sample: Sample, device: Any) -> Chosen | Leave:
+    """What a step costs is the way of its state through memory."""
+    reason = sample.unsupported("triton") if device.type != "cpu" else "on a CPU a state stays in the caches"
+    if reason is not None:
+        return Leave(f"a single step, which is no slower as it is spelled: {reason}; engine='tiled' runs it")
+    told = f"a single step: the state goes through memory {passes.spelled} times as it is spelled, fused {passes.fused}"
+    if passes.fused >= passes.spelled:
+        return Leave(told)
+    return Chosen(replace(_plan_of(work, sample, "triton"), schedule="step"), told)
+
+
 def _on_device(work: LinearWork, sample: Sample) -> Chosen | Leave:
     plan = _plan_of(work, sample, "triton")
     if work.spelled == "pairs" and work.keys <= _FEW_CHUNKS * plan.block_k:
@@ -136,6 +158,9 @@ def _plan_of(work: LinearWork, sample: Sample, engine: str) -> Plan:
 def linear_plan(work: LinearWork, engine: str) -> Plan:
     """Chunks about as long as the state is wide: then what is done inside them and between them costs the same."""
     chunk = 64 if max(work.width, work.value_width) <= 128 else 128
+    if work.passes is not None:
+        steps = 4 if work.gate == "channel" else 1
+        return Plan(engine, schedule="step", block_q=steps, block_k=steps)
     return Plan(engine, schedule="chunked", block_q=chunk, block_k=chunk)
 
 

@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from refocus.blank import detach_blanks
 from refocus.bodies import Retrace, changes_casts
+from refocus.forwarded import forward_writes
 from refocus.functional import make_functional
 from refocus.held_numbers import hold_numbers
 from refocus.strokes import join_strokes
@@ -73,6 +74,7 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
     detach_blanks(traced)
     join_strokes(traced, mode)
     make_functional(traced, mode)
+    forward_writes(traced, mode)
     detach_blanks(traced, permuted=True)
     hold_numbers(traced, mode)
     return traced

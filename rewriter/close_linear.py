@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import permutations
 
+import networkx as nx
 from torch import fx
 
 from refocus import simplify as s
@@ -341,20 +342,25 @@ def _no_writes(
     facts: Facts, outputs: list[Output], bindings: tuple[Hoisted, ...], readers: frozenset[fx.Node] | set[fx.Node]
 ) -> None:
     """Everything is read where the first output stands: it must be there, and nothing may be written to it since."""
-    first, last = facts.order[outputs[0].node], facts.order[outputs[-1].node]
+    first = facts.order[outputs[0].node]
     loaded = [x.tensor for e in (*(b.value for b in bindings), *(o.value for o in outputs)) for x in _loads(e)]
-    for name in loaded:
-        if name in facts.nodes and facts.order[facts.nodes[name]] >= first:
+    late = {facts.nodes[name] for name in loaded if name in facts.nodes and facts.order[facts.nodes[name]] >= first}
+    if late:
+        # What has nothing to do with the results can be computed before them.
+        late = {n for n in late.union(*(nx.ancestors(facts.flow, n) for n in late)) if facts.order[n] >= first}
+        enabled = facts.grad_enabled[outputs[0].node]
+        if any(o.node in late for o in outputs) or any(facts.grad_enabled[n] != enabled for n in late):
             raise Stop(Declined("what it is multiplied with comes after its first result"))
-    read: dict[int, int] = {}
-    for reader in readers:
+    read: dict[int, list[int]] = {}
+    for reader in (*readers, *late):
         for source in reader.all_input_nodes:
             storage = facts.storage.get(source, -1)
             if facts.storage[reader] != storage:
-                read[storage] = min(read.get(storage, facts.order[reader]), facts.order[reader])
+                read.setdefault(storage, []).append(facts.order[reader])
     for position, storage in facts.writes:
-        if read.get(storage, last) < position < last:
-            raise Stop(Declined("a tensor it reads is written in place before it is used"))
+        for at in read.get(storage, ()):
+            if at < position < first or first < position < at:
+                raise Stop(Declined("a tensor it reads is written in place before it is used"))
 
 
 def _loads(e: Expr) -> tuple[Load, ...]:

@@ -6,6 +6,7 @@ query and a key axis, once these are known. Everything else is loaded, as the ru
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from refocus import simplify as s
 from refocus.facts import Facts
 from refocus.ir import Axis, Const, Expr, Load, rewrite
 from refocus.lift import Index, Lifter, arguments, op_name
+from refocus.lift_pointwise import POINTWISE
 
 
 @dataclass
@@ -53,6 +55,28 @@ def viewed(value: Expr, facts: Facts) -> Expr:
         if isinstance(node, Load) and node.tensor in facts.nodes:
             below = _Viewer(facts).at(facts.nodes[node.tensor], node.index)
             return below if isinstance(below, Load) else node
+        return None
+
+    return rewrite(value, visit, s.rebuild)
+
+
+@dataclass
+class _Follower(_Viewer):
+    """Looks through pointwise operations, too."""
+
+    def within(self, node: fx.Node, index: Index) -> bool:
+        return op_name(node) in POINTWISE
+
+
+def without(value: Expr, axes: Set[Axis], facts: Facts) -> Expr:
+    """The value as a function of less: what is the same along some of the `axes` may have been spread over them before
+    it was computed (a step size for each channel, out of one for the head). Loads that hold such an axis are followed
+    to their sources where these hold fewer."""
+
+    def visit(node: Expr) -> Expr | None:
+        if isinstance(node, Load) and node.is_float and node.tensor in facts.nodes and node.axes & axes:
+            below = _Follower(facts).at(facts.nodes[node.tensor], node.index)
+            return below if len(below.axes & axes) < len(node.axes & axes) else node
         return None
 
     return rewrite(value, visit, s.rebuild)

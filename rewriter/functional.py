@@ -21,7 +21,7 @@ def make_functional(gm: fx.GraphModule, mode: Any) -> None:
     _drop_unread_writes(gm)
     order = {n: k for k, n in enumerate(gm.graph.nodes)}
     for node in list(gm.graph.nodes):
-        functional = _functional_overload(node)
+        functional = functional_overload(node)
         if functional is None:
             continue
         target = node.args[0]
@@ -64,7 +64,7 @@ def make_functional(gm: fx.GraphModule, mode: Any) -> None:
 def _drop_unread_writes(gm: fx.GraphModule) -> None:
     """Remove writes to memory of the graph's own that nobody reads: a map of all probabilities, filled part by part,
     that is returned only on demand. A write has an effect, so no other pass takes it for dead code."""
-    for base in [n for n in reversed(gm.graph.nodes) if n.op == "call_function" and not _aliases(n)]:
+    for base in [n for n in reversed(gm.graph.nodes) if n.op == "call_function" and not aliases(n)]:
         if not isinstance(base.meta.get("val"), torch.Tensor):
             continue
         group, writes, stack = {base}, set[fx.Node](), [base]
@@ -72,8 +72,8 @@ def _drop_unread_writes(gm: fx.GraphModule) -> None:
         while stack and seen_only_here:
             node = stack.pop()
             for user in node.users:
-                view = user.op == "call_function" and _aliases(user) and user.args and user.args[0] is node
-                write = _functional_overload(user) is not None and user.args[0] is node
+                view = user.op == "call_function" and aliases(user) and user.args and user.args[0] is node
+                write = functional_overload(user) is not None and user.args[0] is node
                 if not (view or write) or node in [a for a in user.all_input_nodes if a is not user.args[0]]:
                     seen_only_here = False
                     break
@@ -131,7 +131,7 @@ def _replace_after(old: fx.Node, new: fx.Node, position: int, order: dict[fx.Nod
 _OPERATORS = {"__iand__": "bitwise_and", "__ior__": "bitwise_or", "__ixor__": "bitwise_xor"}  # m |= ..
 
 
-def _functional_overload(node: fx.Node) -> Any:
+def functional_overload(node: fx.Node) -> Any:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return None
     namespace, name = node.target._schema.name.split("::")
@@ -151,7 +151,7 @@ def _name(node: fx.Node) -> str:
     )
 
 
-def _aliases(node: fx.Node) -> bool:
+def aliases(node: fx.Node) -> bool:
     """Whether the result may share memory with the first argument."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return True
@@ -162,7 +162,7 @@ def _only_seen_here(target: fx.Node, write: fx.Node, order: dict[fx.Node, int]) 
     """Whether a write to `target` changes nothing else that is read later: its memory was made in this graph, and no
     other view of it is read after the write."""
     base = target
-    while base.op == "call_function" and _aliases(base):
+    while base.op == "call_function" and aliases(base):
         source = base.args[0] if base.args else None
         if not isinstance(source, fx.Node):
             return False
@@ -172,7 +172,7 @@ def _only_seen_here(target: fx.Node, write: fx.Node, order: dict[fx.Node, int]) 
     stack, group = [base], {base}
     while stack:
         for user in stack.pop().users:
-            if user not in group and user.op == "call_function" and order[user] < order[write] and _aliases(user):
+            if user not in group and user.op == "call_function" and order[user] < order[write] and aliases(user):
                 group.add(user)
                 stack.append(user)
     return all(order[user] <= order[write] for member in group - {target} for user in member.users)
@@ -268,7 +268,7 @@ def _written_part(target: fx.Node, write: fx.Node, order: dict[fx.Node, int]) ->
     together part by part in memory that was made for it."""
     chain: list[fx.Node] = []
     base = target
-    while base.op == "call_function" and _aliases(base):
+    while base.op == "call_function" and aliases(base):
         source = base.args[0] if base.args else None
         if not _is_exact_view(base) or not isinstance(source, fx.Node):
             return None
@@ -285,7 +285,7 @@ def _written_part(target: fx.Node, write: fx.Node, order: dict[fx.Node, int]) ->
     stack = [base]
     while stack:
         for user in stack.pop().users:
-            if user.op != "call_function" or order[user] >= order[write] or not _aliases(user) or user in views:
+            if user.op != "call_function" or order[user] >= order[write] or not aliases(user) or user in views:
                 continue
             views.append(user)
             stack.append(user)

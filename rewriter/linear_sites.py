@@ -10,11 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from refocus import debug
 from refocus import notation as notes
 from refocus.close_linear import LinearSite, sources_of
-from refocus.codegen.linear_policy import LinearWork, Sample, choose_linear
+from refocus.codegen.linear_policy import LinearWork, Passes, Sample, choose_linear
 from refocus.codegen.plan import Chosen, Leave, Plan
 from refocus.evaluate import size_of
 from refocus.facts import Facts
 from refocus.ir import Axis, Expr, Load, Sym, rewrite
+from refocus.lift import op_name
 from refocus.linear_ir import mask_of, notation
 from refocus.report import Cost
 from refocus.report import Site as Row
@@ -80,7 +81,20 @@ def work_of(site: LinearSite, facts: Facts) -> LinearWork:
         gate=region.gate,
         spelled=site.spelled,
         rows=size_of(site.rows, numbers),
+        passes=_passes(site, facts) if site.spelled == "step" else None,
     )
+
+
+def _passes(site: LinearSite, facts: Facts) -> Passes:
+    """A compiler makes one kernel of what is done to each element, and of a sum right after it; a product of matrices
+    reads the new state again, and so does what the delta rule looks up. Fused, the state is read and written once; what
+    it starts from may have to be made first, and what it ends with may be copied to a cache."""
+    start = next(b.value for b, o in zip(site.bindings, site.region.operands) if o.name == "initial")
+    made = not isinstance(start, Load) or start.dtype != site.region.operand("initial").dtype
+    kept = [o.node for o in site.outputs if o.node is not site.root]
+    copied = any(op_name(user) == "copy_" for node in kept for user in node.users)
+    product = op_name(site.root) != "sum"
+    return Passes(2 + product + site.region.erase, 2 + 2 * made + 2 * copied)
 
 
 def describe_linear(name: str, site: LinearSite, plan: Plan | None, reason: str, facts: Facts) -> Row:

@@ -36,6 +36,7 @@ from refocus.patterns.linear import (
     weight_of,
 )
 from refocus.recognize import Left, Site
+from refocus.recognize_decoding import decoding_at
 from refocus.recognize_chunked import chunked_at, inside_of
 from refocus.recognize_loops import rolled
 from refocus.sizes import shape_of
@@ -69,7 +70,7 @@ def recognize_linear(facts: Facts, found: Sequence[Site | Left]) -> list[Site | 
     for root in facts.order:
         if root in closed:
             continue
-        outcome = _first(root, facts, data, closed)
+        outcome = decoding_at(root, facts, data) or _first(root, facts, data, closed)
         if isinstance(outcome, LinearSite):
             linear.append(outcome)
             closed.update((*(o.node for o in outcome.outputs), *outcome.interior))

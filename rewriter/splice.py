@@ -121,12 +121,16 @@ class Splicer:
                         return new
         raise CannotSplice(f"the size {sym.name} is not at hand in the graph")
 
+    def current(self, inputs: list[fx.Node]) -> list[fx.Node]:
+        """What stands in the graph for nodes: of a site before this one, the result that is fused."""
+        return [self._replaced.get(n, n) for n in inputs]
+
     def inline(self, body: fx.GraphModule, inputs: list[fx.Node], roots: Sequence[fx.Node]) -> list[fx.Node]:
         """Put a body where the first of `roots` stands; its results replace them, in order. Returns the body's nodes
         there."""
         root = roots[0]
         graph = self.gm.graph
-        inputs = [self._replaced.get(n, n) for n in inputs]  # of a site before this one, the result that is fused
+        inputs = self.current(inputs)
         env: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
         trace = root.meta.get("stack_trace")
         results: list[fx.Node] = []
