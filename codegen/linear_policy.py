@@ -41,6 +41,8 @@ class Sample:
     k: Tensor
     v: Tensor
     gate: Tensor | None
+    erase: Tensor | None = None
+    initial: Tensor | None = None
 
     def unsupported(self, engine: str) -> str | None:
         """Why an engine cannot run it; None where it can. `tiled` runs every form."""
@@ -54,7 +56,8 @@ class Sample:
         """Where the generated source of the kernel that writes the results is kept, for engines that generate it."""
         if plan.engine != "triton":
             return None
-        return str(linear_triton.kernel_path(self.form, plan.block_k, self.q, self.k, self.v, self.gate))
+        given = self.q, self.k, self.v, self.gate, self.erase, self.initial
+        return str(linear_triton.kernel_path(self.form, plan.block_k, *given))
 
 
 @dataclass(frozen=True)

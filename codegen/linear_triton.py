@@ -53,11 +53,15 @@ def default_chunk(q: Tensor, k: Tensor, v: Tensor) -> int:
     return 64 if q.dtype == k.dtype == v.dtype and dtype_name(q) in NARROW else 32
 
 
-def kernel_path(form: LinearForm, chunk: int, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None) -> Path:
+def kernel_path(
+    form: LinearForm, chunk: int, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, erase: Tensor | None,
+    initial: Tensor | None,
+) -> Path:  # fmt: skip
     """The file of the kernel that writes the results of such a call."""
-    given = {name: x for name, x in zip(NAMES, (q, k, v, gate)) if x is not None}
-    setting = Call(form, chunk, given).setting(out=v.dtype)
-    return (chunk_step.step if k.shape[1] == 1 else chunk_forward.outputs)(setting).path
+    step = k.shape[1] == 1
+    given = (q, k, v, gate, *((erase, initial) if step else ()))
+    setting = Call(form, chunk, {name: x for name, x in zip(NAMES, given) if x is not None}).setting(out=v.dtype)
+    return (chunk_step.step if step else chunk_forward.outputs)(setting).path
 
 
 def forward(

@@ -88,7 +88,7 @@ def _erased(
     mine = {a for a, _ in moved}
     # What is looked up has decayed already, each channel of it in its own way.
     left = Counter(found.factors)
-    left.subtract(Counter(s.substitute(f, {a: x for a, x in moved}) for f in keep))
+    left.subtract(Counter(s.substitute(f, dict(moved)) for f in keep))
     if any(count < 0 for count in left.values()):
         raise stop
     factors = list(left.elements())

@@ -60,7 +60,9 @@ def _written_input(write: fx.Node) -> fx.Node | None:
 def _is_itself(node: fx.Node) -> bool:
     """Whether an operation hands back its argument: a cast to what it is."""
     source = node.args[0] if node.op == "call_function" and node.args else None
-    return op_name(node) == "to" and isinstance(source, fx.Node) and _like(node.meta["val"], source) and len(node.args) < 5
+    return (
+        op_name(node) == "to" and isinstance(source, fx.Node) and _like(node.meta["val"], source) and len(node.args) < 5
+    )
 
 
 def _value(gm: fx.GraphModule, mode: Any, write: fx.Node, cache: fx.Node, functional: Any) -> fx.Node | None:
@@ -102,7 +104,7 @@ def _changes(source: fx.Node) -> bool:
     while stack:
         node = stack.pop()
         for user in node.users:
-            if functional_overload(user) is not None and user.args[0] is node or _is_unknown(user):
+            if (functional_overload(user) is not None and user.args[0] is node) or _is_unknown(user):
                 return True
             if user not in seen and user.op == "call_function" and aliases(user) and user.args[0] is node:
                 seen.add(user)

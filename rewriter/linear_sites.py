@@ -51,7 +51,7 @@ def sample_of(site: LinearSite, facts: Facts) -> Sample:
         given = {
             o.name: torch.empty(shapes[o.name], dtype=getattr(torch, o.dtype), device=device) for o in region.operands
         }
-    return Sample(form_of(region), given["q"], given["k"], given["v"], given.get("gate"))
+    return Sample(form_of(region), *(given.get(name) for name in ("q", "k", "v", "gate", "erase", "initial")))  # type: ignore[arg-type]
 
 
 def numbers_of(site: LinearSite, facts: Facts) -> dict[Sym, int]:

@@ -20,8 +20,8 @@ from refocus import simplify as s
 from refocus.close_linear import LinearSite, Read, close
 from refocus.expand import without
 from refocus.facts import Facts
-from refocus.ir import ONE, ZERO, Axis, Const, Expr, Load
-from refocus.lift import Index, Unliftable, arguments, is_tensor, op_name
+from refocus.ir import ONE, ZERO, Axis, Expr, Load
+from refocus.lift import Index, Unliftable, is_tensor, op_name
 from refocus.lift_pointwise import POINTWISE
 from refocus.lift_reductions import CONTRACTIONS
 from refocus.lift_tables import MOVES

@@ -36,8 +36,8 @@ from refocus.patterns.linear import (
     weight_of,
 )
 from refocus.recognize import Left, Site
-from refocus.recognize_decoding import decoding_at
 from refocus.recognize_chunked import chunked_at, inside_of
+from refocus.recognize_decoding import decoding_at
 from refocus.recognize_loops import rolled
 from refocus.sizes import shape_of
 

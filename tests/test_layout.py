@@ -28,7 +28,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "lift": (
         "blank", "bodies", "capture", "functional", "strokes", "fold", "sizes", "lift", "lift_*", "equal_values",
-        "facts", "gathers", "native_layers", "held_numbers", "vmaps",
+        "facts", "gathers", "native_layers", "held_numbers", "vmaps", "forwarded",
     ),
     "patterns": ("patterns", "patterns.*"),
     "recognize": (
@@ -37,7 +37,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "expand",
         "linear_candidates", "recognize_linear", "loops", "recognize_loops",
         "chunk_solutions", "close_linear", "factored", "held_values", "loop_steps", "recognize_chunk_loops",
-        "recognize_chunked",
+        "recognize_chunked", "recognize_decoding",
     ),
     "codegen": ("codegen", "codegen.*"),
     "pipeline": (
