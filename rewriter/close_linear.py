@@ -273,8 +273,8 @@ def _region(
     erase_axes = frozenset() if erase is None else erase.axes
     if (gate_axes | erase_axes) & set(roles.value):
         raise Stop(Declined("a decay for each value channel"))
-    if erase_axes & set(roles.dot) or (erase is not None and gate_axes & set(roles.dot)):
-        raise Stop(Declined("the delta rule with a decay for each channel"))
+    if erase_axes & set(roles.dot):
+        raise Stop(Declined("the delta rule with a share for each channel"))
     batch = [a for a in rows if a in k.axes | v.axes | gate_axes | erase_axes]
     share = [a for a in rows if a not in batch]
     channel = bool(gate_axes & set(roles.dot))
