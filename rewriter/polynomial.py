@@ -163,3 +163,21 @@ def isolate(poly: Poly, atom: Expr) -> tuple[Poly, Poly]:
 
 def atoms_of(poly: Poly) -> set[Expr]:
     return {atom for mono in poly for atom in mono}
+
+
+def squares(poly: Poly) -> tuple[list[tuple[int, Poly]], Poly]:
+    """c*x*x + c*y*y - 2*c*x*y as c * (x - y) ** 2: (coefficient, what is squared) for each, and the rest."""
+    found: list[tuple[int, Poly]] = []
+    for atoms, coef in poly.items():
+        if len(atoms) != 2 or atoms[0] == atoms[1] or coef % 2:
+            continue
+        (x, y), half = atoms, coef // 2
+        ends = poly.get((x, x)), poly.get((y, y))
+        if ends in ((half, half), (-half, -half)):
+            square: Poly = {(x,): 1}
+            square = poly_add(square, {(y,): 1 if ends[0] == half else -1})
+            found.append((-half if ends[0] == -half else half, square))
+            rest = poly_add(poly, {(x, x): -found[-1][0], (y, y): -found[-1][0], atoms: -coef})
+            more, rest = squares(rest)
+            return found + more, rest
+    return found, poly

@@ -74,14 +74,15 @@ class _Pairs:
     def __init__(self, mask: Expr, tiling: Tiling) -> None:
         self.mask, self.tiling = mask, tiling
         self.axes = (*tiling.batch, tiling.query, tiling.key)
-        self.blocks, self.lengths = tiling.blocks, (tiling.queries, tiling.keys)
+        self.blocks, self.starts = tiling.blocks, (tiling.first, 0)
+        self.lengths = (tiling.queries, tiling.keys)
 
     def look(self, tiles: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """(whether any, whether all) of the pairs at (rows, columns) of each tile are kept. `tiles` holds the position
         on each axis, then tile numbers; pairs past the end are replaced by the last one in range."""
         position = list(tiles.unsqueeze(-1).unbind(1))
         for k, inside in ((-2, rows), (-1, columns)):
-            position[k] = (position[k] * self.blocks[k] + inside).clamp(max=self.lengths[k] - 1)
+            position[k] = (position[k] * self.blocks[k] + inside).clamp(max=self.lengths[k] - 1) + self.starts[k]
         kept = evaluate(self.mask, dict(zip(self.axes, position)), self.tiling.tensors, self.tiling.sizes)
         kept = kept.expand(len(tiles), len(rows))
         return kept.any(-1), kept.all(-1)

@@ -30,11 +30,13 @@ from torch import Tensor
 from refocus import intervals as iv
 from refocus import simplify
 from refocus.evaluate import Scope, arange_env, size_of
+from refocus.grid import Term, grid
 from refocus.intervals import MAYBE, UNKNOWN, End, Interval
 from refocus.ir import BOOL, Axis, Call, Const, Expr, Load, Reduce, Sym
-from refocus.polynomial import Poly, from_poly, poly_add, poly_scale, to_poly
+from refocus.polynomial import Mono, Poly, from_poly, poly_add, poly_scale, poly_sub, squares, to_poly
 from refocus.simplify import bounds, conjuncts
 from refocus.tile_cache import CACHE
+from refocus.tile_reads import Reads, reduce_tiles, runs
 from refocus.tiling import Tiling
 
 QUERY, KEY = 1, 2
@@ -64,7 +66,7 @@ class TileGrid:
         self.batch, self.query, self.key, self.sizes = space.batch, space.query, space.key, space.sizes
         self.block_q, self.block_k, self.tensors = space.block_q, space.block_k, space.tensors
         self.device: torch.device | str = "cpu" if space.device is None else space.device
-        self.n_query, self.n_key = self.size(self.query.size), self.size(self.key.size)
+        self.n_query, self.n_key, self.first = space.queries, space.keys, space.first
         self.q_tiles = (self.n_query + self.block_q - 1) // self.block_q
         self.k_tiles = (self.n_key + self.block_k - 1) // self.block_k
 
@@ -117,6 +119,9 @@ class TileGrid:
         """Which of the two tiled axes an expression depends on: a set of QUERY and KEY."""
         return (QUERY if self.query in expr.axes else 0) | (KEY if self.key in expr.axes else 0)
 
+    def _sides_of(self, atoms: Mono) -> int:
+        return self.sides(atoms[0]) | self._sides_of(atoms[1:]) if atoms else 0
+
     def size(self, expr: Expr) -> int:
         """The value of an expression of sizes, as a number (or traced number)."""
         return size_of(expr, self.sizes)
@@ -125,6 +130,9 @@ class TileGrid:
         _, block, size = self._side(side)
         count, shape = (self.q_tiles, (-1, 1)) if side == QUERY else (self.k_tiles, (1, -1))
         first = torch.arange(count, device=self.device).reshape(shape) * block
+        start = self._start(side)
+        if start:
+            first, size = first + start, size + start
         return Interval(first, iv.least(first + (block - 1), size - 1))
 
     def _on_batch(self, expr: Expr) -> Interval:
@@ -136,20 +144,32 @@ class TileGrid:
 
     def _reduced(self, expr: Expr, side: int) -> Interval:
         """An expression of one tiled axis, evaluated at each of its positions."""
-        axis, block, size = self._side(side)
+        _, block, size = self._side(side)
+        values = self._values(expr, side)
+        dim = -1 if side == QUERY else -2
+        lo, hi = reduce_tiles(values, {values.dim() - 1: Reads(side, block, size)})
+        return Interval(lo.unsqueeze(dim), hi.unsqueeze(dim))
+
+    def _values(self, expr: Expr, side: int) -> Tensor:
+        """An expression at each position of the batch axes that it varies along and of one tiled axis."""
+        axis, _, size = self._side(side)
         values = self._scope(axis).tensor(expr)
         # Where ranges decide it, the value does not vary after all.
-        values = (values if values.dim() else values.reshape(1)).expand(*values.shape[:-1], size)
-        dim = -1 if side == QUERY else -2
-        lo, hi = _reduce_tiles(values, {values.dim() - 1: _Reads(side, block, size)})
-        return Interval(lo.unsqueeze(dim), hi.unsqueeze(dim))
+        return (values if values.dim() else values.reshape(1)).expand(*values.shape[:-1], size)
 
     def _scope(self, *axis: Axis) -> Scope:
         """Where expressions are evaluated at every position of the batch axes and of one tiled axis."""
         if axis not in self._scopes:
-            env = arange_env((*self.batch, *axis), self.sizes, torch.device(self.device))
+            device = torch.device(self.device)
+            env = arange_env((*self.batch, *axis), self.sizes, device)
+            if axis == (self.query,) and self.tiling.rows is not None:
+                env[self.query] = grid(self.first, (Term(-1, self.n_query, 1),), device)
             self._scopes[axis] = Scope(env, self.tensors, self.sizes)
         return self._scopes[axis]
+
+    def _start(self, side: int) -> int:
+        """The first position of the query or of the key."""
+        return self.first if side == QUERY else 0
 
     def _side(self, side: int) -> tuple[Axis, int, int]:
         """Axis, block and size of the query or of the key."""
@@ -208,8 +228,8 @@ class TileGrid:
     def _sum(self, poly: Poly) -> Interval:
         """Ends of a polynomial: exact for its query part and its key part, monomial by monomial for the rest."""
         total: Interval | None = None
-        squares, poly = _squares(poly)
-        for coef, root in squares:
+        found, poly = squares(poly)
+        for coef, root in found:
             one = iv.times(Interval(coef, coef), iv.square(self._sum(root)))
             total = one if total is None else iv.plus(total, one)
         for part in self._parts(poly):
@@ -232,9 +252,7 @@ class TileGrid:
         groups: dict[int, Poly] = {QUERY: {}, KEY: {}}
         rest: list[Poly] = []
         for atoms, coef in poly.items():
-            sides = 0
-            for atom in atoms:
-                sides |= self.sides(atom)
+            sides = self._sides_of(atoms)
             if sides in groups and all(is_exact(a) for a in atoms):
                 groups[sides][atoms] = coef
             else:
@@ -293,12 +311,34 @@ class TileGrid:
         if self._separated(expr):
             # No subtraction: it could overflow for loads near the ends of int64.
             return iv.compare(expr.op, self.interval(left), self.interval(right))
-        difference = poly_add(to_poly(right), poly_scale(to_poly(left), -1))
-        found = iv.compare(expr.op, Interval(0, 0), self._sum(difference))
-        if expr.op in ("eq", "ne"):
-            hit = self._residue_hit(difference)
-            found = Interval(found.lo, iv.and_(found.hi, hit))
-        return found
+        difference = poly_sub(to_poly(right), to_poly(left))
+        if expr.op in ("le", "lt"):
+            return self._sign(difference, expr.op)
+        found, hit = self._against_zero(difference, "eq"), self._residue_hit(difference)
+        return Interval(found.lo, iv.and_(found.hi, hit))
+
+    def _sign(self, poly: Poly, op: str) -> Interval:
+        """0 <= poly or 0 < poly."""
+        for atoms, coef in poly.items():
+            inside = atoms[0] if len(atoms) == 1 and self._sides_of(atoms) == QUERY | KEY else None
+            if coef < 0 and isinstance(inside, Call) and inside.op == "abs":
+                # Either sign of what the absolute value is of: sums, whose parts need not be joined (below).
+                rest, inner = poly_sub(poly, {atoms: coef}), poly_scale(to_poly(inside.args[0]), coef)
+                total = Interval(True, True)
+                for part in (rest, poly_add(rest, inner), poly_sub(rest, inner)):
+                    one = self._sign(part, op)
+                    total = Interval(iv.and_(total.lo, one.lo), iv.and_(total.hi, one.hi))
+                return total
+        return self._against_zero(poly, op)
+
+    def _against_zero(self, poly: Poly, op: str) -> Interval:
+        """0 <= poly, 0 < poly or 0 == poly. Where each of its terms has one of the axes, what has the key is brought to
+        the other side: comparing a column with a row takes a byte for each tile, adding them up takes eight."""
+        sides = {atoms: self._sides_of(atoms) for atoms in poly}
+        if QUERY | KEY in sides.values():
+            return iv.compare(op, Interval(0, 0), self._sum(poly))
+        keys = {atoms: -coef for atoms, coef in poly.items() if sides[atoms] == KEY}
+        return iv.compare(op, self._sum(keys), self._sum({a: c for a, c in poly.items() if a not in keys}))
 
     def _residue_hit(self, poly: Poly) -> End:
         """For x % m + c == 0 with c constant: whether x passes a place where that holds (a stride across a tile)."""
@@ -318,7 +358,7 @@ class TileGrid:
 
     def _load(self, load: Load) -> Interval:
         """A load at [.., query index, key index]: the tensor is reduced over tiles first, then read by tile."""
-        reads: dict[int, _Reads] = {}
+        reads: dict[int, Reads] = {}
         for dim, index in enumerate(load.index):
             sides = self.sides(index)
             if sides:
@@ -329,34 +369,60 @@ class TileGrid:
             elif not is_exact(index):
                 return _nothing_known(load)
         tensor = self.tensors[load.tensor]
-        if any(how.rows is not None for how in reads.values()):
-            lo, hi = _reduce_tiles(tensor, reads)
+        if all(how.block == 1 and how.rows is None for how in reads.values()):
+            lo = hi = runs(tensor, reads)  # each tile reads one element; a view, which nothing must keep
+        elif any(how.rows is not None for how in reads.values()):
+            lo, hi = reduce_tiles(tensor, reads)
         else:
             key = tuple((d, how.side, how.block, how.size, how.start) for d, how in reads.items())
-            lo, hi = CACHE.ends(tensor, key, lambda: _reduce_tiles(tensor, reads))
-        at: list[Any] = []
-        if all(isinstance(i, Const) for d, i in enumerate(load.index) if d not in reads):
-            at = [slice(None) if d in reads else i.value for d, i in enumerate(load.index)]  # type: ignore[attr-defined]
-            lo, hi = lo[tuple(at)], hi[tuple(at)]
-            if next(iter(reads.values())).side == KEY:
-                lo, hi = lo.mT, hi.mT
-        else:
-            for dim, index in enumerate(load.index):
-                if dim in reads:
-                    query = reads[dim].side == QUERY
-                    tiles = torch.arange(self.q_tiles if query else self.k_tiles, device=self.device)
-                    at.append(tiles.reshape((-1, 1) if query else (1, -1)))
-                else:
-                    at.append(self.interval(index).lo)
-            lo, hi = lo[tuple(at)], hi[tuple(at)]
-        return Interval(lo.to(torch.int64), hi.to(torch.int64)) if load.is_int else Interval(lo, hi)
+            lo, hi = CACHE.ends(tensor, key, lambda: reduce_tiles(tensor, reads))
+        spread = self._spread(load, reads)
+        hi = spread(hi) if hi is not lo else None
+        lo = spread(lo)
+        lo, hi = (None if end is None else end.to(torch.int64) if load.is_int else end for end in (lo, hi))
+        return Interval(lo, lo if hi is None else hi)
 
-    def _tile_reads(self, index: Expr, side: int) -> _Reads | None:
+    def _spread(self, load: Load, reads: Mapping[int, Reads]) -> Callable[[Tensor], Tensor]:
+        """What lays a tensor like the loaded one, with tiles along the dimensions of `reads`, out over the grid."""
+        rank, spots = len(self.batch) + 2, {}
+        fixed: list[Any] = []
+        for dim, index in enumerate(load.index):
+            fixed.append(index.value if isinstance(index, Const) else slice(None))
+            if dim in reads:
+                spots[dim] = rank - (2 if reads[dim].side == QUERY else 1)
+            elif isinstance(index, Axis) and self._covers(index, self.tensors[load.tensor].shape[dim]):
+                spots[dim] = self.batch.index(index)
+            elif not isinstance(index, Const):
+                break
+        else:
+            order = sorted(spots, key=spots.__getitem__)
+            kept = [sorted(spots).index(dim) for dim in order]
+            if len(set(spots.values())) == len(spots):
+                apart = tuple(slice(None) if k in spots.values() else None for k in range(min(spots.values()), rank))
+                return lambda end: end[tuple(fixed)].permute(kept)[apart]
+        at: list[Any] = []
+        for dim, index in enumerate(load.index):
+            if dim in reads:
+                query = reads[dim].side == QUERY
+                tiles = torch.arange(self.q_tiles if query else self.k_tiles, device=self.device)
+                at.append(tiles.reshape((-1, 1) if query else (1, -1)))
+            else:
+                at.append(self.interval(index).lo)
+        return lambda end: end[tuple(at)]
+
+    def _covers(self, axis: Axis, size: int) -> bool:
+        """Whether a dimension of this size is the whole of a batch axis, as far as known sizes tell."""
+        if axis not in self.batch or type(size) is not int:
+            return False
+        known = self.size(axis.size)
+        return type(known) is int and known == size
+
+    def _tile_reads(self, index: Expr, side: int) -> Reads | None:
         """How the tiles of one side read a dimension at `index`: a run of it, or blocks of it (`i // 16`)."""
         axis, block, size = self._side(side)
         start = from_poly(poly_add(to_poly(index), {(axis,): -1}))
         if not start.axes and not start.loads:
-            return _Reads(side, block, size, start=self.size(start))
+            return Reads(side, block, size, start=self.size(start) + self._start(side))
         if index.axes != {axis} or not is_exact(index):
             return None
         moving = [atoms for atoms in to_poly(index) if any(axis in a.axes for a in atoms)]
@@ -368,47 +434,35 @@ class TileGrid:
         slope = to_poly(quotient.args[0]).get((axis,)) if self._ends_are_exact(index) else None
         if slope is None:
             return self._listed(index, side)
+        run = self._run(index, quotient, side)
+        if run is not None:
+            return run
         ends = self.interval(index)
         ahead = torch.arange(abs(slope) * (block - 1) // int(quotient.args[1].value) + 2, device=self.device)
-        return _Reads(side, block, size, rows=torch.minimum(ends.lo.reshape(-1, 1) + ahead, ends.hi.reshape(-1, 1)))
+        return Reads(side, block, size, rows=torch.minimum(ends.lo.reshape(-1, 1) + ahead, ends.hi.reshape(-1, 1)))
 
-    def _listed(self, index: Expr, side: int) -> _Reads | None:
-        """Rows that a vector names, position by position: those of each tile are gathered."""
+    def _run(self, index: Expr, quotient: Call, side: int) -> Reads | None:
+        """A run of blocks that begin where tiles do: `(i + 64) // 16 + 3` for tiles of 128."""
         axis, block, size = self._side(side)
+        start = poly_sub(to_poly(quotient.args[0]), {(axis,): 1})
+        divisor = int(quotient.args[1].value)  # type: ignore[attr-defined]
+        known = all(type(n) is int for n in (size, self._start(side))) and not set(start) - {()}
+        if not known or block % divisor:
+            return None
+        first = start.get((), 0) + self._start(side)
+        offset = poly_sub(to_poly(index), {(quotient,): 1})
+        if first % divisor or set(offset) - {()}:
+            return None
+        return Reads(side, block // divisor, -(-size // divisor), start=first // divisor + offset.get((), 0))
+
+    def _listed(self, index: Expr, side: int) -> Reads | None:
+        """Rows that a vector names, position by position: those of each tile are gathered."""
+        _, block, size = self._side(side)
         if not isinstance(size, int):
             return None
-        values = self._scope(axis).tensor(index).reshape(-1)
+        values = self._values(index, side).reshape(-1)
         last = torch.arange(-(-size // block) * block, device=self.device).clamp(max=size - 1)
-        return _Reads(side, block, size, rows=values[last].unflatten(0, (-1, block)))
-
-
-def _squares(poly: Poly) -> tuple[list[tuple[int, Poly]], Poly]:
-    """c*x*x + c*y*y - 2*c*x*y as c * (x - y) ** 2: (coefficient, what is squared) for each, and the rest."""
-    found: list[tuple[int, Poly]] = []
-    for atoms, coef in poly.items():
-        if len(atoms) != 2 or atoms[0] == atoms[1] or coef % 2:
-            continue
-        (x, y), half = atoms, coef // 2
-        ends = poly.get((x, x)), poly.get((y, y))
-        if ends in ((half, half), (-half, -half)):
-            square: Poly = {(x,): 1}
-            square = poly_add(square, {(y,): 1 if ends[0] == half else -1})
-            found.append((-half if ends[0] == -half else half, square))
-            rest = poly_add(poly, {(x, x): -found[-1][0], (y, y): -found[-1][0], atoms: -coef})
-            more, rest = _squares(rest)
-            return found + more, rest
-    return found, poly
-
-
-@dataclass(frozen=True)
-class _Reads:
-    """Which elements of a dimension each tile of one side reads: `block` in a row from `start`, or `rows`."""
-
-    side: int
-    block: int
-    size: int
-    start: int = 0
-    rows: Tensor | None = None  # [tiles, reads]
+        return Reads(side, block, size, rows=values[last].unflatten(0, (-1, block)))
 
 
 def tile_states(mask: Expr, tiling: Tiling) -> Tensor:
@@ -438,28 +492,3 @@ def _positive(expr: Expr) -> bool:
 
 def _nothing_known(expr: Expr) -> Interval:
     return MAYBE if expr.dtype == BOOL else UNKNOWN
-
-
-def _reduce_tiles(tensor: Tensor, reads: Mapping[int, _Reads]) -> tuple[Tensor, Tensor]:
-    """The least and the greatest element that each tile reads, along all dimensions of `reads`: those become tiles."""
-    truth = tensor.dtype == torch.bool
-    # Measured on a 4096 x 4096 bool mask, one core: amin or amax of bytes along the outer dimension takes 1 ms, along
-    # the inner one 8 ms, any() 10 ms. aminmax() starts threads even for tiny tensors.
-    lo = hi = tensor.view(torch.uint8) if truth else tensor
-    for dim in sorted(reads, key=lambda d: (reads[d].rows is not None, d)):  # runs first: less is left to gather
-        lo, hi = _reduce_dim(lo, dim, reads[dim], torch.amin), _reduce_dim(hi, dim, reads[dim], torch.amax)
-    return (lo.bool(), hi.bool()) if truth else (lo, hi)
-
-
-def _reduce_dim(tensor: Tensor, dim: int, how: _Reads, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
-    if how.rows is not None:
-        return reduce(tensor.index_select(dim, how.rows.reshape(-1)).unflatten(dim, how.rows.shape), dim + 1)
-    run = tensor.narrow(dim, how.start, how.size)
-    whole = how.size // how.block
-    tiles = reduce(run.narrow(dim, 0, whole * how.block).unflatten(dim, (whole, how.block)), dim + 1)
-    if isinstance(how.size, int) and how.size % how.block == 0:
-        return tiles
-    # The short last tile, with its last element repeated; where a traced size leaves none, it is cut off again.
-    last = torch.clamp(torch.arange(how.block, device=run.device) + whole * how.block, max=how.size - 1)
-    tail = reduce(run.index_select(dim, last), dim).unsqueeze(dim)
-    return torch.cat((tiles, tail), dim).narrow(dim, 0, (how.size + how.block - 1) // how.block)

@@ -3,7 +3,8 @@
     tile_rows(...)      (first query tile, state of each tile of some rows), range after range
     count_tiles(...)    how many tiles are empty, partial and full: a million tokens in a few megabytes
 
-A range of queries is the mask itself with `start + i` in place of `i`, so nothing else has to know about it.
+A range is the same mask over other positions of the query. To write `start + i` in the query's place would simplify one
+mask for each range, and leave all of them in the simplifier's memory: forty megabytes at a million tokens.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ from torch import Tensor
 
 from refocus import debug
 from refocus.evaluate import size_of
-from refocus.ir import Axis, Const, Expr
-from refocus.refine import refine
-from refocus.simplify import add, substitute
+from refocus.ir import Expr
+from refocus.refine import leaves_open, refine
 from refocus.tile_grid import TileGrid, is_exact, tile_states
 from refocus.tiling import Tiling
 
@@ -39,9 +39,10 @@ def tile_rows(mask: Expr, tiling: Tiling, at_once: int = _AT_ONCE, budget: int =
     """What `tile_states` gives, for as many query tiles at a time as make no more than `at_once` tiles; with a budget
     of pairs, tiles that are open are decided by looking at so many (`refocus.refine`)."""
     tiling = tiling.seen_by(mask)
-    query, block = tiling.query, tiling.block_q
+    block = tiling.block_q
     full = [size_of(b.size, tiling.sizes) for b in tiling.batch]
-    budget = budget if is_exact(mask) and not debug.disabled("refined-tiles") else 0
+    if not is_exact(mask) or not leaves_open(mask, tiling.query, tiling.key) or debug.disabled("refined-tiles"):
+        budget = 0
     across = max(1, -(-tiling.keys // tiling.block_k) * prod(full))
     count, rows = max(1, at_once // across), -(-tiling.queries // block)
     if rows <= count:
@@ -51,22 +52,17 @@ def tile_rows(mask: Expr, tiling: Tiling, at_once: int = _AT_ONCE, budget: int =
     share = budget // -(-rows // count)
     grid: TileGrid | None = None
     for first in range(0, rows, count):
-        start = first * block
-        part = Axis(query.name, Const(min(count * block, tiling.queries - start)))
-        here, some = substitute(mask, {query: add(part, start)}), replace(tiling, query=part)
-        # What the range decides may take batch axes out of the mask; the shape stays.
-        seen = some.seen_by(here)
-        grid = TileGrid(seen) if grid is None else grid.of_rows(seen)
-        state = grid.states(here)
-        shape = [size if b in here.axes else 1 for b, size in zip(tiling.batch, full)]
-        state = state.reshape(*shape, *state.shape[-2:]).expand(*full, *state.shape[-2:])
-        yield first, refine(state, here, some, share) if share else state
+        ends = first * block, min((first + count) * block, tiling.queries)
+        part = replace(tiling, rows=(tiling.first + ends[0], tiling.first + ends[1]))
+        grid = TileGrid(part) if grid is None else grid.of_rows(part)
+        state = grid.states(mask)
+        yield first, refine(state, mask, part, share) if share else state
 
 
 def count_tiles(mask: Expr, tiling: Tiling) -> Counts:
     """How many tiles are in each state, over all distinct maps."""
     total = [0, 0, 0]
     for _, state in tile_rows(mask, tiling, budget=_COUNTED_PAIRS):
-        partial, full = int((state == 1).sum()), int((state == 2).sum())
-        total = [total[0] + state.numel() - partial - full, total[1] + partial, total[2] + full]
+        kept, full = int(state.count_nonzero()), int((state == 2).count_nonzero())
+        total = [total[0] + state.numel() - kept, total[1] + kept - full, total[2] + full]
     return Counts(*total)

@@ -17,7 +17,8 @@ class Tiling:
     """Tiles of `block_q` queries by `block_k` keys, at each position of the batch axes.
 
     `tensors`: what loads read, by name; `sizes` may hold traced (symbolic) integers; `device`: where tiles are found,
-    by default where what the predicate loads is.
+    by default where what the predicate loads is; `rows`: the queries that are looked at (from a whole tile on, up to
+    but not including), by default all.
     """
 
     batch: tuple[Axis, ...]
@@ -28,6 +29,7 @@ class Tiling:
     tensors: Mapping[str, Tensor]
     sizes: Mapping[Sym, int]
     device: torch.device | str | None = None
+    rows: tuple[int, int] | None = None
 
     @staticmethod
     def of(
@@ -38,7 +40,13 @@ class Tiling:
 
     @property
     def queries(self) -> int:
-        return size_of(self.query.size, self.sizes)
+        """How many queries are looked at."""
+        return size_of(self.query.size, self.sizes) if self.rows is None else self.rows[1] - self.rows[0]
+
+    @property
+    def first(self) -> int:
+        """The first of these."""
+        return 0 if self.rows is None else self.rows[0]
 
     @property
     def keys(self) -> int:

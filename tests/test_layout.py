@@ -23,8 +23,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "algebra": ("polynomial", "proofs", "division", "comparisons", "constants", "simplify", "steps"),
     "meaning": (
         "counter", "dropout", "differentiate", "hoist", "intervals", "key_bounds", "grid", "operations", "evaluate",
-        "oracle", "tile_cache", "tiling", "tile_grid", "tile_rows", "refine", "masks", "lags", "infer", "infer_*",
-        "assumptions",
+        "oracle", "tile_cache", "tile_reads", "tiling", "tile_grid", "tile_rows", "refine", "masks", "lags", "infer",
+        "infer_*", "assumptions",
     ),
     "lift": (
         "blank", "bodies", "capture", "functional", "strokes", "fold", "sizes", "lift", "lift_*", "equal_values",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
-import weakref
 
 import pytest
 import torch
@@ -13,27 +11,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from benchmarks.measure import peak_memory
 from refocus import simplify as s
-from refocus.evaluate import Scope, arange_env, evaluate, size_of
+from refocus.evaluate import arange_env, evaluate, size_of
 from refocus.ir import BOOL, FALSE, INT, TRUE, Axis, Const, Expr, Load, Sym
 from refocus.masks import (
     EMPTY,
     FULL,
     PARTIAL,
-    TileMap,
     Tiling,
     block_lists,
-    count_tiles,
     first_query,
     key_bounds,
     last_query,
     never_empty,
-    tile_rows,
     tile_states,
 )
 from refocus.notation import notation
-from refocus.refine import leaves_open, refine
+from refocus.refine import refine
 from refocus.tile_grid import TileGrid, is_exact
 from tests.attended import tile_states as tile_states_of
 from tests.mask_cases import (
@@ -376,86 +370,3 @@ def test_never_empty_of_standard_masks() -> None:
     # No simple witness, but small enough to try: query i keeps j == 3 * i + 1.
     tripled = s.eq(shorter.j, s.add(s.mul(3, shorter.i), 1))
     assert never_empty(tripled, (), shorter.i, shorter.j)
-
-
-# ---------------------------------------------------------------------------------------------------- large maps
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_ranges_of_rows_make_up_the_map(kind: str) -> None:
-    space = Space(75, 40, symbolic=kind in CLOSED, seed=1)
-    mask, run = leaf(space, kind, 3, 5)
-    arguments = (mask, space.tiling(8, 8))
-    whole = space.classify(mask, 8, 8)
-    parts = list(tile_rows(*arguments, at_once=11))
-    assert len(parts) > 3 and [first for first, _ in parts] == sorted({first for first, _ in parts})
-    joined = torch.cat([state for _, state in parts], -2)
-    _, best = truth(space, (mask, run), 8, 8)
-    got = spread(space, TileMap(joined, whole.axes, 8, 8))
-    assert not ((got != PARTIAL) & (got != best)).any()
-    # A range can only tell more than the whole does by intervals alone; the map knows what a look at pairs adds.
-    rough = tile_states(*arguments)
-    assert not ((rough != PARTIAL) & (joined != rough)).any()
-    assert not ((joined != PARTIAL) & (joined != whole.state)).any()
-    assert count_tiles(*arguments) == whole.counts()
-    # Each range may look at pairs of its own.
-    looked = torch.cat([state for _, state in tile_rows(*arguments, at_once=11, budget=1 << 22)], -2)
-    assert torch.equal(spread(space, TileMap(looked, whole.axes, 8, 8)), best)
-
-
-def test_one_linear_form_leaves_no_tile_open() -> None:
-    space = Space(75, 40, symbolic=False, seed=1)
-    causal, near = s.le(space.j, space.i), s.le(s.sub(space.i, space.j), 9)
-    assert not leaves_open(causal, space.i, space.j) and not leaves_open(s.and_(causal, near), space.i, space.j)
-    assert not leaves_open(s.le(space.j, 7), space.i, space.j)
-    for other in (s.le(space.j, 30), s.le(s.add(space.i, space.j), 20), s.eq(s.mod(s.sub(space.i, space.j), 3), 0)):
-        assert leaves_open(s.and_(causal, other), space.i, space.j)
-
-
-@pytest.mark.parametrize("name", ["neighbours", "windows by head", "chosen blocks"])
-def test_tiles_are_counted_in_less_memory_than_a_map_or_what_it_reads(name: str) -> None:
-    n, side = 1 << 17, 1 << 8
-    h, i, j = Axis("h", Const(8)), Axis("i", Const(n)), Axis("j", Const(n))
-    tensors: dict[str, Tensor] = {}
-    if name == "neighbours":
-        apart = [s.sub(at(i, side), at(j, side)) for at in (s.floordiv, s.mod)]
-        mask = s.and_(*(s.le(s.call("abs", x, dtype=INT), 3) for x in apart))
-    elif name == "windows by head":
-        mask = s.and_(s.le(j, i), s.lt(s.sub(i, j), s.mul(128, s.add(h, 1))))
-    else:
-        tensors["kept"] = torch.rand(8, n >> 5, n >> 5, generator=torch.Generator().manual_seed(0)) < 0.1  # 128 MiB
-        mask = Load("kept", (h, s.floordiv(i, 32), s.floordiv(j, 32)), BOOL)
-    tiling = Tiling((h,), i, j, 128, 128, tensors, {})
-    rows = tile_rows(mask, tiling, at_once=1 << 15)
-    next(rows)
-    gc.disable()  # nothing must wait for it
-    try:
-        peak = peak_memory(lambda: list(zip(range(30), rows)), device=torch.device("cpu"))
-    finally:
-        gc.enable()
-    assert peak is None or peak < 24 << 20
-
-
-def test_a_scope_is_gone_when_nobody_has_it() -> None:
-    i = Axis("i", Const(8))
-    gc.disable()
-    try:
-        outer = Scope({i: torch.arange(8)}, {}, {})
-        inner = outer.child({i: torch.arange(4)})
-        assert [len(x.tensor(s.add(s.floordiv(i, 2), 1))) for x in (outer, inner)] == [8, 4]
-        left = [weakref.ref(x) for x in (outer, inner)]
-        del outer, inner
-        assert [x() for x in left] == [None, None]
-    finally:
-        gc.enable()
-
-
-def test_a_million_tokens_in_little_memory() -> None:
-    n = 1 << 20
-    i, j = Axis("i", Const(n)), Axis("j", Const(n))
-    mask = s.and_(s.le(j, i), s.lt(s.sub(i, j), 4096))
-    seen = 0
-    for _, state in tile_rows(mask, Tiling((), i, j, 1024, 1024, {}, {}), at_once=1 << 14):
-        assert state.numel() <= 1 << 14
-        seen += int((state != EMPTY).sum())
-    assert seen == 1024 * 5 - 10
