@@ -21,6 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention_hop
 from refocus import simplify
 from refocus.codegen.heads import SCORE, Fitted, unflatten
 from refocus.codegen.plan import Plan
+from refocus.codegen.quotients import divided
 from refocus.evaluate import evaluate, size_of
 from refocus.ir import TRUE, Axis, Expr, Sym
 from refocus.masks import BlockLists, Tiling, block_lists, classify, tile_states
@@ -182,8 +183,11 @@ def _at(
     pairs: Pairs, expr: Expr, at: Sequence[Tensor], tensors: Mapping[str, Tensor], sizes: Mapping[Sym, int]
 ) -> Tensor:
     """One element, at the kernel's b, h, query and key."""
-    axes = dict(zip((pairs.b, pairs.h, pairs.fitted.region.query, pairs.key), at))
-    return evaluate(expr, axes, tensors, sizes, torch.float32).reshape(())
+    axes, read = dict(zip((pairs.b, pairs.h, pairs.fitted.region.query, pairs.key), at)), dict(tensors)
+    expr, parts = divided(expr)
+    for part in parts:
+        read[part.held.tensor] = part.of(evaluate(part.dividend, axes, read, sizes, torch.float32).reshape(()))
+    return evaluate(expr, axes, read, sizes, torch.float32).reshape(())
 
 
 def _options(pairs: Pairs, plan: Plan) -> dict[str, Any]:
