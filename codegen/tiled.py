@@ -1,8 +1,9 @@
 """The portable engine: a region interpreted tile by tile in ATen operations, on any device.
 
 Online softmax over tiles of `plan.block_q` queries by `plan.block_k` keys, all batch axes at once (in chunks, where
-they are many). Tiles that the mask empties are skipped, and in full ones the mask is not evaluated. Statistics and sums
-are float32 (float64 for float64 operands). Peak memory is the result plus a few tiles: linear in the sequence.
+they are many), and all tiles of queries at once whose keys move along with them (`refocus.codegen.runs`). Tiles that
+the mask empties are skipped, and in full ones the mask is not evaluated. Statistics and sums are float32 (float64 for
+float64 operands). Peak memory is the result plus a few tiles: linear in the sequence.
 
 This is also what the other engines are compared with, so it is kept close to the definition in `refocus.ir.Region`.
 """
@@ -18,6 +19,7 @@ from torch import Tensor
 from refocus import grid as grids
 from refocus.codegen import placing
 from refocus.codegen.plan import Plan
+from refocus.codegen.runs import Column, Run, Tiled
 from refocus.evaluate import Scope, arange_env, device_of, size_of
 from refocus.grid import Term, contract
 from refocus.ir import TRUE, Axis, Call, Const, Expr, Region, Sym
@@ -53,7 +55,8 @@ def run_saving(
 class Tiles:
     """One call, cut into tiles.
 
-    Dimensions of every value, from the left: batch axes (split ones several), query, key, value axes."""
+    Dimensions of every value, from the left: batch axes (split ones several), tile, query, key, value axes. The tiles
+    are those of a run, and a query is one of its tile."""
 
     @classmethod
     def of(cls, region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tiles:
@@ -68,15 +71,21 @@ class Tiles:
         self.block_q, self.block_k = min(plan.block_q, self.queries) or 1, min(plan.block_k, self.keys) or 1
         self.parts = {a: factors(a, n, region.expressions) for a, n in zip(region.batch, self.batch)}
         device = device_of(tensors.values())
-        env = arange_env((*region.batch, region.query, region.key, *region.value), sizes, device, self.parts)
+        one = Axis("", Const(1))
+        env = arange_env((*region.batch, one, region.query, region.key, *region.value), sizes, device, self.parts)
         self.key_dim = -1 - len(region.value)
         self.query_dim = self.key_dim - 1
-        del env[region.query], env[region.key]
-        depth = sum(len(p) for p in self.parts.values()) + 2 + len(region.value)
-        self.scope = Scope(env, tensors, sizes, depth=depth)
-        self.tiles = -(-self.keys // self.block_k)
+        self.tile_dim = self.query_dim - 1
+        del env[one], env[region.query], env[region.key]
+        self.depth = sum(len(p) for p in self.parts.values()) + 3 + len(region.value)
+        self.scope = Scope(env, tensors, sizes, depth=self.depth, overlapping=True)
+        self.tiled = Tiled.of(region, self.block_q, self.block_k, sizes)
+        positions = math.prod(self.batch)
+        # Scores alive at once: no more than the result has elements, if that is more than a tile of the plan.
+        self.most = max(positions * self.queries * math.prod(self.value), positions * self.block_q * self.block_k)
+        self.most = min(self.most, TILE_ELEMENTS)
         self.map: TileMap | None = None
-        if region.mask != TRUE and (self.tiles > 1 or self.block_q < self.queries):
+        if region.mask != TRUE and (self.block_k < self.keys or self.block_q < self.queries):
             self.map = classify(region.mask, Tiling.of(region, self.block_q, self.block_k, tensors, sizes, device))
         self.apart = self._apart()
         self.gated = region.gate != Const(1.0, region.gate.dtype)
@@ -116,10 +125,9 @@ class Tiles:
             sums.fill_(-math.inf)
         elif sums.numel():
             for scope, parts in self.chunks(out, *sums):
-                states = self.states(scope)
-                for row, rows, start, length in self.rows(scope):
-                    tiles = [t.narrow(len(lead), start, length) for t in parts]
-                    for tile, result in zip(tiles, self._row(rows, states[row], tiles[0])):
+                for run in self.runs(scope):
+                    tiles = [self.part(t, run) for t in parts]
+                    for tile, result in zip(tiles, self._row(self.rows(scope, run), run.columns, tiles[0])):
                         tile.copy_(result)
         return (
             placing.put(self.region, filled, whole, self.sizes),
@@ -127,50 +135,66 @@ class Tiles:
         )
 
     def chunks(self, *tensors: Tensor) -> Iterator[tuple[Scope, tuple[Tensor, ...]]]:
-        """Parts of the batch small enough for tiles to stay in cache, with those parts of tensors (*batch, ...)."""
+        """Parts of the batch small enough for tiles to stay in cache, with those parts of tensors (*batch, ...).
+
+        Batch axes are cut before runs: overlapping tiles of several heads would be copied for the product."""
         whole = [a for a in self.region.batch if len(self.parts[a]) == 1]
-        scores = math.prod(self.batch) * self.block_q * self.block_k
-        yield from self._chunks(self.scope, tensors, whole, scores)
+        widest = max(run.tiles * run.length * run.widest for run in self.runs(self.scope, math.inf))
+        yield from self._chunks(self.scope, tensors, whole, math.prod(self.batch) * max(1, widest))
 
-    def rows(self, scope: Scope) -> Iterator[tuple[int, Scope, int, int]]:
-        """(number, scope, first query, count) of every tile of queries."""
-        for row, start in enumerate(range(0, self.queries, self.block_q)):
-            length = min(self.block_q, self.queries - start)
-            place = grids.grid(start, (Term(self.query_dim, length, 1),))
-            yield row, scope.child({self.region.query: place}), start, length
+    def runs(self, scope: Scope, most: float | None = None) -> list[Run]:
+        """All queries in runs of tiles, each of at most `most` pairs in a column (by default what a tile may have)."""
+        runs = self.tiled.runs(self.states(scope))
+        if most is None:
+            most = self.most / max(1, math.prod(self._lengths(scope)))
+        return [r for run in runs for r in run.cut(max(1, int(min(most / max(1, run.length * run.widest), run.tiles))))]
 
-    def columns(self, rows: Scope, states: Sequence[int]) -> Iterator[tuple[int, Scope, int]]:
-        """(state, scope, keys) of every tile of keys that is not empty."""
-        for column, start in enumerate(range(0, self.keys, self.block_k)):
-            if states[column] != EMPTY:
-                length = min(self.block_k, self.keys - start)
-                place = grids.grid(start, (Term(self.key_dim, length, 1),))
-                yield states[column], rows.child({self.region.key: place}), length
+    def _lengths(self, scope: Scope) -> list[int]:
+        """How many positions of each batch axis a scope has."""
+        terms = (p.terms for a in self.region.batch if isinstance(p := scope.axes[a], grids.Grid))
+        return [term.length for some in terms for term in some]
+
+    def part(self, whole: Tensor, run: Run) -> Tensor:
+        """The part of a tensor (*batch, query, ...) that a run computes, as (*batch, tile, query, ...)."""
+        dim = len(self.lead)
+        return whole.narrow(dim, run.start, run.queries).unflatten(dim, (run.tiles, run.length))
+
+    def rows(self, scope: Scope, run: Run) -> Scope:
+        """The queries of a run."""
+        terms = Term(self.tile_dim, run.tiles, run.length), Term(self.query_dim, run.length, 1)
+        return scope.child({self.region.query: grids.grid(run.start, terms)})
+
+    def columns(self, rows: Scope, run: Sequence[Column]) -> Iterator[tuple[int, Scope, int]]:
+        """(state, scope, keys) of each column."""
+        at = rows.axes[self.region.query]
+        tiles = next((t.length for t in at.terms if t.dim == self.tile_dim), 1) if isinstance(at, grids.Grid) else 1
+        for column in run:
+            terms = Term(self.tile_dim, tiles, column.step), Term(self.key_dim, column.length, 1)
+            yield column.state, rows.child({self.region.key: grids.grid(column.start, terms)}), column.length
 
     def _chunks(
         self, scope: Scope, tensors: tuple[Tensor, ...], axes: Sequence[Axis], scores: int
     ) -> Iterator[tuple[Scope, tuple[Tensor, ...]]]:
-        """Ranges of batch axes, outermost first, such that a tile has no more than `TILE_ELEMENTS` of `scores`; axes in
+        """Ranges of batch axes, outermost first, such that a run has no more than `most` of `scores`; axes in
         `apart` position by position."""
         apart = self.apart.intersection(axes)
-        if not axes or (scores <= TILE_ELEMENTS and not apart):
+        if not axes or (scores <= self.most and not apart):
             yield scope, tensors
             return
         axis, size = axes[0], self.parts[axes[0]][0]
         position = sum(len(self.parts[a]) for a in self.region.batch[: self.region.batch.index(axis)])
-        depth = len(self.lead) + 2 + len(self.value)
-        step = 1 if axis in apart else min(size, max(1, size * TILE_ELEMENTS // scores))
+        step = 1 if axis in apart else min(size, max(1, size * self.most // scores))
         for start in range(0, size, step):
             length = min(step, size - start)
-            part = scope.child({axis: grids.grid(start, (Term(position - depth, length, 1),), scope.device)})
+            part = scope.child({axis: grids.grid(start, (Term(position - self.depth, length, 1),), scope.device)})
             narrow = tuple(t.narrow(position, start, length) for t in tensors)
             yield from self._chunks(part, narrow, axes[1:], -(-scores * step // size))
 
-    def states(self, scope: Scope) -> list[list[int]]:
+    def states(self, scope: Scope) -> Tensor:
         """The state of each (query tile, key tile), over all batch positions of this scope."""
         if self.map is None:
             state = FULL if self.region.mask == TRUE else PARTIAL
-            return [[state] * self.tiles] * -(-self.queries // self.block_q)
+            return torch.full((len(self.tiled.query_kinds), len(self.tiled.key_kinds)), state, dtype=torch.int8)
         state_of = self.map.state
         for k, axis in enumerate(self.map.axes):
             position = scope.axes[axis]
@@ -179,26 +203,26 @@ class Tiles:
                 state_of = state_of.narrow(k, first, last - first + 1)
         flat = state_of.reshape(-1, *state_of.shape[-2:])
         low, high = flat.amin(0), flat.amax(0)
-        return torch.where(low == high, low, PARTIAL).tolist()  # type: ignore[no-any-return]
+        return torch.where(low == high, low, PARTIAL)
 
     # ------------------------------------------------------------------------------------------------ rows
 
-    def _row(self, rows: Scope, states: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The result for one range of queries, shaped as `like`, and its two row sums."""
+    def _row(self, rows: Scope, columns: Sequence[Column], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The result for the queries of a run, shaped as `like`, and its two row sums."""
         region = self.region
-        out, top, total, kept = self._online(rows, like, region.score, states, region.empty_row != "never")
+        out, top, total, kept = self._online(rows, like, region.score, columns, region.empty_row != "never")
         if kept is not None and not bool(kept.all()):
             if region.empty_row == "zero":
                 out = torch.where(kept, out, 0.0)
             else:
                 # What a mask with finite fills does to an emptied row is in the logits, over all keys.
-                others = self._online(rows, like, region.logits, [FULL] * self.tiles, False)
+                others = self._online(rows, like, region.logits, self.tiled.everything(), False)
                 out, top, total = (torch.where(kept, a, b) for a, b in zip((out, top, total), others[:3]))
         flat = tuple(range(self.key_dim, 0))
         return out.squeeze(self.key_dim), top.squeeze(flat), total.squeeze(flat)
 
     def _online(
-        self, rows: Scope, like: Tensor, score: Expr, states: Sequence[int], watch: bool
+        self, rows: Scope, like: Tensor, score: Expr, columns: Sequence[Column], watch: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Softmax of `score` where the mask keeps it, times values; the row sums; if `watch`, which rows keep a key."""
         region, key_dim, dtype = self.region, self.key_dim, rows.float_dtype
@@ -208,7 +232,7 @@ class Tiles:
         total = torch.zeros_like(top)
         acc = torch.zeros([*lead, 1, *self.value], dtype=dtype, device=like.device)
         kept: Tensor | None = torch.zeros(1, dtype=torch.bool, device=like.device) if watch else None
-        for state, tile, length in self.columns(rows, states):
+        for state, tile, length in self.columns(rows, columns):
             logits = tile.tensor(score)
             if state == PARTIAL:
                 keep = tile.tensor(region.mask)

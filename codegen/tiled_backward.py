@@ -21,6 +21,7 @@ from refocus import grid as grids
 from refocus.codegen import placing
 from refocus.codegen.cotangents import Cotangents, cotangents
 from refocus.codegen.plan import Plan
+from refocus.codegen.runs import Column
 from refocus.codegen.tiled import Tiles, spread
 from refocus.differentiate import Share
 from refocus.evaluate import Scope
@@ -82,18 +83,17 @@ class _Backward:
         if sums.numel() and tiles.keys:
             whole = [t.reshape([*lead, tiles.queries, *t.shape[rank:]]) for t in (grad, out, *sums)]
             for scope, parts in tiles.chunks(*whole):
-                states = tiles.states(scope)
-                for row, rows, start, length in tiles.rows(scope):
-                    self._row(rows, states[row], *(t.narrow(len(lead), start, length) for t in parts))
+                for run in tiles.runs(scope):
+                    self._row(tiles.rows(scope, run), run.columns, *(tiles.part(t, run) for t in parts))
         named = {o.name: t for o, t in zip(self.region.operands, self.operands)}
         return [self.totals[name].to(device=named[name].device, dtype=named[name].dtype) for name in self.wanted]
 
     # ------------------------------------------------------------------------------------------------ rows
 
     def _row(
-        self, rows: Scope, states: Sequence[int], grad: Tensor, out: Tensor, top: Tensor, total: Tensor
+        self, rows: Scope, columns: Sequence[Column], grad: Tensor, out: Tensor, top: Tensor, total: Tensor
     ) -> None:
-        """One tile of queries. Tensors are (*batch, query, *value); here they get a key dimension of 1."""
+        """The queries of a run. Tensors are (*batch, tile, query, *value); here they get a key dimension of 1."""
         tiles, flows = self.tiles, self.flows
         ones = [1] * (1 + len(tiles.value))
         grad = grad.to(self.dtype).unsqueeze(tiles.key_dim)
@@ -101,25 +101,25 @@ class _Backward:
         product = grad * out.to(self.dtype).unsqueeze(tiles.key_dim)
         delta = product.sum(over, keepdim=True) if over else product
         row = Row(grad, delta, top.reshape([*top.shape, *ones]), total.reshape([*total.shape, *ones]))
-        empty = self._empty(rows, states)
+        empty = self._empty(rows, columns)
         _give(rows, flows.out, grad)
-        for state, tile, length in tiles.columns(rows, states):
+        for state, tile, length in tiles.columns(rows, columns):
             keep = tile.tensor(self.region.mask) if state == PARTIAL else None
             self._tile(tile, length, self.region.score, keep, row, flows.of_score)
         if empty is not None:
-            for _, tile, length in tiles.columns(rows, [FULL] * tiles.tiles):
+            for _, tile, length in tiles.columns(rows, tiles.tiled.everything()):
                 self._tile(tile, length, self.region.logits, empty, row, flows.of_logits)
         for k, (extra, seed) in enumerate(zip(self.region.extra, flows.extra)):
             _give(rows, seed, -row.probability(rows.tensor(extra)) * delta)
             self._receive(rows, flows.of_extra[k])
 
-    def _empty(self, rows: Scope, states: Sequence[int]) -> Tensor | None:
+    def _empty(self, rows: Scope, columns: Sequence[Column]) -> Tensor | None:
         """Which rows have no key and were computed from their fills; None if there are none."""
         tiles = self.tiles
-        if self.region.empty_row != "logits" or FULL in states:
+        if self.region.empty_row != "logits" or any(c.state == FULL for c in columns):
             return None
         kept = torch.zeros(1, dtype=torch.bool, device=rows.device)
-        for _, tile, length in tiles.columns(rows, states):
+        for _, tile, length in tiles.columns(rows, columns):
             kept = kept | spread(tile.tensor(self.region.mask), tiles.key_dim, length).any(tiles.key_dim, keepdim=True)
         return None if bool(kept.all()) else ~kept
 
@@ -177,7 +177,7 @@ class _Backward:
 
     def _lengths(self, scope: Scope, *parts: Tensor) -> dict[int, int]:
         """How often each position of a share counts: the length of every dimension of the tile, and of a product."""
-        rank = len(self.tiles.lead) + 2 + len(self.tiles.value)
+        rank = self.tiles.depth
         lengths = {}
         for axis in (*self.region.batch, self.region.query, self.region.key):
             position = scope.axes.get(axis)

@@ -89,7 +89,8 @@ class Scope:
     """Positions for some axes, and the values already computed under them.
 
     `depth`: how many dimensions positions may span, over all children to come. A child's axes shadow its parent's;
-    what does not depend on them is computed, once, in the parent.
+    what does not depend on them is computed, once, in the parent. `overlapping`: what is loaded may be a view in which
+    windows share elements; then nobody may write to it.
     """
 
     def __init__(
@@ -99,8 +100,9 @@ class Scope:
         sizes: Mapping[Sym, int],
         float_dtype: torch.dtype | None = None,
         depth: int = 0,
+        overlapping: bool = False,
     ) -> None:
-        self.axes, self.tensors, self.sizes = dict(axes), tensors, sizes
+        self.axes, self.tensors, self.sizes, self.overlapping = dict(axes), tensors, sizes, overlapping
         # The outermost scope has neither: one that held itself would keep its values until garbage is collected.
         self.parent: Scope | None = None
         self.outermost: Scope | None = None
@@ -207,7 +209,7 @@ class Scope:
 
     def _load(self, node: Load, declared: bool) -> Value:
         source = self.tensors[node.tensor]
-        value = grids.read(source, [self.value(i) for i in node.index], self.device)
+        value = grids.read(source, [self.value(i) for i in node.index], self.device, self.overlapping)
         if value.is_floating_point():
             return value.to(self._dtype(node, declared))
         return value if value.dtype == torch.bool else value.to(torch.int64)

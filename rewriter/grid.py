@@ -8,6 +8,8 @@ this form, a load is a slice of the tensor and costs nothing; where it leaves it
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -99,9 +101,13 @@ def divide(a: Grid, by: int) -> tuple[Grid | int, Grid | int] | None:
     return grid(a.start // by, tuple(Term(t.dim, t.length, t.stride // by) for t in whole), a.device), low
 
 
-def read(tensor: Tensor, index: list[Grid | int | Tensor], device: torch.device) -> Tensor:
-    """tensor[index...] over the broadcast of all indices: slices where possible, gathers only along the rest."""
-    gathered = _gathered(index)
+def read(
+    tensor: Tensor, index: list[Grid | int | Tensor], device: torch.device, overlapping: bool = False
+) -> Tensor:
+    """tensor[index...] over the broadcast of all indices: slices where possible, gathers only along the rest.
+
+    `overlapping`: windows that share elements may be views in which these lie at one place."""
+    gathered = _gathered(index, overlapping)
     if gathered and len(gathered) + sum(isinstance(i, int | torch.SymInt) for i in index) == len(index):
         # Constants next to nothing but tensors become tensors: inside FlexAttention's functions all must be.
         like = next((i for i in index if isinstance(i, Tensor)), None)
@@ -116,7 +122,7 @@ def read(tensor: Tensor, index: list[Grid | int | Tensor], device: torch.device)
             labels.insert(0, 0)
             picked.insert(0, position)
         elif isinstance(at, Grid):
-            terms = sorted(at.terms, key=lambda t: -t.stride) if len(at.terms) > 1 else at.terms
+            terms = _outermost_first(at)
             view = _slice(view, position, at.start, terms)
             labels[:0] = [t.dim for t in terms]
         else:
@@ -132,9 +138,10 @@ def read(tensor: Tensor, index: list[Grid | int | Tensor], device: torch.device)
 
 def add_at(sums: Tensor, index: list[Grid | int | Tensor], part: Tensor, device: torch.device) -> None:
     """sums[index] += part, where several positions may be the same place."""
-    if not _gathered(index):
-        view = read(sums, index, device)
-        view += part.reshape(part.shape[part.dim() - view.dim() :]) if part.dim() > view.dim() else part
+    if not _gathered(index, True):
+        for apart, some in _apart(index, part):
+            view = read(sums, apart, device, True)
+            view += some.reshape(some.shape[some.dim() - view.dim() :]) if some.dim() > view.dim() else some
         return
     places = [i.tensor(device) if isinstance(i, Grid) else torch.as_tensor(i, device=device) for i in index]
     shape = torch.broadcast_shapes(*(p.shape for p in places))
@@ -144,9 +151,33 @@ def add_at(sums: Tensor, index: list[Grid | int | Tensor], part: Tensor, device:
     sums.index_put_(tuple(p.expand(shape) for p in places), part.expand(shape), accumulate=True)
 
 
-def _gathered(index: list[Grid | int | Tensor]) -> set[int]:
+def _apart(index: list[Grid | int | Tensor], part: Tensor) -> Iterator[tuple[list[Grid | int | Tensor], Tensor]]:
+    """The same in parts that each reach no place twice: runs of windows no longer than the step between them."""
+    for position, at in enumerate(index):
+        terms = _outermost_first(at) if isinstance(at, Grid) else []
+        if len(terms) < 2 or _in_line(terms) or terms[0].stride >= terms[1].stride * terms[1].length:
+            continue
+        outer, inner = terms
+        step = outer.stride // inner.stride
+        cut, step = (inner, step) if inner.length <= step * outer.length else (outer, 1)
+        for first in range(0, cut.length, step):
+            piece = cut._replace(length=min(step, cut.length - first))
+            moved = grid(at.start + first * cut.stride, tuple(piece if t is cut else t for t in terms), at.device)  # type: ignore[union-attr]
+            some = part
+            if part.dim() >= -cut.dim and part.shape[cut.dim] != 1:
+                some = part.narrow(cut.dim, first, piece.length)
+            yield from _apart([*index[:position], moved, *index[position + 1 :]], some)
+        return
+    yield index, part
+
+
+def _gathered(index: list[Grid | int | Tensor], overlapping: bool) -> set[int]:
     """Positions that need a gather: tensors, grids that are no slice, and grids that share a dimension with others."""
-    out = {p for p, i in enumerate(index) if isinstance(i, Tensor) or (isinstance(i, Grid) and not _sliceable(i))}
+    out = {
+        p
+        for p, i in enumerate(index)
+        if isinstance(i, Tensor) or (isinstance(i, Grid) and not _sliceable(i, overlapping))
+    }
     while True:
         taken: set[int] = set()
         for p in out:
@@ -165,18 +196,37 @@ def _gathered(index: list[Grid | int | Tensor]) -> set[int]:
         out |= more
 
 
-def _sliceable(at: Grid) -> bool:
-    terms = sorted(at.terms, key=lambda t: t.stride)
-    if terms[0].stride <= 0:
+def _sliceable(at: Grid, overlapping: bool) -> bool:
+    terms = _outermost_first(at)
+    if terms[-1].stride <= 0:
         return False
-    return all(b.stride == a.stride * a.length for a, b in itertools.pairwise(terms))
+    if _in_line(terms):
+        return True
+    if not overlapping or len(terms) != 2 or not all(type(n) is int for t in terms for n in t):
+        return False
+    return terms[0].stride % terms[1].stride == 0
 
 
-def _slice(view: Tensor, position: int, start: int, terms: tuple[Term, ...] | list[Term]) -> Tensor:
-    """The run start, start + stride, ... along one dimension, split into one dimension a term."""
-    length, stride = 1, terms[-1].stride
-    for term in terms:
-        length = length * term.length
+def _outermost_first(at: Grid) -> list[Term]:
+    return sorted(at.terms, key=lambda t: -t.stride) if len(at.terms) > 1 else list(at.terms)
+
+
+def _in_line(terms: Sequence[Term]) -> bool:
+    """Whether the positions are one run at the stride of the last term."""
+    return all(a.stride == b.stride * b.length for a, b in itertools.pairwise(terms))
+
+
+def _slice(view: Tensor, position: int, start: int, terms: Sequence[Term]) -> Tensor:
+    """The places start + sum of strides along one dimension, split into one dimension a term: a run, or windows."""
+    stride = terms[-1].stride
+    if not _in_line(terms):
+        outer, inner = terms
+        reach = (outer.length - 1) * outer.stride + (inner.length - 1) * stride + 1
+        view = view.narrow(position, start, reach)
+        if stride != 1:
+            view = view[(slice(None),) * position + (slice(None, None, stride),)]
+        return view.unfold(position, inner.length, outer.stride // stride).movedim(-1, position + 1)
+    length = math.prod(t.length for t in terms)
     if not (_is(start, 0) and _is(stride, 1) and _is(length, view.shape[position])):
         if _is(stride, 1):
             view = view.narrow(position, start, length)
