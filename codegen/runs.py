@@ -55,6 +55,11 @@ class Run:
         return max((c.length for c in self.columns), default=0)
 
     @property
+    def overlaps(self) -> bool:
+        """Whether one key is in several tiles at once."""
+        return any(0 < c.step < c.length for c in self.columns)
+
+    @property
     def pairs(self) -> int:
         """How many pairs of queries and keys it computes."""
         return self.queries * sum(c.length for c in self.columns)

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from refocus.codegen.plan import Plan
 from refocus.codegen.runs import Column, Run, Tiled
 from refocus.evaluate import Scope, arange_env, device_of, size_of
 from refocus.grid import Term, contract
-from refocus.ir import TRUE, Axis, Call, Const, Expr, Region, Sym
+from refocus.ir import TRUE, Axis, Call, Const, Dot, Expr, Region, Sym
 from refocus.masks import EMPTY, FULL, PARTIAL, TileMap, Tiling, classify
 
 # Scores alive at once, at most (4 MiB of float32): beyond this a batch axis is cut into chunks, which is also what
@@ -30,6 +32,10 @@ from refocus.masks import EMPTY, FULL, PARTIAL, TileMap, Tiling, classify
 TILE_ELEMENTS = 1 << 20
 # What a tile costs beside its scores, in scores: some fifteen operations.
 _TILE_COST = 1 << 14
+# Scores beyond which it is better to take heads one by one than to copy overlapping keys for products of several.
+_WORTH_A_CALL = 1 << 17
+
+Span = tuple[tuple[int, int], ...]
 
 
 def run(region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[int] = ()) -> Tensor:
@@ -85,6 +91,7 @@ class Tiles:
         self.most = max(positions * self.queries * math.prod(self.value), positions * self.block_q * self.block_k)
         self.most = min(self.most, TILE_ELEMENTS)
         self.map: TileMap | None = None
+        self.found: dict[Span, list[Run]] = {}
         if region.mask != TRUE and (self.block_k < self.keys or self.block_q < self.queries):
             self.map = classify(region.mask, Tiling.of(region, self.block_q, self.block_k, tensors, sizes, device))
         self.apart = self._apart()
@@ -139,12 +146,17 @@ class Tiles:
 
         Batch axes are cut before runs: overlapping tiles of several heads would be copied for the product."""
         whole = [a for a in self.region.batch if len(self.parts[a]) == 1]
-        widest = max(run.tiles * run.length * run.widest for run in self.runs(self.scope, math.inf))
-        yield from self._chunks(self.scope, tensors, whole, math.prod(self.batch) * max(1, widest))
+        runs = self.runs(self.scope, math.inf)
+        widest = max(1, *(run.queries * run.widest for run in runs))
+        most = min(self.most, max(widest, _WORTH_A_CALL)) if any(run.overlaps for run in runs) else self.most
+        yield from self._chunks(self.scope, tensors, whole, math.prod(self.batch) * widest, most)
 
     def runs(self, scope: Scope, most: float | None = None) -> list[Run]:
         """All queries in runs of tiles, each of at most `most` pairs in a column (by default what a tile may have)."""
-        runs = self.tiled.runs(self.states(scope))
+        span = self._span(scope)
+        runs = self.found.get(span)
+        if runs is None:
+            runs = self.found[span] = self.tiled.runs(self.states(span))
         if most is None:
             most = self.most / max(1, math.prod(self._lengths(scope)))
         return [r for run in runs for r in run.cut(max(1, int(min(most / max(1, run.length * run.widest), run.tiles))))]
@@ -173,34 +185,42 @@ class Tiles:
             yield column.state, rows.child({self.region.key: grids.grid(column.start, terms)}), column.length
 
     def _chunks(
-        self, scope: Scope, tensors: tuple[Tensor, ...], axes: Sequence[Axis], scores: int
+        self, scope: Scope, tensors: tuple[Tensor, ...], axes: Sequence[Axis], scores: int, most: int
     ) -> Iterator[tuple[Scope, tuple[Tensor, ...]]]:
-        """Ranges of batch axes, outermost first, such that a run has no more than `most` of `scores`; axes in
+        """Ranges of batch axes, outermost first, such that there are no more than `most` of `scores`; axes in
         `apart` position by position."""
         apart = self.apart.intersection(axes)
-        if not axes or (scores <= self.most and not apart):
+        if not axes or (scores <= most and not apart):
             yield scope, tensors
             return
         axis, size = axes[0], self.parts[axes[0]][0]
         position = sum(len(self.parts[a]) for a in self.region.batch[: self.region.batch.index(axis)])
-        step = 1 if axis in apart else min(size, max(1, size * self.most // scores))
+        step = 1 if axis in apart else min(size, max(1, size * most // scores))
         for start in range(0, size, step):
             length = min(step, size - start)
             part = scope.child({axis: grids.grid(start, (Term(position - self.depth, length, 1),), scope.device)})
             narrow = tuple(t.narrow(position, start, length) for t in tensors)
-            yield from self._chunks(part, narrow, axes[1:], -(-scores * step // size))
+            yield from self._chunks(part, narrow, axes[1:], -(-scores * step // size), most)
 
-    def states(self, scope: Scope) -> Tensor:
-        """The state of each (query tile, key tile), over all batch positions of this scope."""
+    def _span(self, scope: Scope) -> Span:
+        """The range of each axis of the map, (first, last), that this scope is at."""
+        out = []
+        for k, axis in enumerate(self.map.axes if self.map is not None else ()):
+            position = scope.axes[axis]
+            found = position.bounds() if isinstance(position, grids.Grid) else (position, position)
+            whole = (0, self.map.state.shape[k] - 1) if self.map is not None else (0, 0)
+            single = len(self.parts[axis]) == 1 and found is not None and not isinstance(position, Tensor)
+            out.append(found if single else whole)
+        return tuple(out)  # type: ignore[arg-type]
+
+    def states(self, span: Span) -> Tensor:
+        """The state of each (query tile, key tile), over all batch positions of this span."""
         if self.map is None:
             state = FULL if self.region.mask == TRUE else PARTIAL
             return torch.full((len(self.tiled.query_kinds), len(self.tiled.key_kinds)), state, dtype=torch.int8)
         state_of = self.map.state
-        for k, axis in enumerate(self.map.axes):
-            position = scope.axes[axis]
-            if len(self.parts[axis]) == 1 and not isinstance(position, Tensor):
-                first, last = position.bounds() or (0, 0) if isinstance(position, grids.Grid) else (position, position)
-                state_of = state_of.narrow(k, first, last - first + 1)
+        for k, (first, last) in enumerate(span):
+            state_of = state_of.narrow(k, first, last - first + 1)
         flat = state_of.reshape(-1, *state_of.shape[-2:])
         low, high = flat.amin(0), flat.amax(0)
         return torch.where(low == high, low, PARTIAL)
@@ -233,7 +253,7 @@ class Tiles:
         acc = torch.zeros([*lead, 1, *self.value], dtype=dtype, device=like.device)
         kept: Tensor | None = torch.zeros(1, dtype=torch.bool, device=like.device) if watch else None
         for state, tile, length in self.columns(rows, columns):
-            logits = tile.tensor(score)
+            logits = tile.tensor(scaled(score))
             if state == PARTIAL:
                 keep = tile.tensor(region.mask)
                 if kept is not None:
@@ -244,8 +264,8 @@ class Tiles:
             logits = spread(logits, key_dim, length)
             higher = torch.maximum(top, logits.amax(key_dim, keepdim=True))
             base = torch.where(higher == -torch.inf, 0.0, higher)  # nothing yet: exp(-inf - 0) = 0, not NaN
-            weight = torch.sub(logits, base).exp_()
-            shrink = torch.sub(top, base).exp_()
+            weight = exp_(torch.sub(logits, base))
+            shrink = exp_(torch.sub(top, base))
             total.mul_(shrink).add_(weight.sum(key_dim, keepdim=True))
             if self.gated:
                 weight = weight * tile.tensor(region.gate)
@@ -255,11 +275,29 @@ class Tiles:
             logit = rows.tensor(extra)
             higher = torch.maximum(top, logit)
             base = torch.where(higher == -torch.inf, 0.0, higher)
-            shrink = torch.sub(top, base).exp_()
-            total.mul_(shrink).add_(torch.sub(logit, base).exp_())
+            shrink = exp_(torch.sub(top, base))
+            total.mul_(shrink).add_(exp_(torch.sub(logit, base)))
             acc.mul_(shrink)
             top = higher
         return acc / total, top, total.log(), kept
+
+
+def exp_(t: Tensor) -> Tensor:
+    """exp in place. On CPUs, exp itself is several times slower where there are infinities or tiny results."""
+    return t.mul_(math.log2(math.e)).exp2_()
+
+
+@lru_cache(maxsize=256)
+def scaled(score: Expr) -> Expr:
+    """The same with constant factors of a product moved to its queries, which are fewer than the pairs."""
+    if isinstance(score, Call) and score.op in ("mul", "div") and len(score.args) == 2:
+        dot, factor = score.args
+        if isinstance(dot, Const) and score.op == "mul":
+            dot, factor = factor, dot
+        dot = scaled(dot)
+        if isinstance(dot, Dot) and isinstance(factor, Const):
+            return replace(dot, query=Call(score.op, (dot.query, factor), dot.query.dtype))
+    return score
 
 
 def spread(t: Tensor, dim: int, length: int) -> Tensor:

@@ -22,11 +22,11 @@ from refocus.codegen import placing
 from refocus.codegen.cotangents import Cotangents, cotangents
 from refocus.codegen.plan import Plan
 from refocus.codegen.runs import Column
-from refocus.codegen.tiled import Tiles, spread
+from refocus.codegen.tiled import Tiles, exp_, scaled, spread
 from refocus.differentiate import Share
 from refocus.evaluate import Scope
 from refocus.grid import Grid, contract
-from refocus.ir import Expr, Load, Region
+from refocus.ir import Call, Const, Expr, Load, Region
 from refocus.masks import FULL, PARTIAL
 
 
@@ -59,7 +59,7 @@ class Row:
     log_total: Tensor
 
     def probability(self, logits: Tensor) -> Tensor:
-        return torch.sub(logits, self.top).sub_(self.log_total).exp_()
+        return exp_(torch.sub(logits, self.top).sub_(self.log_total))
 
 
 class _Backward:
@@ -134,7 +134,7 @@ class _Backward:
     ) -> None:
         """One tile of pairs, in which `keep` (None: all) count; `shares` are those of the score."""
         tiles, region, flows = self.tiles, self.region, self.flows
-        probability = row.probability(spread(tile.tensor(score), tiles.key_dim, length))
+        probability = row.probability(spread(tile.tensor(scaled(score)), tiles.key_dim, length))
         if keep is not None:
             probability = torch.where(keep, probability, 0.0)
         back = contract(row.grad, tile.tensor(region.values), self._values(row.grad))
@@ -169,10 +169,13 @@ class _Backward:
             kept = set[int]()
             for at in index:
                 kept |= at.dims if isinstance(at, Grid) else grids.spread(at) if isinstance(at, Tensor) else set()
-            cotangent = inner.tensor(share.cotangent)
+            factors, flowing = _factors(share)
+            cotangent = inner.tensor(flowing)
             other = inner.tensor(share.other) if share.other is not None else torch.ones((), dtype=self.dtype)
             lengths = self._lengths(scope, cotangent, other)
             part = contract(cotangent, other, {d: n for d, n in lengths.items() if d not in kept})
+            for op, factor in factors:
+                part = part * factor if op == "mul" else part / factor
             grids.add_at(sums, index, part, scope.device)
 
     def _lengths(self, scope: Scope, *parts: Tensor) -> dict[int, int]:
@@ -188,6 +191,21 @@ class _Backward:
                 if dim >= -rank or dim not in lengths:
                     lengths[dim] = part.shape[dim]
         return lengths
+
+
+def _factors(share: Share) -> tuple[list[tuple[str, float]], Expr]:
+    """Constant factors of what flows into one side of a product, which is smaller than the pairs; and the rest of it."""
+    factors: list[tuple[str, float]] = []
+    rest = share.cotangent
+    while share.other is not None and isinstance(rest, Call) and rest.op in ("mul", "div") and len(rest.args) == 2:
+        first, second = rest.args
+        if isinstance(first, Const) and rest.op == "mul":
+            first, second = second, first
+        if not isinstance(second, Const):
+            break
+        factors.append((rest.op, float(second.value)))
+        rest = first
+    return factors, rest
 
 
 def _give(scope: Scope, load: Load, value: Tensor) -> None:

@@ -26,7 +26,7 @@ from refocus import counter
 from refocus import grid as grids
 from refocus.grid import Grid, Term
 from refocus.ir import BOOL, Axis, Call, Const, Dot, Expr, Load, Reduce, Sym
-from refocus.operations import EXACT, FLOAT, LOGIC, REDUCE, TENSORS_ONLY, decide
+from refocus.operations import COMPARISONS, EXACT, FLOAT, LOGIC, REDUCE, TENSORS_ONLY, decide
 
 Position = Grid | Tensor | int
 Value = Any  # bool | int | float | SymInt | Grid | Tensor
@@ -308,6 +308,8 @@ class Scope:
             known = decide(op, *args)
             if known is not None:
                 return known
+            if op in COMPARISONS and all(isinstance(a, Grid) for a in args):
+                args = _without_common(*args)
         args = [self._flat(a) for a in args]
         run = EXACT[op]
         return functools.reduce(run, args) if len(args) > 2 else run(*args)
@@ -319,6 +321,12 @@ class Scope:
 @functools.lru_cache(maxsize=1 << 12)
 def _holds_sum(expr: Expr) -> bool:
     return any(isinstance(n, Dot | Reduce) for n in expr.walk())
+
+
+def _without_common(a: Grid, b: Grid) -> list[Grid | int]:
+    """Two grids that compare the same: without the dimensions along which they move alike."""
+    alike = [t for t in a.terms if t in b.terms and all(type(n) is int for n in t)]
+    return [grids.grid(g.start, tuple(t for t in g.terms if t not in alike), g.device) for g in (a, b)]
 
 
 def device_of(tensors: Iterable[Tensor]) -> torch.device:

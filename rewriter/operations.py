@@ -68,6 +68,7 @@ _MAX = _extreme(torch.sym_max, torch.maximum, "min")
 _COMPARE: dict[str, Callable[..., Value]] = {
     "eq": operator.eq, "ne": operator.ne, "le": operator.le, "lt": operator.lt,
 }  # fmt: skip
+COMPARISONS = frozenset(_COMPARE)
 LOGIC: dict[str, Callable[..., Value]] = {"and": _and, "or": _or, "xor": operator.xor}
 EXACT: dict[str, Callable[..., Value]] = _COMPARE | {
     "mul": operator.mul, "floordiv": operator.floordiv, "mod": operator.mod, "min": _MIN, "max": _MAX, "abs": abs,
