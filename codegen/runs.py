@@ -154,7 +154,8 @@ def _longer(run: Run, row: Run) -> Run | None:
 
 def _decided_by(region: Region, axis: Axis) -> list[Expr]:
     """Conditions and clamps within what is loaded that the position on one axis decides."""
-    loads = [x for e in region.expressions for node in e.walk() if isinstance(node, Dot) for x in (node.query, node.key)]
+    dots = [node for e in region.expressions for node in e.walk() if isinstance(node, Dot)]
+    loads = [x for dot in dots for x in (dot.query, dot.key)]
     found = dict.fromkeys(node for e in (region.values, *loads) for node in e.walk() if isinstance(node, Call))
     out: dict[Expr, None] = {}
     for node in found:

@@ -194,7 +194,7 @@ class _Backward:
 
 
 def _factors(share: Share) -> tuple[list[tuple[str, float]], Expr]:
-    """Constant factors of what flows into one side of a product, which is smaller than the pairs; and the rest of it."""
+    """Constant factors of what flows into one side of a product (which is smaller than the pairs), and the rest."""
     factors: list[tuple[str, float]] = []
     rest = share.cotangent
     while share.other is not None and isinstance(rest, Call) and rest.op in ("mul", "div") and len(rest.args) == 2:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,15 @@ def reduce_tiles(tensor: Tensor, reads: Mapping[int, Reads]) -> tuple[Tensor, Te
     truth = tensor.dtype == torch.bool
     # Measured on a 4096 x 4096 bool mask, one core: amin or amax of bytes along the outer dimension takes 1 ms, along
     # the inner one 8 ms, any() 10 ms. aminmax() starts threads even for tiny tensors.
-    lo = hi = tensor.view(torch.uint8) if truth else tensor
+    lo = hi = _bytes(tensor) if truth else tensor
     for dim in sorted(reads, key=lambda d: (reads[d].rows is not None, d)):  # runs first: less is left to gather
         lo, hi = _reduce_dim(lo, dim, reads[dim], torch.amin), _reduce_dim(hi, dim, reads[dim], torch.amax)
     return (lo.bool(), hi.bool()) if truth else (lo, hi)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """Truth values as numbers. The same memory, but in a graph for Inductor: that of torch 2.11 has no such view."""
+    return tensor.to(torch.uint8) if isinstance(tensor, FakeTensor) else tensor.view(torch.uint8)
 
 
 def _reduce_dim(tensor: Tensor, dim: int, how: Reads, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:

@@ -28,14 +28,13 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "lift": (
         "blank", "bodies", "capture", "functional", "strokes", "fold", "sizes", "lift", "lift_*", "equal_values",
-        "facts", "gathers", "native_layers", "held_numbers", "vmaps", "forwarded",
+        "facts", "gathers", "native_layers", "held_numbers", "vmaps", "forwarded", "widths",
     ),
     "patterns": ("patterns", "patterns.*"),
     "recognize": (
         "attention", "bands", "closure", "empty_rows", "finite_rows", "joint", "lifted", "merge", "normal_form",
         "pieces", "piecewise", "products", "quotient", "recognize", "roles", "row_sums", "running_softmax", "skews",
-        "expand",
-        "linear_candidates", "recognize_linear", "loops", "recognize_loops",
+        "equal_sizes", "expand", "linear_candidates", "recognize_linear", "loops", "recognize_loops",
         "chunk_solutions", "close_linear", "factored", "held_values", "loop_steps", "recognize_chunk_loops",
         "recognize_chunked", "recognize_decoding",
     ),
