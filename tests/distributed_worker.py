@@ -91,7 +91,11 @@ def main() -> None:
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
     found = {}
     for how in ways:
-        eager, _ = train(how, rank, False)
+        try:
+            eager, _ = train(how, rank, False)
+        except (RuntimeError, NotImplementedError) as problem:  # torch 2.11 has no eager matmul of sharded heads
+            found[how] = {"refused": str(problem)}
+            continue
         fused, sites = train(how, rank, True)
         found[how] = {"eager": eager, "fused": fused, "sites": sites}
     Path(f"{out}.{rank}").write_text(json.dumps(found))

@@ -48,6 +48,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 def test_two_processes_train_alike(how: str, trained: list[Any]) -> None:
     for process in trained:
         found = process[how]
+        if how == "dtensor" and "refused" in found:
+            pytest.skip(f"this torch does not run the eager model: {found['refused']}")
         assert found["sites"] == 2
         assert found["fused"] == pytest.approx(found["eager"], rel=1e-4)
         assert found["eager"][-1] != found["eager"][0]
