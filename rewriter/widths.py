@@ -10,27 +10,29 @@ import torch
 
 from refocus import simplify as s
 from refocus.ir import Const, Expr
+from refocus.polynomial import to_poly
 from refocus.steps import cases
 
 _NARROW = (torch.uint8, torch.int8, torch.int16, torch.uint16)
-# Of a wide dtype only what holds such a literal (or counts in the dtype at all, short of int64) is looked at.
-_LARGE = 1 << 20
+# Lengths that are only known when the graph runs are taken to be no larger.
+_LONGEST = 1 << 24
 
 
 def narrowed(value: Expr, dtype: torch.dtype) -> Expr | None:
     """An integer expression as a tensor of `dtype` holds what is computed in it; None where that has no index notation.
 
     Where nothing is known of a number's size (an element of a tensor, a symbolic length), it is taken to fit an int32,
-    int64 or float32, as the model does, and nothing narrower.
+    int64 or float32, as the model does, unless it is multiplied with a large literal; and nothing narrower.
     """
     if dtype.is_floating_point:
         return value if _is_exact(value, dtype) else None
-    if dtype == torch.int64 and not _has_large(value):
-        return value
     info = torch.iinfo(dtype)
+    large = _has_large(value, info.max // _LONGEST)
+    if dtype == torch.int64 and not large:
+        return value
     low, high = s.bounds(value)
     if low is None or high is None:
-        if dtype not in _NARROW:
+        if dtype not in _NARROW and not large:
             return value
     elif info.min <= low and high <= info.max:
         return value
@@ -67,5 +69,6 @@ def _is_exact(value: Expr, dtype: torch.dtype) -> bool:
     return -most <= low and high <= most
 
 
-def _has_large(value: Expr) -> bool:
-    return any(isinstance(n, Const) and n.is_int and abs(n.value) >= _LARGE for n in value.walk())
+def _has_large(value: Expr, least: int) -> bool:
+    """Whether something is multiplied with a large literal."""
+    return any(mono and abs(factor) >= max(least, 2) for mono, factor in to_poly(value).items())

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from refocus import simplify as s
 from refocus.ir import Axis, Const, Load
+from refocus.testing import check
 from refocus.widths import narrowed, recast
-from tests.drawn import fuses, scores
+from tests.drawn import Attention, drawn, fuses, scores
 
 N = 24
 
@@ -65,10 +66,20 @@ def test_bytes_that_are_given() -> None:
 def test_what_fits_stays_as_it_is() -> None:
     i, x = Axis("i", Const(100)), Load("x", (Const(0),), "int64")
     assert narrowed(i, torch.int8) == i and narrowed(s.mul(i, 1000), torch.int32) == s.mul(i, 1000)
-    assert narrowed(s.add(x, i), torch.int32) == s.add(x, i)
+    assert narrowed(s.add(x, i, 4096), torch.int32) == s.add(x, i, 4096)
+    assert narrowed(s.mul(x, 1 << 20), torch.int32) != s.mul(x, 1 << 20)
     assert narrowed(s.add(x, i), torch.int8) == s.sub(s.mod(s.add(x, i, 128), 256), 128)
     assert narrowed(s.mul(i, 2), torch.int8) != s.mul(i, 2)
     assert narrowed(s.mul(i, 1 << 60), torch.int64) is None
     assert narrowed(i, torch.bfloat16) == i and narrowed(s.mul(i, 3), torch.bfloat16) is None
     assert recast(x, torch.int64, torch.int64) == x and recast(x, torch.uint8, torch.int16) == x
     assert recast(x, torch.int64, torch.uint8) == s.mod(x, 256)
+
+
+def test_powers_of_integers_are_not_those_of_floats() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        i, j = torch.arange(N)[:, None], torch.arange(N)
+        return scores(q, k).masked_fill((3 ** (i - j).abs() > 9) | ((i - j) ** 2 > 7), float("-inf")).softmax(-1) @ v
+
+    report = check(Attention(function), drawn(N), sites=1, lower=False).report
+    assert "**" not in report.sites[0].mask
