@@ -272,7 +272,7 @@ def _put(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
         inside: Expr | None = lift.at(first, index[dims[0] : dims[0] + len(shape_of(first))])
     else:
         inside = _is_among(lift, [places[dim] for dim in dims], [shape_of(source)[dim] for dim in dims])
-        axes = {Axis(f"dim{k}", shape_of(source)[dim]): index[dim] for k, dim in enumerate(dims)}
+        axes: dict[Expr, Expr] = {Axis(f"dim{k}", shape_of(source)[dim]): index[dim] for k, dim in enumerate(dims)}
         inside = None if inside is None else s.substitute(inside, axes)
     if inside is None:
         return None
