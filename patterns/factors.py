@@ -76,6 +76,7 @@ def factored(e: Expr) -> Factored:
             )
             out = Factored([], [], [], [])
             for sign, term in additive(scale, 1):
+                term = _but_for_base(term)
                 if isinstance(term, Call) and term.op == "log":
                     part = factored(term.args[0])
                     out = out.times(part if sign > 0 else replace(_inverse(term.args[0]), logged=True))
@@ -98,6 +99,15 @@ def factored(e: Expr) -> Factored:
         if e.op == "add" and all((isinstance(a, Const) and a.value == 0) or a is e.args[0] for a in e.args):
             return factored(e.args[0])
     return Factored([], [e], [], [])
+
+
+def _but_for_base(e: Expr) -> Expr:
+    """x out of x * log2(e) * log(2)."""
+    inner, factor = e, 1.0
+    while isinstance(inner, Call) and inner.op == "mul" and any(isinstance(a, Const) for a in inner.args):
+        at = next(k for k, a in enumerate(inner.args) if isinstance(a, Const))
+        inner, factor = inner.args[1 - at], factor * float(inner.args[at].value)  # type: ignore[attr-defined]
+    return inner if inner is not e and math.isclose(factor, 1.0, rel_tol=1e-12) else e
 
 
 def _inverse(divisor: Expr) -> Factored:

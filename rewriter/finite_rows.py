@@ -43,8 +43,11 @@ Weights = tuple[Axis, tuple[fx.Node, Index]]  # the key axis, and where they are
 def shifted_by_numbers(lifter: Open, weights: Iterable[Weights], rows: Iterable[Row], proofs: Proofs) -> bool:
     """Whether weights, and the rows that their sums are multiplied with or divided by, are numbers in every row."""
     for key, at in weights:
-        if not all(proofs.is_number(x) for _, x in factored(lifter.at(*at)).exponents if key not in x.axes):
+        parts = factored(lifter.at(*at))
+        if not all(proofs.is_number(x) for _, x in parts.exponents if key not in x.axes):
             return False
+        if not all(proofs.is_positive(x) for x in parts.divisors if key not in x.axes):
+            return False  # a softmax of no keys
     for row in rows:
         parts = factored(row.at(lifter))
         # exp(-inf) is 0, and may be multiplied with.

@@ -19,13 +19,13 @@ from torch import fx
 from refocus import simplify as s
 from refocus.facts import Candidate, Facts
 from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Reduce
-from refocus.joint import moved
-from refocus.lift import Index, Lifter, arguments, is_tensor, op_name
-from refocus.lift_reductions import operands_at
+from refocus.lift import Index, Lifter, op_name
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.factors import additive
 from refocus.patterns.softmax import Softmax, match
 from refocus.piecewise import along
+from refocus.products import reads_of
+from refocus.row_sums import Addend, Row, Walk, carried
 
 
 @dataclass(frozen=True)
@@ -56,42 +56,27 @@ class _Part:
 
 
 def merges(groups: list[list[Candidate]], facts: Facts) -> Iterator[Merge]:
-    """Sums of two weighted results of different normalisers, in graph order."""
+    """Sums of multiples of two weighted results, of different normalisers, in graph order."""
     roots = {c.root: c for group in reversed(groups) for c in reversed(group) if c.mixes == 0 and c.weights >= 0}
-    for node in facts.order:
-        if node.op == "call_function" and op_name(node) == "add" and all(is_tensor(a) for a in node.args[:2]):
-            found = [next(_results(a, roots), None) for a in arguments(node)[:2]]
-            if found[0] and found[1] and found[0].normaliser is not found[1].normaliser:
-                yield Merge(node, (found[0], found[1]))
+    reaching: dict[fx.Node, list[Candidate]] = {}
+    for root in sorted(roots, key=facts.order.__getitem__):
+        for node in carried([root], facts):
+            reaching.setdefault(node, []).append(roots[root])
+    for node in sorted(reaching, key=facts.order.__getitem__):
+        found = reaching[node]
+        if op_name(node) in _BLENDS and len(found) == 2 and found[0].normaliser is not found[1].normaliser:
+            yield Merge(node, (found[0], found[1]))
 
 
-def _results(node: fx.Node, roots: dict[fx.Node, Candidate]) -> Iterator[Candidate]:
-    """The result of an attention that `node` is a multiple of."""
-    for _ in range(_VIEWS):
-        if op_name(node) == "mul":
-            break
-        if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
-            return
-        node = node.args[0]
-    for operand in node.args[:2]:
-        for _ in range(_VIEWS):
-            if not isinstance(operand, fx.Node) or operand in roots:
-                break
-            operand = operand.args[0] if operand.args else None
-        if isinstance(operand, fx.Node) and operand in roots:
-            yield roots[operand]
+_BLENDS = ("add", "sub", "lerp")
 
 
-_VIEWS = 4  # between a product, its multiple and the sum
-
-
-def lift_merge(merge: Merge, lifter: Lifter, index: Index) -> Merged:
+def lift_merge(merge: Merge, facts: Facts, lifter: Lifter, index: Index) -> Merged:
     """Read a merge. Raises Stop with the reason."""
-    lifter.visited.add(merge.root)
-    readings = [
-        _reading(lifter, candidate, *_operand(merge.root, operand, index))
-        for candidate, operand in zip(merge.parts, arguments(merge.root)[:2])
-    ]
+    addends = list(Walk(lifter, facts, {c.root for c in merge.parts}).addends(merge.root, index))
+    if any(a.value is not None for a in addends):
+        raise Stop(Declined("something is added to the two attentions", merge.root.name))
+    readings = [_reading(lifter, c, [a for a in addends if a.node is c.root]) for c in merge.parts]
     # As for any attention: axes that the weights have, but no values, count as the query.
     weighted = frozenset().union(*(e.axes for r in readings for e in r.weights[1]))
     valued = frozenset().union(*(r.values.axes for r in readings))
@@ -110,43 +95,43 @@ def lift_merge(merge: Merge, lifter: Lifter, index: Index) -> Merged:
     return Merged(key, soft, along(key, [(part.key, part.values) for part in parts]))
 
 
-def _operand(root: fx.Node, operand: fx.Node, index: Index) -> tuple[fx.Node, Index]:
-    if [str(d) for d in operand.meta["val"].shape] != [str(d) for d in root.meta["val"].shape]:
-        raise Stop(Declined("the two attentions that are added differ in shape", operand.name))
-    return operand, index
-
-
 @dataclass(frozen=True)
 class _Reading:
-    """Where a part is read: its share, weights and values."""
+    """Where a part is read: its weights and values, and the rows of each multiple of it."""
 
     key: Axis
-    share: tuple[fx.Node, Index]
+    multiples: tuple[tuple[Row, ...], ...]
     weights: tuple[fx.Node, Index]
     values: Expr
 
 
-def _reading(lifter: Lifter, candidate: Candidate, node: fx.Node, index: Index) -> _Reading:
-    """share * (weights @ values), with views around the product and its multiple."""
-    node, index = _through_views(lifter, node, index)
-    share = reads = None
-    if op_name(node) == "mul" and all(isinstance(a, fx.Node) for a in node.args[:2]):
-        lifter.visited.add(node)
-        for operand in node.args[:2]:
-            assert isinstance(operand, fx.Node)
-            shape = operand.meta["val"].shape
-            at = tuple(Const(0) if d == 1 else x for d, x in zip(shape, index[len(index) - len(shape) :]))
-            below, position = _through_views(lifter, operand, at, candidate.root)
-            if below is candidate.root:
-                lifter.visited.add(below)
-                reads = operands_at(lifter, below, position)
-            else:
-                share = (operand, at)
-    if share is None or reads is None or len(reads[0]) != 1 or len(reads[1]) != 2:
-        raise Stop(Declined("the two attentions are not weighted row by row", node.name))
+def _reading(lifter: Lifter, candidate: Candidate, addends: list[Addend]) -> _Reading:
+    """share * (weights @ values), where the share may be a sum."""
+    reads = reads_of(lifter, candidate.root, addends[0].index) if addends else None
+    if reads is None or len(reads[0]) != 1 or len(reads[1]) != 2 or len({a.index for a in addends}) != 1:
+        raise Stop(Declined("the two attentions are not weighted row by row", candidate.root.name))
+    lifter.visited.add(candidate.root)
     (key,), operands = reads
     lifter.key_axes.add(key)
-    return _Reading(key, share, operands[candidate.weights], lifter.at(*operands[1 - candidate.weights]))
+    values = lifter.at(*operands[1 - candidate.weights])
+    return _Reading(key, tuple(a.rows for a in addends), operands[candidate.weights], values)
+
+
+def _share(lifter: Lifter, multiples: tuple[tuple[Row, ...], ...]) -> Expr:
+    """The sum of all multiples of a part; those that are taken away stand last."""
+    total: Expr | None = None
+    signs = [math.prod(-1 for row in rows if row.node == -1.0) for rows in multiples]
+    for sign, rows in sorted(zip(signs, multiples), key=lambda x: -x[0]):
+        value: Expr = Const(1.0, "float32")
+        for row in rows:
+            if row.node != -1.0:
+                value = s.call("mul" if row.sign > 0 else "div", value, row.at(lifter), dtype="float32")
+        if total is None:
+            total = value if sign > 0 else s.call("neg", value, dtype="float32")
+        else:
+            total = s.call("add" if sign > 0 else "sub", total, value, dtype="float32")
+    assert total is not None
+    return total
 
 
 def _part(lifter: Lifter, reading: _Reading) -> _Part:
@@ -158,7 +143,7 @@ def _part(lifter: Lifter, reading: _Reading) -> _Part:
         raise Stop(Declined("the weights of an attention that is merged are changed after the softmax"))
     if not _finite(soft.logits):
         raise Stop(Declined("a row of an attention that is merged may have no keys, and is no number then"))
-    return _Part(lifter.at(*reading.share), reading.key, soft, reading.values)
+    return _Part(_share(lifter, reading.multiples), reading.key, soft, reading.values)
 
 
 def _finite(logits: Expr) -> bool:
@@ -172,17 +157,6 @@ def _finite(logits: Expr) -> bool:
             return False
         stack.extend(a for a in e.children if a.is_float)
     return True
-
-
-def _through_views(
-    lifter: Lifter, node: fx.Node, index: Index, stop: fx.Node | None = None
-) -> tuple[fx.Node, Index]:
-    while node is not stop:
-        below = moved(lifter, node, index)
-        if below is None:
-            break
-        node, index = below
-    return node, index
 
 
 def _shifts(a: _Part, b: _Part) -> tuple[Expr | None, Expr | None] | None:

@@ -33,7 +33,7 @@ def along(key: Axis, pieces: Sequence[Piece]) -> Expr:
 def seamless(key: Axis, pieces: Sequence[Piece]) -> Expr | None:
     """The one expression that all pieces are parts of, where they are."""
     moved = (s.substitute(x, {own: s.sub(key, begin)}) for (own, x), begin in zip(pieces, _begins(pieces)))
-    first, *rest = (_renamed(x) for x in moved)
+    first, *rest = (renamed(x) for x in moved)
     return first if all(x == first for x in rest) else None
 
 
@@ -44,7 +44,7 @@ def _begins(pieces: Sequence[Piece]) -> list[Expr]:
     return begins
 
 
-def _renamed(value: Expr) -> Expr:
+def renamed(value: Expr) -> Expr:
     """Bound axes by their order, so that equal sums compare equal whatever operation they come from."""
     count = iter(range(1 << 30))
 

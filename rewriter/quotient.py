@@ -62,8 +62,7 @@ def quotients(groups: list[list[Candidate]], facts: Facts) -> list[Quotient]:
     found: dict[fx.Node, dict[fx.Node, Candidate]] = {}
     for candidate in (c for group in groups for c in group):
         if candidate.mixes == 0 and candidate.weights >= 0:
-            divides = op_name(candidate.normaliser) in EXPONENTIALS
-            for root in (*_shares(candidate, facts), *(_divisions(candidate, facts) if divides else ())):
+            for root in (*_shares(candidate, facts), *_divisions(candidate, facts)):
                 found.setdefault(root, {}).setdefault(candidate.root, candidate)
     order = sorted(found, key=lambda n: -facts.order[n])
     return [Quotient(root, _first(list(found[root].values()), facts)) for root in order]
@@ -79,9 +78,18 @@ EXPONENTIALS = ("exp", "exp2")
 
 
 def _divisions(candidate: Candidate, facts: Facts) -> Iterator[fx.Node]:
-    """Divisions downstream of a product, by what its exponentials decide, too."""
+    """Divisions downstream of a product, by what its exponentials decide, too; of a softmax, by what its log-sum-exp
+    decides."""
     below = carried([candidate.root], facts)
-    yield from (n for n in below if divisor_of(n, below | {candidate.root}, facts) is not None)
+    for node in below:
+        divisor = divisor_of(node, below | {candidate.root}, facts)
+        if divisor is not None and (op_name(candidate.normaliser) in EXPONENTIALS or _of_logarithms(divisor, facts)):
+            yield node
+
+
+def _of_logarithms(node: fx.Node, facts: Facts) -> bool:
+    above = nx.ancestors(facts.flow, node)
+    return any(op_name(n) in _LOGARITHMS and taint_of(n, facts) for n in above)
 
 
 def _shares(candidate: Candidate, facts: Facts) -> Iterator[fx.Node]:

@@ -62,6 +62,8 @@ def recognize(facts: Facts) -> list[Site | Left]:
             else:
                 unread.update((c.root, outcome) for c in quotient.parts)
     for merge in merges(groups, facts):
+        if not done.isdisjoint({merge.root, *(c.root for c in merge.parts)}):
+            continue
         outcome = recognize_merge(merge, facts)
         if isinstance(outcome, Site):
             sites.append(outcome)
@@ -285,7 +287,7 @@ def _attempt_merge(merge: Merge, facts: Facts, axes: Axes, far: bool) -> Lifted 
     lifter = Lifter(facts, far=far)
     weights = [contraction_operands(c.root)[c.weights] for c in merge.parts]
     lifter.tainted = _tainted_like(weights, facts)
-    found = lift_merge(merge, lifter, axes.index())
+    found = lift_merge(merge, facts, lifter, axes.index())
     terms: list[tuple[tuple[Axis, ...], Expr, Softmax]] = [((), Const(1.0, "float32"), found.softmax)]
     return Lifted(found.key, found.values, terms, NOTHING, lifter, False)
 

@@ -40,7 +40,8 @@ class Addend:
 
 PRODUCTS = ("mul", "multiply")
 _DIVISIONS = ("div", "true_divide", "divide")
-_CARRIES = frozenset(("add", *_DIVISIONS, "sum", *PRODUCTS, *VIEWS, *SPLITS, "stack", "cat", "concat"))
+_SUMS = ("add", "sub", "neg", "lerp", "sum")
+_CARRIES = frozenset((*_SUMS, *_DIVISIONS, *PRODUCTS, *VIEWS, *SPLITS, "stack", "cat", "concat"))
 
 
 def _value(lifter: Lifter, value: fx.Node | float, index: Index) -> Expr:
@@ -94,6 +95,8 @@ class Walk:
                     yield from self.addends(operand, aligned(operand, index), rows)
                 elif isinstance(operand, fx.Node) or operand != 0:
                     yield Addend(node, index, rows, _value(self.lifter, operand, ()))
+        elif name in ("sub", "neg", "lerp"):
+            yield from self._subtracted(node, index, rows)
         elif name in (*_DIVISIONS, *PRODUCTS):
             yield from self._scaled(node, index, rows)
         elif name == "sum":
@@ -104,6 +107,23 @@ class Walk:
             if below is None:
                 raise Stop(Declined(f"a sum over keys is changed by `{name}` before it is divided", node.name))
             yield from self.addends(*below, rows)
+
+    def _subtracted(self, node: fx.Node, index: Index, rows: tuple[Row, ...]) -> Iterator[Addend]:
+        """a - b, -a, and a + w * (b - a)."""
+        operands = [a for a in arguments(node) if is_tensor(a)]
+        name = op_name(node)
+        if (len(operands) != len(arguments(node)) and name != "lerp") or node.kwargs.get("alpha", 1) not in (1, 1.0):
+            raise Stop(Declined(f"a sum over keys is changed by `{name}` before it is divided", node.name))
+        minus = (*rows, Row(1, -1.0))
+        terms = [(operands[0], minus)] if name == "neg" else [(operands[0], rows), (operands[-1], minus)]
+        if name == "lerp":
+            weight = arguments(node)[2]
+            if weight in self.carriers | self.sums:
+                raise Stop(Declined("two sums over keys are multiplied before they are divided", node.name))
+            share = Row(1, weight, aligned(weight, index) if is_tensor(weight) else ())
+            terms = [(operands[0], rows), (operands[0], (*minus, share)), (operands[1], (*rows, share))]
+        for operand, more in terms:
+            yield from self.addends(operand, aligned(operand, index), more)
 
     def _is_zero(self, node: fx.Node, index: Index) -> bool:
         """Whether nothing has been summed yet: zeros, whatever they are rescaled with."""

@@ -16,18 +16,18 @@ from torch import fx
 from refocus import simplify as s
 from refocus.facts import Candidate, Facts, taint_of
 from refocus.finite_rows import Open, Proofs, shifted_by_numbers
-from refocus.ir import Axis, Call, Const, Expr, Load
+from refocus.ir import Axis, Call, Const, Expr, Load, Reduce
 from refocus.joint import moved
 from refocus.lift import Index, Lifter, arguments, op_name
 from refocus.lift_joins import JOINS
 from refocus.lift_pointwise import POINTWISE
-from refocus.lift_reductions import CONTRACTIONS
+from refocus.lift_reductions import CONTRACTIONS, REDUCTIONS
 from refocus.lift_views import VIEWS
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.factors import Factored, additive, factored
 from refocus.patterns.guards import unguarded
 from refocus.patterns.softmax import Softmax
-from refocus.piecewise import along, seamless
+from refocus.piecewise import along, renamed, seamless
 from refocus.products import reads_of
 from refocus.quotient import Quotient, below_views, divisor_of, weights_of
 from refocus.row_sums import Addend, Row, Walk, aligned, carried, opened, summed_dims
@@ -59,14 +59,17 @@ class _Running(Lifter):
         if node not in self.rows or self.within(node, index):
             return super()._at(node, index)
         name = op_name(node)
-        handler = {**VIEWS, **JOINS}.get(name) or (POINTWISE.get(name) if name in _FOLLOWED else None)
+        handler = {**VIEWS, **JOINS}.get(name) or (_ROWS.get(name) if name in _FOLLOWED else None)
         value = handler(self, node, index) if handler is not None else None
         return self.leaf(node, index) if value is None else unguarded(value) or value
 
 
 _SCALES = frozenset(("mul", "multiply", "div", "true_divide", "divide", "neg", "negative"))
 _GUARDS = ("where", "masked_fill", "eq", "ne", "le", "lt", "ge", "gt", "isinf", "logical_not", "bitwise_not")
-_FOLLOWED = frozenset(("exp", "exp2", "sub", "add", "neg", "mul", "div", "reciprocal", "log", "rsub", *_GUARDS))
+_FOLLOWED = frozenset(
+    ("exp", "exp2", "sub", "add", "neg", "mul", "div", "reciprocal", "log", "rsub", "logsumexp", *_GUARDS)
+)
+_ROWS = {**POINTWISE, "logsumexp": REDUCTIONS["logsumexp"]}
 
 
 @dataclass
@@ -96,7 +99,8 @@ def lift_chunked(quotient: Quotient, facts: Facts, index: Index, far: bool, toge
     lifter.visited |= between | scores | {root}
     lifter.tainted = lambda node: node in scores or node in between
     divisor = divisor_of(root, carried(list(products), facts) | set(products), facts)
-    assert divisor is not None
+    if divisor is None:
+        raise Stop(Declined("several attentions are added, but not by the shares of their log-sum-exps", root.name))
     numerator = next(a for a in arguments(root)[:2] if a is not divisor)
     above = list(Walk(lifter, facts, set(products)).addends(numerator, aligned(numerator, index)))
     total, at = _denominator(lifter, divisor, aligned(divisor, index))
@@ -108,7 +112,13 @@ def lift_chunked(quotient: Quotient, facts: Facts, index: Index, far: bool, toge
     _tell_queries(lifter, numerators)
     chunks = [_chunk(lifter, reading) for reading in numerators]
     totals = [_chunk(lifter, reading) for reading in denominators]
-    extras = [_net(factored(a.value), lifter, a.rows) for a in below if a.value is not None]
+    extras: list[Counter[Expr]] = []
+    for term, addend in ((x, a) for a in below if a.value is not None for x in _positive_terms(a.value)):
+        total = _total_of(term, lifter, addend.rows)
+        if total is not None:
+            totals.append(total)
+        else:
+            extras.append(_net(factored(term), lifter, addend.rows))
     found = _joined(root, chunks, totals, extras, between)
     query = next(iter(lifter.query_axes), Axis("row", Const(1)))
     products_of, rows_of = (frozenset(n.name for n in nodes) for nodes in (scores, between))
@@ -186,10 +196,27 @@ def _chunk(lifter: Lifter, reading: _Reading) -> _Chunk:
     return _Chunk(reading.key, _net(parts, lifter, reading.rows), Counter(parts.conditions), reading.values)
 
 
+def _positive_terms(value: Expr) -> list[Expr]:
+    terms = additive(value, 1)
+    return [value] if any(sign < 0 for sign, _ in terms) else [term for _, term in terms]
+
+
+def _total_of(value: Expr, lifter: Lifter, rows: tuple[Row, ...]) -> _Chunk | None:
+    """exp(logsumexp x - m) as the sum of exp(x - m) over keys, which it is; None for any other value."""
+    parts = factored(value)
+    sums = [f for f in parts.factors if isinstance(f, Reduce) and f.op == "sum"]
+    if len(sums) != 1:
+        return None
+    (total,) = sums
+    parts.factors.remove(total)
+    parts = factored(total.body).times(parts)
+    return _Chunk(total.axis, _net(parts, lifter, rows), Counter(parts.conditions))
+
+
 def _net(parts: Factored, lifter: Lifter, rows: tuple[Row, ...]) -> Counter[Expr]:
     """The exponents of a product, those of its rows among them. Raises Stop where there is more than exponents."""
-    factors = Counter(parts.factors)
-    factors.subtract(parts.divisors)
+    factors = Counter(map(renamed, parts.factors))
+    factors.subtract(Counter(map(renamed, parts.divisors)))
     net: Counter[Expr] = Counter()
     for sign, term in parts.exponents:
         for way, part in _spread(lifter, sign, term):
@@ -201,8 +228,8 @@ def _net(parts: Factored, lifter: Lifter, rows: tuple[Row, ...]) -> Counter[Expr
         for sign, term in more.exponents:
             for way, part in _spread(lifter, sign * row.sign, term):
                 net[part] += way
-        factors.update({e: row.sign * n for e, n in Counter(more.factors).items()})
-        factors.subtract({e: row.sign * n for e, n in Counter(more.divisors).items()})
+        factors.update({e: row.sign * n for e, n in Counter(map(renamed, more.factors)).items()})
+        factors.subtract({e: row.sign * n for e, n in Counter(map(renamed, more.divisors)).items()})
     if any(factors.values()):
         raise Stop(Declined("a chunk of keys is weighted by more than exponentials"))
     return Counter({term: n for term, n in net.items() if n})
