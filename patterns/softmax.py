@@ -135,6 +135,7 @@ def match(core: Expr, key: Axis, of_scores: bool = True, by_hand: bool = False) 
         if any(unguarded(e) is None for e in rows):
             return Declined("the normaliser is changed after the sum", "where")
         total, top.cleaned = guarded, True
+    total = _unclamped(total)
     extras: list[Expr] = []
     while isinstance(total, Call) and total.op == "add":  # a sink added to the sum by hand
         plain = [a for a in total.args if (isinstance(a, Call) and a.op == "exp") or isinstance(a, Const)]
@@ -162,6 +163,24 @@ def match(core: Expr, key: Axis, of_scores: bool = True, by_hand: bool = False) 
             return Declined("probabilities that are no numbers are replaced, where it is not plain which these are")
         return replace(found, fills=UNCLEAR if not same else found.fills if by_hand else KEPT)
     return Declined("the exponents of the weights and of the normaliser differ")
+
+
+def _unclamped(total: Expr) -> Expr:
+    """sum exp(x - max x) out of its maximum with a number up to 1, which it never is below; anything else as it is."""
+    if not (isinstance(total, Call) and total.op == "max" and len(total.args) == 2):
+        return total
+    least, inner = sorted(total.args, key=lambda a: not isinstance(a, Const))
+    if not (isinstance(least, Const) and least.value <= 1 and isinstance(inner, Reduce) and inner.op == "sum"):
+        return total
+    parts = factored(inner.body)
+    mine, rows = by_key(parts.exponents, inner.axis)
+    if parts.factors or parts.divisors or parts.conditions or len(rows) != 1:
+        return total
+    sign, most = rows[0]
+    if sign > 0 or not (isinstance(most, Reduce) and most.op == "max" and most.axis.size == inner.axis.size):
+        return total
+    logits = additive(s.substitute(most.body, {most.axis: inner.axis}), 1)
+    return inner if Counter(logits) == Counter(mine) else total
 
 
 def _renormalised(divisors: list[Expr]) -> list[Expr] | None:

@@ -408,7 +408,7 @@ def contraction_operands(node: fx.Node) -> list[fx.Node]:
 
 
 def taint_of(node: fx.Node, facts: Facts) -> frozenset[fx.Node]:
-    """The contractions, and products that are summed, whose results reach `node` through operations the lift knows."""
+    """The contractions, distances and summed products whose results reach `node` through operations the lift knows."""
     found: set[fx.Node] = set()
     seen: set[fx.Node] = set()
     written: set[int] = set()  # memory whose writers were looked at: many views of it share them
@@ -419,7 +419,7 @@ def taint_of(node: fx.Node, facts: Facts) -> frozenset[fx.Node]:
             continue
         seen.add(n)
         name = op_name(n)
-        if name in CONTRACTIONS or (name == "sum" and _is_product_sum(n, facts)):
+        if name in CONTRACTIONS or name == "cdist" or (name == "sum" and _is_product_sum(n, facts)):
             found.add(n)
             continue
         if name in _PRODUCTS and any(op_name(u) == "sum" for u in n.users) and not _is_masked(n, facts):

@@ -10,8 +10,9 @@ from torch import fx
 
 from refocus import simplify as s
 from refocus.dropout import keep
-from refocus.ir import BOOL, INT, Const, Expr, Reduce
+from refocus.ir import BOOL, INT, Call, Const, Expr, Reduce
 from refocus.lift import Handler, Index, Lifter, arguments, dtype_of, is_tensor, kind_of
+from refocus.lift_reductions import is_nonnegative
 from refocus.sizes import shape_of
 
 
@@ -38,6 +39,11 @@ _BINARY = {"mul", "min", "max", "pow", "logaddexp", "fmod"}
 
 def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     return arguments(node)[position] if len(arguments(node)) > position else node.kwargs.get(name, default)
+
+
+def _absolute(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    value = _plain("abs")(lift, node, index)
+    return value.args[0] if isinstance(value, Call) and value.op == "abs" and is_nonnegative(value.args[0]) else value
 
 
 def _add_sub(op: str, swapped: bool = False) -> Handler:
@@ -285,9 +291,10 @@ def _diff(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
 
 POINTWISE: dict[str, Handler] = {
     **{name: _plain(name) for name in (
-        "neg", "abs", "exp", "exp2", "log", "log2", "log1p", "expm1", "sqrt", "rsqrt", "reciprocal", "tanh", "sigmoid",
+        "neg", "exp", "exp2", "log", "log2", "log1p", "expm1", "sqrt", "rsqrt", "reciprocal", "tanh", "sigmoid",
         "relu", "erf", "sin", "cos", "floor", "ceil", "round", "trunc", "sign", "softplus", "isnan", "isinf", "square",
         "mul", "logaddexp", "atan")},
+    **dict.fromkeys(("abs", "absolute"), _absolute),
     **dict.fromkeys(("add",), _add_sub("add")), **dict.fromkeys(("sub", "subtract"), _add_sub("sub")),
     "rsub": _add_sub("sub", swapped=True), "multiply": _plain("mul"), "kron": _kron, "negative": _plain("neg"),
     **dict.fromkeys(("div", "true_divide", "divide"), _div), "floor_divide": _floordiv, "remainder": _remainder,

@@ -131,6 +131,36 @@ def _mean(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     return s.call("div", total, count, dtype=kind_of(dtype_of(node)))
 
 
+def _norm(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    """The sum of absolute values; no other norm."""
+    order = _argument(node, 1, "p" if op_name(node) == "norm" else "ord")
+    dims, keep = _argument(node, 2, "dim"), _argument(node, 3, "keepdim")
+    kind = kind_of(dtype_of(node))
+    if order not in (1, 1.0) or dims is None or node.kwargs.get("dtype") is not None:
+        return None
+    dims = [dims] if isinstance(dims, int) else list(dims)
+    total = reduce_over(lift, node, arguments(node)[0], dims, bool(keep), index, "sum", kind)
+    if not isinstance(total, Reduce):
+        return None
+    body = total.body if is_nonnegative(total.body) else s.call("abs", total.body, dtype=kind)
+    return Reduce("sum", total.axis, body, kind) if len(dims) == 1 else None
+
+
+def is_nonnegative(e: Expr) -> bool:
+    """Whether a value is seen to be no less than zero, or no number."""
+    if isinstance(e, Const):
+        return e.value >= 0
+    if isinstance(e, Reduce):
+        return e.op in ("sum", "max", "min", "prod") and is_nonnegative(e.body)
+    if not isinstance(e, Call):
+        return False
+    if e.op in ("mul", "div", "add", "min", "detach"):
+        return all(map(is_nonnegative, e.args))
+    if e.op == "where":
+        return all(map(is_nonnegative, e.args[1:]))
+    return e.op in ("exp", "exp2", "sigmoid", "relu", "square", "abs", "sqrt", "softplus")
+
+
 def _logsumexp(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     dims, keep = _argument(node, 1, "dim"), bool(_argument(node, 2, "keepdim", False))
     shape = shape_of(arguments(node)[0])
@@ -308,6 +338,7 @@ CONTRACTIONS = (
 
 REDUCTIONS: dict[str, Handler] = {
     "sum": _reducing("sum"), "amax": _reducing("max"), "amin": _reducing("min"), "mean": _mean, "logsumexp": _logsumexp,
+    **dict.fromkeys(("linalg_vector_norm", "norm"), _norm),
     "any": _deciding("any"), "all": _deciding("all"), "prod": _deciding("prod"),
     **dict.fromkeys(("softmax", "_softmax", "_safe_softmax", "special_softmax"), _softmax(False)),
     **dict.fromkeys(("log_softmax", "_log_softmax", "special_log_softmax"), _softmax(True)),

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import refocus
-import refocus.backend
 from refocus.testing import check, rewritten
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -72,6 +71,17 @@ def tokens_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def renormalised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = (q @ k.mT * SCALE).softmax(-1) * CAUSAL
     return weights / weights.sum(-1, keepdim=True) @ v
+
+
+def by_its_norm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT * SCALE).exp()
+    return weights / torch.linalg.vector_norm(weights, ord=1, dim=-1, keepdim=True) @ v
+
+
+def normalised_from_its_maximum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The sum is one at least, and no smaller one is put in its place."""
+    scores = q @ k.mT * SCALE
+    return F.normalize((scores - scores.amax(-1, keepdim=True)).exp(), p=1.0, dim=-1) @ v
 
 
 # --------------------------------------------------------------------------------------------------------------- chunks
@@ -191,7 +201,10 @@ def running_fills(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _tokens_first(q, k, v, lambda x: torch.full_like(x, 3.0).fill_(0.0))
 
 
-ONE = (after, reciprocal_and_layouts, masked_by_multiplication, with_a_sink, tokens_first, renormalised)
+ONE = (
+    after, reciprocal_and_layouts, masked_by_multiplication, with_a_sink, tokens_first, renormalised, by_its_norm,
+    normalised_from_its_maximum,
+)  # fmt: skip
 BLANKS = (running_tokens_first, running_zeros_by_size, running_fills)
 SEAMLESS = (running, running_causal_in_place, running_causal_infinite, stacked, *BLANKS)
 SEVERAL = (*SEAMLESS, divided_at_every_step, two_memories, guarded)
@@ -302,99 +315,6 @@ def share_of_rows_without_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _times_share(scores, v, scores)
 
 
-# -------------------------------------------------------------------------------------------------------------- blends
-
-
-def _parts(q: Tensor, k: Tensor, v: Tensor, *bounds: int) -> list[tuple[Tensor, Tensor]]:
-    """What a kernel returns for each chunk of keys: the attention over it, and its log-sum-exp."""
-    found = []
-    for begin, end in zip((0, *bounds), (*bounds, TOKENS)):
-        scores = q @ k[:, :, begin:end].mT * SCALE
-        found.append((scores.softmax(-1) @ v[:, :, begin:end], torch.logsumexp(scores, -1, keepdim=True)))
-    return found
-
-
-def by_exponentials(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    (first, a), (second, b) = _parts(q, k, v, 16)
-    return (a.exp() * first + b.exp() * second) / (a.exp() + b.exp())
-
-
-def by_shifted_exponentials(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    parts = _parts(q, k, v, 8, 16, 30)
-    most = parts[0][1]
-    for _, lse in parts[1:]:
-        most = torch.maximum(most, lse)
-    shares = [(lse - most).exp() for _, lse in parts]
-    return sum(share * x for share, (x, _) in zip(shares, parts)) * sum(shares).reciprocal()
-
-
-def of_two_memories(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    (first, a), (second, b) = _parts(q, k, v)[0], _parts(q, k.flip(-1), v + k)[0]
-    most = torch.max(a, b)
-    a, b = (torch.exp2((x - most) * math.log2(math.e)) for x in (a, b))
-    return (first * a + second * b) / (a + b)
-
-
-def by_difference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    (first, a), (second, b) = _parts(q, k, v, 16)
-    return first - torch.sigmoid(b - a) * (first - second)
-
-
-def interpolated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    (first, a), (second, b) = ((x.transpose(1, 2), lse.transpose(1, 2)) for x, lse in _parts(q, k, v, 16))
-    return torch.lerp(second, first, 1 - torch.sigmoid(b - a)).flatten(2)
-
-
-BLENDS = (by_exponentials, by_shifted_exponentials, of_two_memories, by_difference, interpolated)
-
-
-@pytest.mark.parametrize("function", BLENDS, ids=lambda f: f.__name__)
-def test_attentions_that_are_blended_by_their_sums_are_one(function: Function) -> None:
-    (site,) = check(Attention(function), inputs(), lower=False, gradients=True).report.sites
-    assert site.fused and site.notation.count("softmax_j(") == 1
-
-
-def blended_by_other_sums(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    (first, a), (second, b) = _parts(q, k, v, 16)
-    return (a.exp() * first + (2 * b).exp() * second) / (a.exp() + (2 * b).exp())
-
-
-def blended_the_wrong_way(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    (first, a), (second, b) = _parts(q, k, v, 16)
-    return (b.exp() * first + a.exp() * second) / (a.exp() + b.exp())
-
-
-def blended_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    (first, a), (second, b) = _parts(q, k, v, 16)
-    return first - 2 * torch.sigmoid(b - a) * (first - second)
-
-
-def blended_without_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The first rows have no key in the second part, which is no number, whatever its share."""
-    scores = (q @ k.mT * SCALE).masked_fill(~CAUSAL, -math.inf)
-    parts = [(scores[..., a:b], v[:, :, a:b]) for a, b in ((0, 16), (16, TOKENS))]
-    sums = [x.logsumexp(-1, keepdim=True).exp() for x, _ in parts]
-    return sum(total * (x.softmax(-1) @ y) for total, (x, y) in zip(sums, parts)) / sum(sums)
-
-
-def stacked_shares(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    parts = _parts(q, k, v, 16)
-    results, sums = (torch.stack(x) for x in zip(*parts))
-    return (results * sums.softmax(0)).sum(0)
-
-
-@pytest.mark.parametrize(
-    "function",
-    [blended_by_other_sums, blended_the_wrong_way, blended_twice, blended_without_keys, stacked_shares],
-    ids=lambda f: f.__name__,
-)
-def test_other_blends_stay_right(function: Function) -> None:
-    run = rewritten(Attention(function), engine="tiled")
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("error", refocus.backend.FallbackWarning)
-        torch.testing.assert_close(run(*inputs()), function(*inputs()), equal_nan=True)
-
-
 # ---------------------------------------------------------------------------------------------------------- near misses
 
 
@@ -439,6 +359,20 @@ def a_chunk_is_weighted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (a @ v[:, :, :16] + 2 * (b @ v[:, :, 16:])) / (a.sum(-1, keepdim=True) + b.sum(-1, keepdim=True))
 
 
+def normalised_from_anywhere(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.normalize((q @ k.mT * SCALE).exp(), p=1.0, dim=-1) @ v
+
+
+def normalised_of_some(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The maximum may be that of a key that is left out: the sum may be anything."""
+    scores = q @ k.mT * SCALE
+    return F.normalize((scores - scores.amax(-1, keepdim=True)).exp() * CAUSAL, p=1.0, dim=-1) @ v
+
+
+def by_distance(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (-torch.cdist(q, k)).softmax(-1) @ v
+
+
 def rounded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = (q @ k.mT * SCALE).exp()
     return torch.div(weights @ v, weights.sum(-1, keepdim=True), rounding_mode="floor")
@@ -476,6 +410,9 @@ NOT_YET = "a row may have no keys in the first chunks, and is no number then"
         (not_rescaled, "the exponents of the weights and of the normaliser differ"),
         (a_chunk_is_missing, "the exponents of the weights and of the normaliser differ"),
         (a_chunk_is_weighted, "a chunk of keys is weighted by more than exponentials"),
+        (normalised_from_anywhere, "the normaliser is changed after the sum"),
+        (normalised_of_some, "the normaliser is changed after the sum"),
+        (by_distance, "the weights hold no product of queries and keys (`cdist` is not understood)"),
         (rounded, "the weights are not normalised over the keys"),
         (rounded_on_the_way, "the weights are not normalised over the keys"),
         (late_rows, NOT_YET),
