@@ -114,9 +114,9 @@ def lift_chunked(quotient: Quotient, facts: Facts, index: Index, far: bool, toge
     totals = [_chunk(lifter, reading) for reading in denominators]
     extras: list[Counter[Expr]] = []
     for term, addend in ((x, a) for a in below if a.value is not None for x in _positive_terms(a.value)):
-        total = _total_of(term, lifter, addend.rows)
-        if total is not None:
-            totals.append(total)
+        summed = _total_of(term, lifter, addend.rows)
+        if summed is not None:
+            totals.append(summed)
         else:
             extras.append(_net(factored(term), lifter, addend.rows))
     found = _joined(root, chunks, totals, extras, between)

@@ -31,7 +31,9 @@ def size_expr(size: Any, low: int = LEAST) -> Expr:
 
 def whole_number(value: Any) -> Expr | None:
     """A float that is an integer made one, as that integer; None for any other."""
-    number = value.node.expr if isinstance(value, torch.SymFloat) else None
+    if not isinstance(value, torch.SymFloat):
+        return None
+    number = value.node.expr
     if type(number).__name__ != "ToFloat":
         return None
     return _convert(number.args[0], getattr(value.node, "shape_env", None), LEAST)
