@@ -195,13 +195,14 @@ def keeps(size: int, strict: bool, device: torch.device) -> Tensor:
 @dataclass(frozen=True)
 class Pairs:
     """How the pairs of a chunk are weighted, one number a pair: (C or 1, 1, T or 1, L, L), 0 where a query does not
-    see a key."""
+    see a key; there, products may be infinite, and are left out all the same."""
 
     decays: Tensor
+    strict: bool
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """Decayed products of chunks of queries (C, share, T, L, D) and keys (C, 1, T, L, D)."""
-        return (q @ k.mT).mul_(self.decays)
+        return (q @ k.mT).mul_(self.decays).tril_(-int(self.strict))
 
     def backward(self, grad: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """What flows into the queries and keys."""
@@ -292,9 +293,9 @@ def pairs_of(form: LinearForm, work: Work, strict: bool) -> Pairs | ChannelPairs
         return ChannelPairs(work.chunked(work.gate).unsqueeze(1), strict)
     kept = keeps(work.chunk, strict, work.k.device)
     if work.gate is None:
-        return Pairs(kept.to(work.k.dtype))
+        return Pairs(kept.to(work.k.dtype), strict)
     steps = work.gate[:, : work.chunk] if work.steady else work.gate
     # In float64, the difference of two sums over one chunk is as good as the sum between them in float32.
     sums = _up_to(steps.unflatten(1, (-1, work.chunk)).double(), 2)
     between = (sums[..., :, None] - sums[..., None, :]).to(work.k.dtype)
-    return Pairs(between.masked_fill_(~kept, -torch.inf).exp_().unsqueeze(1))
+    return Pairs(between.masked_fill_(~kept, -torch.inf).exp_().unsqueeze(1), strict)

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -104,16 +105,19 @@ def _erased(
             sign *= float(f.value)
         else:
             scalars.append(f)
-    if sign != -1.0:
+    if sign >= 0.0:
         raise stop
     written = product_of(write)
-    rest = Counter(written.factors)
+    number = math.prod(float(f.value) for f in written.factors if isinstance(f, Const)) / -sign
+    rest = Counter(f for f in written.factors if not isinstance(f, Const))
     rest.subtract(Counter([*keys, *scalars]))
     if written.summed or written.divisors or written.conditions or any(count < 0 for count in rest.values()):
         raise stop
     values = list(rest.elements())
     if any(f.axes & mine for f in values):
         raise stop
+    values += [Const(number, write.dtype)] if number != 1.0 else []
+    scalars += [Const(-sign, write.dtype)] if sign != -1.0 else []
     return _times(scalars, write.dtype), tuple(keys), _times([*keys, *values], write.dtype)
 
 

@@ -65,8 +65,10 @@ def _convert(value: sympy.Expr, shape_env: Any, low: int) -> Expr:
         return Const(int(value))
     if value.is_Symbol:
         return Sym(str(value), _low(value, shape_env))
-    args = [_convert(a, shape_env, LEAST) for a in value.args]
     name = type(value).__name__
+    if name in ("FloorDiv", "CleanDiv") and (number := _guarded(value, shape_env)) is not None:
+        return Const(number)
+    args = [_convert(a, shape_env, LEAST) for a in value.args]
     if value.is_Add:
         return s.add(*args)
     if value.is_Mul and all(a.is_int for a in args) and not any(a.is_Rational and not a.is_Integer for a in value.args):
@@ -82,3 +84,13 @@ def _convert(value: sympy.Expr, shape_env: Any, low: int) -> Expr:
     if name == "Max":
         return s.maximum(args[0], args[1])
     return Sym("u_" + re.sub(r"\W+", "_", str(value)), 0 if value.is_nonnegative else low)
+
+
+def _guarded(value: sympy.Expr, shape_env: Any) -> int | None:
+    """The number that a quotient has wherever this graph runs: a loop over so many chunks was unrolled, and the tracer
+    guards on their number."""
+    for guard in getattr(shape_env, "guards", ()):
+        known = guard.expr
+        if isinstance(known, sympy.Eq) and known.lhs == value and known.rhs.is_Integer:
+            return int(known.rhs)
+    return None

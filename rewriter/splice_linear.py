@@ -25,6 +25,8 @@ from refocus.linear_ir import LinearRegion
 from refocus.sizes import shape_of
 from refocus.splice import CannotSplice, Splicer, laid_out
 
+_GONE = -1.0e4  # exp of it is 0 in every dtype
+
 
 def form_of(region: LinearRegion) -> LinearForm:
     """What the kernels are asked for."""
@@ -157,6 +159,9 @@ def _operand(
 ) -> Tensor:  # fmt: skip
     """An operand as the operator takes it: all heads, positions, features."""
     value = _valued(binding.value, list(binding.axes), named, sizes).to(device=device, dtype=dtype)
+    if name == "gate":
+        # What forgets all at once: its logarithm is kept finite, for sums of it are subtracted from one another.
+        value = torch.where(value == -math.inf, _GONE, value)
     lengths = [size_of(a.size, sizes) for a in binding.axes]
     heads = len(region.batch) + (len(region.share) if name == "q" else 0)
     if name == "initial":

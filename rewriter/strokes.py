@@ -15,6 +15,10 @@ import torch
 from torch import fx
 from torch._prims_common import make_contiguous_strides_for
 
+from refocus import simplify as s
+from refocus.ir import Const
+from refocus.sizes import hint, shape_of, size_expr
+
 _ATEN = torch.ops.aten
 _CREATED = frozenset(
     ("zeros", "empty", "ones", "full", "zeros_like", "empty_like", "ones_like", "full_like", "new_zeros", "new_empty",
@@ -90,6 +94,11 @@ class _Filled:
 
 def _layout(value: torch.Tensor) -> list[int] | None:
     """The order of the dimensions in memory, the outermost first; None for a tensor with holes."""
+    if any(isinstance(d, torch.SymInt) for d in value.shape):
+        sizes, strides = ([size_expr(x) for x in of] for of in (value.shape, value.stride()))
+        order = sorted(range(value.dim()), key=lambda k: (-hint(value.stride()[k]), k))
+        wanted = [s.mul(1, *(sizes[k] for k in order[n + 1 :])) for n in range(len(order))]
+        return order if [strides[k] for k in order] == wanted else None
     order = sorted(range(value.dim()), key=lambda k: (-int(value.stride()[k]), k))
     if tuple(value.permute(order).stride()) == tuple(make_contiguous_strides_for(value.permute(order).shape)):
         return order
@@ -99,7 +108,7 @@ def _layout(value: torch.Tensor) -> list[int] | None:
 
 def _filled(base: fx.Node, order: dict[fx.Node, int]) -> _Filled | None:
     value = base.meta["val"]
-    if any(isinstance(d, torch.SymInt) for d in value.shape) or value.requires_grad:
+    if value.requires_grad:
         return None
     if _layout(value) is None:
         return None
@@ -113,7 +122,7 @@ def _filled(base: fx.Node, order: dict[fx.Node, int]) -> _Filled | None:
         return None
     strokes.sort(key=lambda x: x.start)
     ends = [0, *(x.end for x in strokes)]
-    if [x.start for x in strokes] != ends[:-1] or ends[-1] != value.shape[strokes[0].dim]:
+    if [x.start for x in strokes] != ends[:-1] or Const(ends[-1]) != shape_of(base)[strokes[0].dim]:
         return None
     last = max(order[x.write] for x in strokes)
     mine = {v for x in strokes for v in (x.write, *x.views)}
@@ -150,32 +159,36 @@ def _strokes(view: fx.Node, above: tuple[fx.Node, ...], base: fx.Node) -> list[_
 
 
 def _stroke(write: fx.Node, views: tuple[fx.Node, ...], base: fx.Node) -> _Stroke | None:
-    parts = [v for v in views if tuple(v.meta["val"].shape) != tuple(v.args[0].meta["val"].shape)]  # type: ignore[union-attr]
+    parts = [v for v in views if shape_of(v) != shape_of(v.args[0])]  # type: ignore[arg-type]
     value = write.args[1]
     if len(parts) != 1 or not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), torch.Tensor):
         return None
     (part,) = parts
-    if tuple(value.meta["val"].shape) != tuple(write.args[0].meta["val"].shape):  # type: ignore[union-attr]
+    if shape_of(value) != shape_of(write.args[0]):  # type: ignore[arg-type]
         return None
     given = value.meta["val"]
     if given.device != base.meta["val"].device:
         return None
-    shape = base.meta["val"].shape
+    shape = shape_of(base)
     dim = int(part.args[1]) if len(part.args) > 1 else 0  # type: ignore[arg-type]
     dim %= len(shape)
+    size = shape[dim]
+    if not isinstance(size, Const):
+        return None
+    length = int(size.value)
     if _name(part) == "select":
         at = part.args[2]
         if not isinstance(at, int):
             return None
-        at %= shape[dim]
+        at %= length
         return _Stroke(write, views, value, dim, at, at + 1, True)
     bounds: list[Any] = [*part.args[2:], *(None, None, 1)[len(part.args) - 2 :]]
     begin, end, step = bounds
     begin = 0 if begin is None else begin
-    end = shape[dim] if end is None else end
+    end = length if end is None else end
     if step != 1 or not isinstance(begin, int) or not isinstance(end, int):
         return None
-    start, stop, _ = slice(begin, end).indices(shape[dim])
+    start, stop, _ = slice(begin, end).indices(length)
     return _Stroke(write, views, value, dim, start, stop, False)
 
 

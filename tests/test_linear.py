@@ -15,6 +15,7 @@ from refocus.codegen import chunked, linear_form, linear_operator
 from refocus.codegen.linear_form import GATES, LinearForm
 from refocus.codegen.plan import Plan
 from refocus.errors import BadRegion, EngineUnavailable, NeedsGradient
+from refocus.tolerances import allowed_error
 
 PLAN = Plan("tiled", schedule="chunked", block_q=16, block_k=16)
 Tensors = list[Tensor | None]
@@ -222,3 +223,40 @@ def test_operands_must_fit() -> None:
         linear_operator.call(LinearForm(gate="head"), PLAN, (q, k, v, *rest))
     with pytest.raises(EngineUnavailable, match="no linear attention"):
         linear_operator.call(LinearForm(), Plan("cpp"), (q, k, v, *rest))
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.999, 1 - 1e-5])
+@pytest.mark.parametrize("gate", ["head", "channel"])
+def test_no_worse_than_all_pairs_at_65536_steps(gate: str, decay: float) -> None:
+    """The last 32 queries, of which eager code sums all keys, with differences of sums over the whole length."""
+    length, rows = 65536, 32
+    form = LinearForm(gate=gate)
+    q, k, v, steps = (x for x in tensors(form, length, widths=(4, 4), heads=1, dtype=torch.float32)[:4] if x is not None)
+    steps = decay ** (0.5 + torch.rand(steps.shape)) if decay < 0.99 else decay * torch.ones_like(steps)
+    steps = steps.log()
+
+    def pairs(dtype: torch.dtype) -> Tensor:
+        c = (steps if gate == "channel" else steps[..., None]).to(dtype).cumsum(1)
+        decays = (c[:, -rows:, None] - c[:, None]).exp()
+        weights = torch.einsum("bid,bjd,bijd->bij", q[:, -rows:].to(dtype), k.to(dtype), decays.expand(-1, -1, -1, 4))
+        return weights.tril(length - rows) @ v.to(dtype)
+
+    exact = pairs(torch.float64)
+    eager = (pairs(torch.float32) - exact).abs().max()
+    mine = (chunked.forward(form, 64, q, k, v, steps)[0][:, -rows:] - exact).abs().max()
+    assert mine <= allowed_error(torch.float32, float(eager), float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("erase", [False, True], ids=["", "erase"])
+def test_infinite_keys_are_seen_from_their_position_on(erase: bool) -> None:
+    """As of exp(-c) once c is very negative: what comes before is not concerned."""
+    form = LinearForm(erase=erase)
+    given = tensors(form, 20, dtype=torch.float32)
+    expected = linear_form.forward(form, *given)[0]
+    q, k, *_ = given
+    assert q is not None and k is not None
+    k[:, 11:] = torch.inf
+    found = chunked.forward(form, 16, *given)[0]
+    if not erase:  # a system of equations is solved for a whole chunk
+        torch.testing.assert_close(found[:, :11].double(), expected[:, :11], atol=1e-5, rtol=1e-5)
+    assert not found[:, 11:].isfinite().any()

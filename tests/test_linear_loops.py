@@ -339,3 +339,38 @@ def test_what_is_filled_in_another_way_stays_right(function: Function) -> None:
         return (q @ k.mT).softmax(-1) @ v + function(q, k, v)
 
     check(Module(beside), inputs(3), lower=False)
+
+
+def forgets(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Some steps forget everything: their decay is exactly zero."""
+    gate, state, rows = (-g[..., 0]).masked_fill(g[..., 0] > 0.6, -math.inf), zero(q, v), []
+    for t in range(q.shape[2]):
+        state = gate[:, :, t].exp()[..., None, None] * state + outer(k[:, :, t], v[:, :, t])
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2)
+
+
+def forgets_channels(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    gate, state, rows = (-1e3 * g).masked_fill(g > 0.6, -math.inf), zero(q, v), []
+    for t in range(q.shape[2]):
+        state = gate[:, :, t].exp()[..., None] * state + outer(k[:, :, t], v[:, :, t])
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2)
+
+
+def channel_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """The delta rule, what it looks up decays each channel in its own way."""
+    k, state, rows = torch.nn.functional.normalize(k, dim=-1), zero(q, v), []
+    for t in range(q.shape[2]):
+        state = (-g[:, :, t]).exp()[..., None] * state
+        found = read(k[:, :, t], state)
+        state = state + outer(k[:, :, t], (v[:, :, t] - found) * 0.5)
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2)
+
+
+@pytest.mark.parametrize("function", [forgets, forgets_channels, channel_delta])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_strong_gates(function: Function, dtype: torch.dtype) -> None:
+    given = [x.to(dtype) for x in inputs(4)]
+    check(Module(function), given, family="linear", sites=1, lower=False, gradients=dtype == torch.float32)
