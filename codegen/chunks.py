@@ -49,11 +49,25 @@ class GateFlows:
 @dataclass(frozen=True)
 class Decays:
     """Of each chunk: from its start up to and with step i; after step j to its end; over all of it. The first two are
-    (C, T, L, 1 or D), the last is (C, T, 1 or D, 1), each of size 1 where there is no gate."""
+    (C, T, L, 1 or D), the last is (C, T, 1 or D, 1), each of size 1 where there is no gate.
+
+    `whole` is also `most` + `rest`, with 1 for `most` where little is lost: of a decay that is nearly 1, rounded, every
+    chunk would lose as much too little or too much, and over many chunks that adds up."""
 
     into: Tensor
     out_of: Tensor
     whole: Tensor
+    most: Tensor
+    rest: Tensor
+
+    def spread(self, heads: int, chunks: int) -> Decays:
+        """`most` and `rest` for each head and chunk."""
+        most, rest = (x.expand(heads, chunks, -1, -1) for x in (self.most, self.rest))
+        return Decays(self.into, self.out_of, self.whole, most, rest)
+
+    def passed(self, chunk: int, state: Tensor, added: Tensor) -> Tensor:
+        """What is left of a state after a chunk (or the flow into it, before), and what is added."""
+        return torch.addcmul(torch.addcmul(added, self.rest[:, chunk], state), self.most[:, chunk], state)
 
 
 @dataclass(frozen=True)
@@ -107,7 +121,7 @@ def prepare(
 
 def _no_decays(wide: torch.dtype, device: torch.device) -> Decays:
     one = torch.ones(1, 1, 1, 1, dtype=wide, device=device)
-    return Decays(one, one, one.expand(1, 1, 1, 1))
+    return Decays(one, one, one, one, torch.zeros_like(one))
 
 
 def _decays(gate: Tensor | None, chunk: int, wide: torch.dtype, device: torch.device) -> Decays:
@@ -116,7 +130,10 @@ def _decays(gate: Tensor | None, chunk: int, wide: torch.dtype, device: torch.de
     steps = gate if gate.dim() == 3 else gate[..., None]
     steps = steps.unflatten(1, (-1, chunk))
     into = _up_to(steps, 2)
-    return Decays(into.exp(), _after(steps, 2).exp(), into[:, :, -1, :, None].exp())
+    last = into[:, :, -1, :, None]
+    whole = last.exp()
+    near = whole > 0.5
+    return Decays(into.exp(), _after(steps, 2).exp(), whole, near.to(wide), torch.where(near, last.expm1(), whole))
 
 
 def _up_to(steps: Tensor, dim: int) -> Tensor:
@@ -166,10 +183,10 @@ def states(work: Work) -> tuple[Tensor, Tensor]:
     added = (work.chunked(work.k) * work.decays.out_of).mT @ work.chunked(work.v)
     state = torch.zeros_like(added[:, 0]) if work.initial is None else work.initial
     before = torch.empty_like(added)
-    whole = work.decays.whole.expand(added.shape[0], added.shape[1], -1, -1)
+    decays = work.decays.spread(*added.shape[:2])
     for t in range(added.shape[1]):
         before[:, t] = state
-        state = torch.addcmul(added[:, t], whole[:, t], state)
+        state = decays.passed(t, state, added[:, t])
     return before, state
 
 
@@ -177,11 +194,11 @@ def flow_of_states(read: Tensor, decays: Decays, final: Tensor | None) -> tuple[
     """What flows into the state after each chunk, and into the first: from `read`, what flows from each chunk into the
     state before it, (C, T, D, E)."""
     after = torch.empty_like(read)
-    whole = decays.whole.expand(read.shape[0], read.shape[1], -1, -1)
+    decays = decays.spread(*read.shape[:2])
     carried = torch.zeros_like(read[:, 0]) if final is None else final
     for t in reversed(range(read.shape[1])):
         after[:, t] = carried
-        carried = torch.addcmul(read[:, t], whole[:, t], carried)
+        carried = decays.passed(t, carried, read[:, t])
     return after, carried
 
 

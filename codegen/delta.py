@@ -70,11 +70,11 @@ def _states(work: Work, chunks: _Chunks) -> tuple[Tensor, Tensor, Tensor]:
     before = work.k.new_empty(heads, count, width, value_width)
     u = torch.empty_like(chunks.own)
     added = (chunks.keys * work.decays.out_of).mT
-    whole = work.decays.whole.expand(heads, count, -1, -1)
+    decays = work.decays.spread(heads, count)
     for t in range(count):
         before[:, t] = state
         u[:, t] = torch.baddbmm(chunks.own[:, t], chunks.seen[:, t], state, alpha=-1)
-        state = torch.baddbmm(whole[:, t] * state, added[:, t], u[:, t])
+        state = decays.passed(t, state, added[:, t] @ u[:, t])
     return before, u, state
 
 
@@ -140,12 +140,12 @@ def _flow_of_states(
     `du`."""
     after = torch.empty_like(read)
     added = chunks.keys * work.decays.out_of
-    whole = work.decays.whole.expand(read.shape[0], read.shape[1], -1, -1)
+    decays = work.decays.spread(*read.shape[:2])
     carried = torch.zeros_like(read[:, 0]) if final is None else final
     for t in reversed(range(read.shape[1])):
         after[:, t] = carried
         du[:, t] += added[:, t] @ carried
         carried = torch.baddbmm(
-            torch.addcmul(read[:, t], whole[:, t], carried), chunks.seen[:, t].mT, du[:, t], alpha=-1
-        )
+            decays.passed(t, carried, read[:, t]), chunks.seen[:, t].mT, du[:, t], alpha=-1
+        )  # fmt: skip
     return after, carried
