@@ -76,7 +76,9 @@ def _kept(node: fx.Node, root: fx.Node, facts: Facts) -> fx.Node | None:
     summed = node.op == "call_function" and (op_name(node) in POINTWISE or op_name(node) in CONTRACTIONS)
     kept = (n for n in reversed(seen) if any(_goes_on(user, root, facts) for user in n.users))
     new = next(kept, None) if summed else None
-    return new if is_tensor(new) and new.meta["val"].dim() >= _LEAST_DIMS else None
+    if new is None or not is_tensor(new) or new.meta["val"].dim() < _LEAST_DIMS:
+        return None
+    return new
 
 
 def _goes_on(user: fx.Node, root: fx.Node, facts: Facts) -> bool:

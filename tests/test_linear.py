@@ -231,7 +231,8 @@ def test_no_worse_than_all_pairs_at_65536_steps(gate: str, decay: float) -> None
     """The last 32 queries, of which eager code sums all keys, with differences of sums over the whole length."""
     length, rows = 65536, 32
     form = LinearForm(gate=gate)
-    q, k, v, steps = (x for x in tensors(form, length, widths=(4, 4), heads=1, dtype=torch.float32)[:4] if x is not None)
+    given = tensors(form, length, widths=(4, 4), heads=1, dtype=torch.float32)
+    q, k, v, steps = (x for x in given if x is not None)
     steps = decay ** (0.5 + torch.rand(steps.shape)) if decay < 0.99 else decay * torch.ones_like(steps)
     steps = steps.log()
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import refocus
+from refocus.report import Report
 from refocus.testing import check
 from tests.linear_cases import Function, Module
 
@@ -374,3 +376,34 @@ def channel_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
 def test_strong_gates(function: Function, dtype: torch.dtype) -> None:
     given = [x.to(dtype) for x in inputs(4)]
     check(Module(function), given, family="linear", sites=1, lower=False, gradients=dtype == torch.float32)
+
+
+def padded_chunks(x: Tensor, columns: bool = False) -> Tensor:
+    """In whole chunks of four, as many as it takes; what they give out is written into one tensor."""
+    length = x.shape[2]
+    x = torch.nn.functional.pad(x, (0, 0, 0, -length % 4))
+    q, k, v = (part.reshape(x.shape[0], x.shape[1], -1, 4, 8) for part in x.split(8, -1))
+    state, out = zero(q[:, :, 0], v[:, :, 0]), torch.zeros_like(v.mT.contiguous().mT if columns else v.contiguous())
+    for t in range(x.shape[2] // 4):
+        query, key, value = (part[:, :, t] for part in (q, k, v))
+        out[:, :, t] = (query @ key.mT).tril() @ value + query @ state
+        state = state + key.mT @ value
+    return out.flatten(2, 3)[:, :, :length]
+
+
+def by_column(x: Tensor) -> Tensor:
+    """What they give out is written to a tensor that lies in memory column by column."""
+    return padded_chunks(x, columns=True)
+
+
+@pytest.mark.parametrize("function", [padded_chunks, by_column])
+def test_symbolic_lengths(function: Function) -> None:
+    """The tracer unrolls a loop for one number of chunks; within it, lengths are free."""
+    reports: list[Report] = []
+    run = refocus.optimize(Module(function), engine="tiled", dynamic=True, report=reports.append)
+    with torch.no_grad():
+        for length in (15, 13):
+            x = torch.rand(2, 3, length, 24, generator=torch.Generator().manual_seed(length)) / 3
+            torch.testing.assert_close(run(x), function(x), atol=1e-4, rtol=1e-4)
+    (report,) = reports
+    assert [(site.fused, site.family) for site in report.sites] == [(True, "linear")]
