@@ -24,6 +24,10 @@ from refocus.simplify import Knowledge
 from refocus.sizes import shape_of, size_expr
 
 
+# So many parts are no formula any more: rows of a mask made one by one, whose values may tell what they are together.
+_MANY = 32
+
+
 def clamped(position: Expr, size: Expr) -> Expr:
     """A position that is only used where a condition holds, kept in range where it does not: a load is carried out
     everywhere. It is the position itself wherever the range is proved, as it is once the condition is decided."""
@@ -36,7 +40,7 @@ def _guarded(lift: Lifter, source: fx.Node, index: Iterable[Expr], facts: Knowle
     return value if value.loads else s.under(value, facts)
 
 
-def _cat(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+def _cat(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     tensors, dim = arguments_of(node, "tensors", "dim", dim=0)
     dim = dimension(dim, len(index))
     parts = [t for t in tensors if not (len(shape_of(t)) == 1 and shape_of(t)[0] == Const(0) and len(index) > 1)]
@@ -45,6 +49,8 @@ def _cat(lift: Lifter, node: fx.Node, index: Index) -> Expr:
         run = _run(lift, [(t, (*index[:dim], Const(0), *index[dim + 1 :])) for t in parts], index[dim])
         if run is not None:
             return run
+    if len(parts) > _MANY and not isinstance(index[dim], Const):
+        return lift.constant(node, index)
     with _joining(lift, parts):
         return _pieces(lift, parts, index, dim)
 
@@ -137,13 +143,15 @@ def _views(node: fx.Node) -> Iterator[fx.Node]:
         node = arguments(node)[0]
 
 
-def _stack(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+def _stack(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     tensors, dim = arguments_of(node, "tensors", "dim", dim=0)
     dim = dimension(dim, len(index))
     rest = index[:dim] + index[dim + 1 :]
     run = _run(lift, [(t, rest) for t in tensors], index[dim])
     if run is not None:
         return run
+    if len(tensors) > _MANY and not isinstance(index[dim], Const):
+        return lift.constant(node, index)
     value = lift.at(tensors[-1], rest)
     for k in reversed(range(len(tensors) - 1)):
         value = s.where(s.eq(index[dim], k), lift.at(tensors[k], rest), value)
