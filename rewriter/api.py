@@ -53,7 +53,7 @@ def optimize(
     if isinstance(model, torch.nn.Module):
         twin = _twin(model)
         compiled = torch.compile(_entry(twin._call_impl), backend=backend, dynamic=dynamic)
-        twin._compiled_call_impl = _plain_errors(compiled)  # type: ignore[assignment]
+        twin._compiled_call_impl = _plain_errors(compiled, twin._call_impl)  # type: ignore[assignment]
         return twin
     if not callable(model):
         raise UnknownOption(
@@ -62,7 +62,8 @@ def optimize(
             got=type(model).__name__,
             todo="pass the model",
         )
-    return functools.wraps(model)(_plain_errors(torch.compile(model, backend=backend, dynamic=dynamic)))  # type: ignore[return-value]
+    compiled = torch.compile(model, backend=backend, dynamic=dynamic)
+    return functools.wraps(model)(_plain_errors(compiled, model))  # type: ignore[return-value]
 
 
 def _twin(model: Model) -> Model:
@@ -74,8 +75,9 @@ def _twin(model: Model) -> Model:
     return twin
 
 
-def _plain_errors(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """Dynamo wraps what a backend raises; our own errors are for the caller to see."""
+def _plain_errors(compiled: Callable[..., Any], model: Callable[..., Any]) -> Callable[..., Any]:
+    """Dynamo wraps what a backend raises; our own errors are for the caller to see. So are the model's: Dynamo words
+    them anew where it tries an operation out on shapes alone, and then the model itself is asked what it says."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -84,6 +86,10 @@ def _plain_errors(compiled: Callable[..., Any]) -> Callable[..., Any]:
             if isinstance(problem.inner_exception, RefocusError):
                 raise problem.inner_exception from None
             raise
+        except torch._dynamo.exc.TorchRuntimeError as problem:
+            tried = problem
+        model(*args, **kwargs)
+        raise tried  # nothing is wrong with the inputs
 
     return call
 

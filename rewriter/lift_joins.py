@@ -23,7 +23,6 @@ from refocus.lift_views import PARTS, arguments_of, dimension, start_of
 from refocus.simplify import Knowledge
 from refocus.sizes import shape_of, size_expr
 
-
 # So many parts are no formula any more: rows of a mask made one by one, whose values may tell what they are together.
 _MANY = 32
 

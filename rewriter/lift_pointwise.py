@@ -72,10 +72,19 @@ def _kron(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     outer = [s.floordiv(x, d) for x, d in zip(index[len(index) - len(sizes) :], sizes)]
     inner = [s.mod(x, d) for x, d in zip(index[len(index) - len(sizes) :], sizes)]
     blocks = [*index[: len(index) - len(sizes)], *outer]
-    parts = [lift.at(a, blocks[len(blocks) - len(shape_of(a)) :]), lift.at(b, inner)]
+    return _times(kind, lift.at(a, blocks[len(blocks) - len(shape_of(a)) :]), lift.at(b, inner))
+
+
+def _outer(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    """outer(a, b)[i, j] = a[i] * b[j]"""
+    a, b = arguments(node)[:2]
+    return _times(_kind(node), lift.at(a, index[:1]), lift.at(b, index[1:]))
+
+
+def _times(kind: str, a: Expr, b: Expr) -> Expr:
     if kind == BOOL:
-        return s.and_(*parts)
-    return s.call("mul", *(s.cast(p, kind) if p.dtype == BOOL else p for p in parts), dtype=kind)
+        return s.and_(a, b)
+    return s.call("mul", *(s.cast(p, kind) if p.dtype == BOOL else p for p in (a, b)), dtype=kind)
 
 
 def _div(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
@@ -296,7 +305,8 @@ POINTWISE: dict[str, Handler] = {
         "mul", "logaddexp", "atan")},
     **dict.fromkeys(("abs", "absolute"), _absolute),
     **dict.fromkeys(("add",), _add_sub("add")), **dict.fromkeys(("sub", "subtract"), _add_sub("sub")),
-    "rsub": _add_sub("sub", swapped=True), "multiply": _plain("mul"), "kron": _kron, "negative": _plain("neg"),
+    "rsub": _add_sub("sub", swapped=True), "multiply": _plain("mul"), "kron": _kron, "outer": _outer,
+    "negative": _plain("neg"),
     **dict.fromkeys(("div", "true_divide", "divide"), _div), "floor_divide": _floordiv, "remainder": _remainder,
     **dict.fromkeys(("le", "less_equal"), _compare("le")), **dict.fromkeys(("lt", "less"), _compare("lt")),
     **dict.fromkeys(("ge", "greater_equal"), _compare("le", flip=True)),
