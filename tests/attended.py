@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from refocus.codegen import operator, tiled
 from refocus.codegen.plan import Plan
 from refocus.evaluate import Scope, arange_env, evaluate, size_of
+from refocus.grid import Grid
 from refocus.ir import Expr, Region, Sym
 from refocus.masks import TileMap, Tiling, classify
 
@@ -46,21 +47,45 @@ class Attended:
         """The tile map as an engine gets it at run time."""
         return classify(self.region.mask, Tiling.of(self.region, rows, columns, self.tensors, self.numbers, "cpu"))
 
-    def visits(self, rows: int, columns: int) -> tuple[int, int]:
-        """How many tiles the engine computes scores of, and on how many of them it evaluates the mask."""
-        counts: dict[Expr, int] = {}
-        tensor: Callable[[Scope, Expr], Tensor] = Scope.tensor
-        tiles = self.tiles(rows, columns)
+    def visits(self, rows: int, columns: int) -> dict[tuple[tuple[int, int], ...], Tensor]:
+        """What the engine does with each tile, for each part of the batch (first and last position on each axis) that
+        it takes at once: int8 (query tiles, key tiles), 0 not visited, 1 with the mask evaluated, 2 without."""
+        tiles, found = self.tiles(rows, columns), {}
+        shape = [
+            -(-size_of(a.size, self.numbers) // b) for a, b in ((self.region.query, rows), (self.region.key, columns))
+        ]
+        evaluated: dict[Expr, int] = {}
+        tensor, online = Scope.tensor, tiled.Tiles._online
 
         def counting(scope: Scope, expr: Expr) -> Tensor:
-            counts[expr] = counts.get(expr, 0) + 1
+            evaluated[expr] = evaluated.get(expr, 0) + 1
             return tensor(scope, expr)
+
+        def recorded(engine: tiled.Tiles, scope: Scope, like: Tensor, score: Expr, run: Any, watch: bool) -> Any:
+            if score == self.region.score:
+                part = tuple(_ends(scope.axes[a]) for a in self.region.batch)
+                done = found.setdefault(part, torch.zeros(shape, dtype=torch.int8))
+                first, last = (x // engine.block_q for x in _ends(scope.axes[self.region.query]))
+                for column in run:
+                    for k in range(last - first + 1):
+                        start = column.start + k * column.step
+                        place = done[first + k, start // engine.block_k : -(-(start + column.length) // engine.block_k)]
+                        assert not place.any()  # once
+                        place.fill_(column.state)
+            return online(engine, scope, like, score, run, watch)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Scope, "tensor", counting)
+            patch.setattr(tiled.Tiles, "_online", recorded)
             patch.setattr(tiled, "classify", lambda *_: tiles)  # its own evaluations do not count
             tiled.run(self.region, Plan("tiled", block_q=rows, block_k=columns), self.operands, self.sizes)
-        return counts.get(self.region.score, 0), counts.get(self.region.mask, 0)
+        if all(bool((done != 1).all()) for done in found.values()):
+            assert self.region.mask not in evaluated
+        return found
+
+
+def _ends(position: Any) -> tuple[int, int]:
+    return position.bounds() if isinstance(position, Grid) else (int(position), int(position))
 
 
 @contextmanager

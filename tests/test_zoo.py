@@ -161,9 +161,19 @@ def test_empty_tiles_are_skipped_and_full_ones_need_no_mask(name: str) -> None:
         dense = call.mask()
         rows, columns = min(32, dense.shape[-2]), min(32, dense.shape[-1])
         again = call.region.score == call.region.logits and not bool(dense.any(-1).all())  # rows without any key
-        if call.region.mask != TRUE and not again:
-            states = merged(tile_states(dense, rows, columns))
-            assert call.visits(rows, columns) == (int((states > 0).sum()), int((states == 1).sum()))
+        if call.region.mask == TRUE or again:
+            continue
+        taken = torch.zeros(dense.shape[:-2], dtype=torch.int64)
+        for part, visited in call.visits(rows, columns).items():
+            here = tuple(slice(first, last + 1) for first, last in part)
+            taken[here] += 1
+            states = merged(tile_states(dense[here], rows, columns))
+            assert torch.equal(visited > 0, states > 0)
+            # A full tile beside a partial one may be computed together with it; without such a neighbour it is bare.
+            assert bool((visited[states == 1] == 1).all())
+            bare = ((states == 2) & ~(states == 1).any(-1, keepdim=True)).expand_as(visited)
+            assert bool((visited[bare] == 2).all())
+        assert bool((taken == 1).all())
 
 
 # Where the predicate is known when compiling, and its axes are the model's own.

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tests.zoo.expect import Expect
+from tests.zoo.expect import Expect, Variant
 
 EXPECT = Expect(empty_share=0.76)
 
@@ -34,11 +34,28 @@ class PackedAttention(nn.Module):
         return self.c_proj(y.transpose(1, 2).contiguous().view(batch, length, width))
 
 
+class PackedByStarts(PackedAttention):
+    """Keys from the start of the query's document on, which a running maximum carries along."""
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        length = x.shape[1]
+        q, k, v = self.c_attn(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        i = torch.arange(length, device=x.device)
+        first = nn.functional.pad(tokens[:, :-1] == self.eos, (1, 0), value=True)
+        start = torch.where(first, i, 0).cummax(-1).values
+        keep = (i >= start[:, :, None]) & (i <= i[:, None])
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep[:, None])
+        return self.c_proj(y.transpose(1, 2).flatten(2))
+
+
 def make() -> tuple[nn.Module, tuple[Tensor, ...]]:
     tokens = torch.randint(1, 100, (2, 160))
     tokens[0, [47, 101]] = 0
     tokens[1, [15, 79, 140]] = 0
     return PackedAttention(), (torch.randn(2, 160, 64), tokens)
+
+
+VARIANTS = {"starts": Variant(lambda: (PackedByStarts(), make()[1]))}
 
 
 def allowed(module: PackedAttention, x: Tensor, tokens: Tensor) -> Tensor:

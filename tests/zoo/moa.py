@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tests.zoo.expect import Expect
+from tests.zoo.expect import Expect, Variant
 
 EXPECT = Expect(empty_share=0.5975)
 
@@ -39,8 +39,24 @@ class MixtureOfSparseAttention(nn.Module):
         return torch.matmul(probs, v).transpose(1, 2).flatten(2)
 
 
+class BandsByHead(MixtureOfSparseAttention):
+    """Where the triangles are: a comparison with each head's band, made on every call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        i = torch.arange(x.shape[1], device=x.device)
+        gap = i.view(1, -1, 1) - i.view(1, 1, -1)
+        bands = torch.tensor(self.bands, device=x.device).view(-1, 1, 1)
+        seen = (gap >= 0) & torch.logical_or(gap < bands, i.view(1, 1, -1) < self.sink)
+        scores = torch.where(seen, (q * q.shape[-1] ** -0.5) @ k.mT, torch.finfo(x.dtype).min)
+        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
 def make() -> tuple[nn.Module, tuple[Tensor, ...]]:
     return MixtureOfSparseAttention(), (torch.randn(2, 160, 64),)
+
+
+VARIANTS = {"compared": Variant(lambda: (BandsByHead(), (torch.randn(2, 160, 64),)))}
 
 
 def allowed(module: MixtureOfSparseAttention, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tests.zoo.expect import Expect
+from tests.zoo.expect import Expect, Variant
 
 EXPECT = Expect(empty_share=0.42)
 
@@ -30,8 +30,23 @@ class PrefixCausalSelfAttention(nn.Module):
         return self.proj(y.transpose(1, 2).contiguous().view(batch, length, width))
 
 
+class PrefixByPositions(PrefixCausalSelfAttention):
+    """An additive mask: a triangle of -inf, of which the columns of the prefix are cut off and filled up with zeros."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.size(1)
+        q, k, v = self.attn(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        triangle = torch.full((length, length), float("-inf"), device=x.device).triu(1)
+        added = nn.functional.pad(triangle[:, self.prefix :], (self.prefix, 0))
+        scores = torch.einsum("bhid,bhjd->bhij", q, k) * k.size(-1) ** -0.5 + added
+        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
 def make() -> tuple[nn.Module, tuple[Tensor, ...]]:
     return PrefixCausalSelfAttention(), (torch.randn(2, 160, 64),)
+
+
+VARIANTS = {"padded": Variant(lambda: (PrefixByPositions(), (torch.randn(2, 160, 64),)))}
 
 
 def allowed(module: PrefixCausalSelfAttention, x: Tensor) -> Tensor:

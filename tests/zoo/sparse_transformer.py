@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tests.zoo.expect import Expect
+from tests.zoo.expect import Expect, Variant
 
 EXPECT = Expect(
     mask="h%2 == 0 and i - j < 16 and j <= i or (i - j) % 16 == 0 and j <= i and h%2 != 0", empty_share=0.63
@@ -37,8 +37,22 @@ class StridedSparseAttention(nn.Module):
         return torch.matmul(torch.softmax(w, dim=-1), v).transpose(1, 2).flatten(2)
 
 
+class StridedByColumns(StridedSparseAttention):
+    """The masks of the authors' `get_attn_mask`, one for each kind of head, by slices of a triangle."""
+
+    def attention_mask(self, length: int, device: torch.device) -> Tensor:
+        local, strided = (torch.zeros(length, length, device=device) for _ in range(2))
+        for back in range(0, length, self.stride):
+            strided += torch.diag_embed(torch.ones(length - back, device=device), offset=-back)
+        local += torch.ones(length, length, device=device).tril() - torch.ones(length, length).tril(-self.stride)
+        return torch.stack([local, strided]).repeat(self.heads // 2, 1, 1)
+
+
 def make() -> tuple[nn.Module, tuple[Tensor, ...]]:
     return StridedSparseAttention(), (torch.randn(2, 160, 64),)
+
+
+VARIANTS = {"diagonals": Variant(lambda: (StridedByColumns(), (torch.randn(2, 160, 64),)), Expect(empty_share=0.63))}
 
 
 def allowed(module: StridedSparseAttention, x: Tensor) -> Tensor:
