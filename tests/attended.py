@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from refocus.codegen import operator, tiled
+from refocus.codegen import operator, runs, tiled
 from refocus.codegen.plan import Plan
 from refocus.evaluate import Scope, arange_env, evaluate, size_of
 from refocus.grid import Grid
@@ -49,7 +49,8 @@ class Attended:
 
     def visits(self, rows: int, columns: int) -> dict[tuple[tuple[int, int], ...], Tensor]:
         """What the engine does with each tile, for each part of the batch (first and last position on each axis) that
-        it takes at once: int8 (query tiles, key tiles), 0 not visited, 1 with the mask evaluated, 2 without."""
+        it takes at once: int8 (query tiles, key tiles), 0 not visited, 1 with the mask evaluated, 2 without. Tiles side
+        by side are kept apart: the engine may join them, full ones with partial ones too, up to `runs.WIDEST` keys."""
         tiles, found = self.tiles(rows, columns), {}
         shape = [
             -(-size_of(a.size, self.numbers) // b) for a, b in ((self.region.query, rows), (self.region.key, columns))
@@ -77,6 +78,7 @@ class Attended:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Scope, "tensor", counting)
             patch.setattr(tiled.Tiles, "_online", recorded)
+            patch.setattr(runs, "WIDEST", columns)
             patch.setattr(tiled, "classify", lambda *_: tiles)  # its own evaluations do not count
             tiled.run(self.region, Plan("tiled", block_q=rows, block_k=columns), self.operands, self.sizes)
         if all(bool((done != 1).all()) for done in found.values()):
