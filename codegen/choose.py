@@ -70,7 +70,7 @@ def _plan_training(
     written: Region | None,
 ) -> Chosen | Leave:
     from refocus.codegen.backward_fit import supports_backward
-    from refocus.codegen.policy import choose_training, training_plan
+    from refocus.codegen.training_policy import choose_training, training_plan
 
     if debug.disabled("training"):
         return Leave(f"needs gradients, and {debug.off('training')}")
@@ -92,7 +92,7 @@ def _plan_training(
         return Chosen(plan, "the generated kernels, forward and backward")
     forced = _forced(region, numbers, device, engine, trained=True)
     if isinstance(forced, Chosen) and engine == "tiled":
-        return replace(forced, plan=training_plan(engine))
+        return replace(forced, plan=training_plan(region, numbers, written))
     return forced
 
 

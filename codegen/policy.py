@@ -44,11 +44,11 @@ _FEW_QUERIES = 16
 # and 4 heads ran at 3.6 ns a pair, and lost to cpp's 3.8 end to end.
 _CACHED_PAIRS = 1 << 23
 _NS_A_BYTE = 0.03
-_LAUNCH = 60e3  # ns: the operator, Inductor's wrapper, making views
+LAUNCH = 60e3  # ns: the operator, Inductor's wrapper, making views
 _TILE = 1.5e3  # ns: reading the lists of one query tile
 _LARGEST_MASK = 64 << 20  # bytes that a written-out mask may take
-_GAIN = 0.9  # less than a tenth is noise, and not worth a compilation
-_LEAST_GAIN = 0.2e6  # ns: nor is less than this, which the figures above do not resolve
+GAIN = 0.9  # less than a tenth is noise, and not worth a compilation
+LEAST_GAIN = 0.2e6  # ns: nor is less than this, which the figures above do not resolve
 _SLOW = frozenset(("exp", "log", "tanh", "sigmoid", "erf", "pow", "sin", "cos", "exp2", "log2", "atan", "softplus"))
 
 
@@ -83,7 +83,7 @@ def choose_cpu(
         return Leave(f"no CPU engine takes it: {fitted}")
     work = _work(fitted, numbers)
     costs: dict[str, float] = {}
-    leave = _eager_cost(work) if written is None else _gathered_cost(written, numbers)
+    leave = _eager_cost(work) if written is None else gathered_cost(written, numbers)
     # Read as it is written, the copies are made for our kernels, too.
     copied = written is region
     copying = 2 * work.reading if copied else 0.0
@@ -101,37 +101,11 @@ def choose_cpu(
         costs["cpp"] = cost + copying
     if not costs:
         return Leave(f"no engine is faster: {why_not}")
-    engine = "sdpa" if costs.get("sdpa", math.inf) * _GAIN <= costs.get("cpp", math.inf) else "cpp"
-    if costs[engine] > _GAIN * leave or leave - costs[engine] < _LEAST_GAIN:
+    engine = "sdpa" if costs.get("sdpa", math.inf) * GAIN <= costs.get("cpp", math.inf) else "cpp"
+    if costs[engine] > GAIN * leave or leave - costs[engine] < LEAST_GAIN:
         return Leave(f"no engine is faster at {_sizes(work)}")
     reason = f"about {leave / costs[engine]:.1f} times faster than leaving it, at {_sizes(work)}"
     return Chosen(Plan(engine, block_q=blocks[0], block_k=blocks[1]), reason)
-
-
-def choose_training(
-    region: Region, numbers: Mapping[Sym, int], was_sdpa: bool = False, written: Region | None = None
-) -> Chosen | Leave:
-    """As `choose_cpu`, where a backward will be asked for: only the tiled engine has one on CPU.
-
-    Forward and backward together take 16 to 18 ns a pair compiled, about 7 through SDPA, and 24 to 36 ns for each pair
-    in tiles of 128 x 128 that are not empty (`benchmarks/training.py`; one core, d=64): sparsity must pay for it.
-    """
-    batch = math.prod(size_of(a.size, numbers) for a in region.batch)
-    queries, keys = (size_of(a.size, numbers) for a in (region.query, region.key))
-    plan = training_plan("tiled")
-    leave = batch * queries * keys * (7.0 if was_sdpa else 17.0)
-    if written is not None:
-        leave = _gathered_cost(written, numbers, training=True)
-    cost = batch * queries * keys * 32.0 * live_share(region, plan.block_q, plan.block_k, numbers, written) + _LAUNCH
-    sizes = f"{batch} heads x {queries} queries x {keys} keys"
-    if cost > _GAIN * leave or leave - cost < _LEAST_GAIN:
-        return Leave(f"needs gradients, and no engine with a backward is faster at {sizes}; engine='tiled' trains it")
-    return Chosen(plan, f"about {leave / cost:.1f} times faster than leaving it, at {sizes}")
-
-
-def training_plan(engine: str) -> Plan:
-    """Tiles of the portable engine for forward and backward: large enough for the products to outweigh the calls."""
-    return Plan(engine, block_q=128, block_k=128)
 
 
 def _sizes(work: Work) -> str:
@@ -155,7 +129,7 @@ def _eager_cost(work: Work) -> float:
     return work.pairs * (3.8 + work.width / 24) * cached + work.reading * (1 + copied)
 
 
-def _gathered_cost(region: Region, numbers: Mapping[Sym, int], training: bool = False) -> float:
+def gathered_cost(region: Region, numbers: Mapping[Sym, int], training: bool = False) -> float:
     """As `_eager_cost`, where keys and values are gathered for each query or block of queries.
 
     Inductor fuses products of one row with the gather: forward it takes 3.5 to 7.5 ns a pair (d=64), but its backward
@@ -175,7 +149,7 @@ def _sdpa_cost(region: Region, work: Work, numbers: Mapping[Sym, int]) -> float:
         visited = work.pairs * (1.0 if region.mask == TRUE else 0.55 if work.keys >= 2048 else 0.75)
         return visited * (0.9 + work.width / 25) + work.reading
     written = _mask_bytes(region, work, numbers) * _NS_A_BYTE * 2 if _writes_mask(region) else 0.0
-    checked = _LAUNCH if region.empty_row == "logits" else 0.0  # then it runs inside the operator
+    checked = LAUNCH if region.empty_row == "logits" else 0.0  # then it runs inside the operator
     return work.pairs * (1.5 + work.width / 25) + work.reading + written + checked
 
 
@@ -196,7 +170,7 @@ def _cpp_cost(
     each = 1.7 + work.width / 30 + _function_cost(fitted.score)
     # Keys and values that are no plain reads are gathered first, outside of what Inductor fuses.
     gathered = sum(not isinstance(e, Load) for p in fitted.products for e in (p.query, p.key))
-    fixed = _LAUNCH + gathered * work.reading
+    fixed = LAUNCH + gathered * work.reading
     best = math.inf, (64, 64)
     tiles = _TILES if work.queries > _FEW_QUERIES else (((16, 128), 1.0),)
     for (block_q, block_k), factor in tiles:

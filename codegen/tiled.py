@@ -33,7 +33,7 @@ TILE_ELEMENTS = 1 << 20
 # What a tile costs beside its scores, in scores: some fifteen operations.
 _TILE_COST = 1 << 14
 # Scores beyond which it is better to take heads one by one than to copy overlapping keys for products of several.
-_WORTH_A_CALL = 1 << 17
+WORTH_A_CALL = 1 << 17
 
 Span = tuple[tuple[int, int], ...]
 
@@ -148,7 +148,7 @@ class Tiles:
         whole = [a for a in self.region.batch if len(self.parts[a]) == 1]
         runs = self.runs(self.scope, math.inf)
         widest = max(1, *(run.queries * run.widest for run in runs))
-        most = min(self.most, max(widest, _WORTH_A_CALL)) if any(run.overlaps for run in runs) else self.most
+        most = min(self.most, max(widest, WORTH_A_CALL)) if any(run.overlaps for run in runs) else self.most
         yield from self._chunks(self.scope, tensors, whole, math.prod(self.batch) * widest, most)
 
     def runs(self, scope: Scope, most: float | None = None) -> list[Run]:
