@@ -21,6 +21,7 @@ from refocus.masks import Tiling, classify
 
 _TILES = (128, 64, 32)
 _MOST_TILES = 1 << 18  # of a map; beyond, looking at them costs more than they save
+_FEW_ROWS = 16  # products of fewer rows cost as much
 _CALL = 1e6  # ns: what runs one column of a run, forward and backward
 
 
@@ -51,7 +52,7 @@ def _cost(region: Region, block: int, numbers: Mapping[Sym, int], written: Regio
     """ns of forward and backward in tiles of `block` x `block`."""
     batch = math.prod(size_of(a.size, numbers) for a in region.batch)
     queries, keys = (size_of(a.size, numbers) for a in (region.query, region.key))
-    a_pair = 22.0 + 400.0 / block
+    a_pair = (22.0 + 400.0 / block) * max(1.0, _FEW_ROWS / max(1, queries))
     if queries <= block and keys <= block:
         return batch * queries * keys * a_pair
     rows, columns = -(-queries // block), -(-keys // block)

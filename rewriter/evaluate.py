@@ -60,9 +60,7 @@ def arange_env(
     `split` gives an axis several dimensions, by their lengths from the outermost in: with (2, 4) for h, `h // 4` and
     all that is loaded at it are broadcast views. `device` is where positions are made when no operand says so.
     """
-    lengths = [
-        list((split or {}).get(axis, ())) or [size_of(axis.size, sizes)] for axis in axes_in_order
-    ]
+    lengths = [list((split or {}).get(axis, ())) or [size_of(axis.size, sizes)] for axis in axes_in_order]
     dim = -sum(len(parts) for parts in lengths)
     out: dict[Axis, Position] = {}
     for axis, parts in zip(axes_in_order, lengths):
@@ -243,8 +241,10 @@ class Scope:
         cond = self._plain(node.args[0], declared)
         if not isinstance(cond, Tensor):
             picked = node.args[1 if cond else 2]
-            return self._float(self._plain(picked, declared), self._dtype(node, declared)) if node.is_float else (
-                self.value(picked, declared)
+            return (
+                self._float(self._plain(picked, declared), self._dtype(node, declared))
+                if node.is_float
+                else (self.value(picked, declared))
             )
         a, b = (self._plain(x, declared) for x in node.args[1:])
         if node.is_float:

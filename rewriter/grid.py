@@ -101,9 +101,7 @@ def divide(a: Grid, by: int) -> tuple[Grid | int, Grid | int] | None:
     return grid(a.start // by, tuple(Term(t.dim, t.length, t.stride // by) for t in whole), a.device), low
 
 
-def read(
-    tensor: Tensor, index: list[Grid | int | Tensor], device: torch.device, overlapping: bool = False
-) -> Tensor:
+def read(tensor: Tensor, index: list[Grid | int | Tensor], device: torch.device, overlapping: bool = False) -> Tensor:
     """tensor[index...] over the broadcast of all indices: slices where possible, gathers only along the rest.
 
     `overlapping`: windows that share elements may be views in which these lie at one place."""
