@@ -156,7 +156,7 @@ SPELLINGS: list[tuple[Maker, tuple[Tensor, ...], str]] = [
     (rolled_rows, (), "i <= j and j - i < 8 or i - j >= 89"),
     (stacked_rows, (), "j <= i"),
     (joined_rows, (), "i - j < 9 and j <= i"),
-    (diagonals, (), "i - j < 6 and j <= i"),
+    (diagonals, (), "i == j or i == j + 1 or i == j + 2"),
     (pooled, (), "i - j < 4 and j - i < 4"),
     (enlarged, (), "i//16 == j//16"),
     (buckets, (STARTS,), "t0[i] == t0[j]"),
