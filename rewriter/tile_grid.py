@@ -376,11 +376,11 @@ class TileGrid:
         else:
             key = tuple((d, how.side, how.block, how.size, how.start) for d, how in reads.items())
             lo, hi = CACHE.ends(tensor, key, lambda: reduce_tiles(tensor, reads))
-        spread = self._spread(load, reads)
-        hi = spread(hi) if hi is not lo else None
-        lo = spread(lo)
-        lo, hi = (None if end is None else end.to(torch.int64) if load.is_int else end for end in (lo, hi))
-        return Interval(lo, lo if hi is None else hi)
+        spread, same = self._spread(load, reads), hi is lo  # one tensor, where all ends are one
+        lo = spread(lo).to(torch.int64) if load.is_int else spread(lo)
+        if same:
+            return Interval(lo, lo)
+        return Interval(lo, spread(hi).to(torch.int64) if load.is_int else spread(hi))
 
     def _spread(self, load: Load, reads: Mapping[int, Reads]) -> Callable[[Tensor], Tensor]:
         """What lays a tensor like the loaded one, with tiles along the dimensions of `reads`, out over the grid."""
