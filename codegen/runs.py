@@ -6,7 +6,8 @@
 From tile 2 on every tile of queries needs 96 keys, each 32 further than the one before: one run, which is computed in
 one go, as products of matrices that overlap in memory. The same holds for blocks on the diagonal, for tokens that all
 attend to (which do not move), and for whole rows. What keys alone decide (a border of zeros) is part of what must be
-the same, so that in the inside of a run nothing is asked of it.
+the same, so that in the inside of a run nothing is asked of it; and so is which of its tiles are partial: only there is
+the mask evaluated.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from refocus.evaluate import Scope, arange_env, size_of
 from refocus.ir import BOOL, Axis, Call, Dot, Expr, Region, Sym
-from refocus.masks import EMPTY, FULL, PARTIAL
+from refocus.masks import EMPTY, PARTIAL
 from refocus.tile_grid import is_exact
 
 # Keys of one column, at most: a row of keys without gaps is cut at these.
@@ -29,12 +30,17 @@ WIDEST = 512
 
 @dataclass(frozen=True)
 class Column:
-    """`length` keys from `start` on for the first tile of a run, and `step` keys further for each next one."""
+    """`length` keys from `start` on for the first tile of a run, and `step` keys further for each next one. `masked`:
+    (first, count) of those keys of them that are in partial tiles; all pairs with any other are kept."""
 
     start: int
     step: int
     length: int
-    state: int
+    masked: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def is_masked_throughout(self) -> bool:
+        return self.masked == ((0, self.length),)
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ class Tiled:
     def everything(self) -> tuple[Column, ...]:
         """All keys, for each query."""
         step = max(self.block_k, WIDEST // self.block_k * self.block_k)
-        return tuple(Column(k, 0, min(step, self.keys - k), FULL) for k in range(0, self.keys, step))
+        return tuple(Column(k, 0, min(step, self.keys - k)) for k in range(0, self.keys, step))
 
     def runs(self, state: Tensor) -> list[Run]:
         """Runs for the states [query tiles, key tiles] of a mask. Tiles without any key are in runs, too."""
@@ -134,8 +140,17 @@ class Tiled:
             for first in range(0, len(side_by_side), most):
                 some = side_by_side[first : first + most]
                 start, end = some[0][0] * self.block_k, min(self.keys, (some[-1][0] + 1) * self.block_k)
-                state = FULL if all(what == FULL for _, what in some) else PARTIAL
-                out.append(Column(start, 0, end - start, state))
+                out.append(Column(start, 0, end - start, self._masked(some, start, end)))
+        return tuple(out)
+
+    def _masked(self, tiles: Sequence[tuple[int, int]], start: int, end: int) -> tuple[tuple[int, int], ...]:
+        """(first, count) of the keys in partial tiles, from `start` on."""
+        out = []
+        for what, group in groupby(tiles, key=lambda tile: tile[1]):
+            side_by_side = [tile for tile, _ in group]
+            if what == PARTIAL:
+                first = side_by_side[0] * self.block_k
+                out.append((first - start, min(end, (side_by_side[-1] + 1) * self.block_k) - first))
         return tuple(out)
 
 
@@ -146,7 +161,7 @@ def _longer(run: Run, row: Run) -> Run | None:
     columns = []
     for old, new in zip(run.columns, row.columns):
         step = old.step if run.tiles > 1 else new.start - old.start
-        if step < 0 or new != Column(old.start + run.tiles * step, 0, old.length, old.state):
+        if step < 0 or new != Column(old.start + run.tiles * step, 0, old.length, old.masked):
             return None
         columns.append(replace(old, step=step))
     return Run(run.start, run.tiles + 1, run.length, tuple(columns))

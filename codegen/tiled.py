@@ -176,13 +176,39 @@ class Tiles:
         terms = Term(self.tile_dim, run.tiles, run.length), Term(self.query_dim, run.length, 1)
         return scope.child({self.region.query: grids.grid(run.start, terms)})
 
-    def columns(self, rows: Scope, run: Sequence[Column]) -> Iterator[tuple[int, Scope, int]]:
-        """(state, scope, keys) of each column."""
+    def columns(self, rows: Scope, run: Sequence[Column]) -> Iterator[tuple[Column, Scope]]:
+        """Each column, with the scope of its keys."""
+        for column in run:
+            yield column, self._keys(rows, column.start, column.length, column.step)
+
+    def _keys(self, rows: Scope, start: int, length: int, step: int) -> Scope:
         at = rows.axes[self.region.query]
         tiles = next((t.length for t in at.terms if t.dim == self.tile_dim), 1) if isinstance(at, grids.Grid) else 1
-        for column in run:
-            terms = Term(self.tile_dim, tiles, column.step), Term(self.key_dim, column.length, 1)
-            yield column.state, rows.child({self.region.key: grids.grid(column.start, terms)}), column.length
+        terms = Term(self.tile_dim, tiles, step), Term(self.key_dim, length, 1)
+        return rows.child({self.region.key: grids.grid(start, terms)})
+
+    def keep(self, column: Column, rows: Scope, keys: Scope) -> Tensor | None:
+        """Which pairs of a column are kept; None for all of them. The mask is evaluated in partial tiles only."""
+        if not column.masked:
+            return None
+        if column.is_masked_throughout:
+            return keys.tensor(self.region.mask)
+        parts, end = [], 0
+        for first, count in column.masked:
+            some = self._keys(rows, column.start + first, count, column.step).tensor(self.region.mask)
+            parts += [first - end, spread(some, self.key_dim, count)]
+            end = first + count
+        parts.append(column.length - end)
+        shape = torch.broadcast_shapes(*(t.narrow(self.key_dim, 0, 1).shape for t in parts if isinstance(t, Tensor)))
+        whole = []
+        for part in parts:
+            count = part.shape[self.key_dim] if isinstance(part, Tensor) else part
+            lengths = [*shape[: self.key_dim], count, *shape[len(shape) + self.key_dim + 1 :]]
+            whole.append(part.expand(lengths) if isinstance(part, Tensor) else self._all(lengths, keys))
+        return torch.cat(whole, self.key_dim)
+
+    def _all(self, shape: Sequence[int], scope: Scope) -> Tensor:
+        return torch.ones((), dtype=torch.bool, device=scope.device).expand(*shape)
 
     def _chunks(
         self, scope: Scope, tensors: tuple[Tensor, ...], axes: Sequence[Axis], scores: int, most: int
@@ -252,10 +278,10 @@ class Tiles:
         total = torch.zeros_like(top)
         acc = torch.zeros([*lead, 1, *self.value], dtype=dtype, device=like.device)
         kept: Tensor | None = torch.zeros(1, dtype=torch.bool, device=like.device) if watch else None
-        for state, tile, length in self.columns(rows, columns):
-            logits = tile.tensor(scaled(score))
-            if state == PARTIAL:
-                keep = tile.tensor(region.mask)
+        for column, tile in self.columns(rows, columns):
+            logits, length = tile.tensor(scaled(score)), column.length
+            keep = self.keep(column, rows, tile)
+            if keep is not None:
                 if kept is not None:
                     kept = kept | spread(keep, key_dim, length).any(key_dim, keepdim=True)
                 logits = torch.where(keep, logits, -torch.inf)

@@ -27,7 +27,6 @@ from refocus.differentiate import Share
 from refocus.evaluate import Scope
 from refocus.grid import Grid, contract
 from refocus.ir import Call, Const, Expr, Load, Region
-from refocus.masks import FULL, PARTIAL
 
 
 def run_backward(
@@ -103,12 +102,12 @@ class _Backward:
         row = Row(grad, delta, top.reshape([*top.shape, *ones]), total.reshape([*total.shape, *ones]))
         empty = self._empty(rows, columns)
         _give(rows, flows.out, grad)
-        for state, tile, length in tiles.columns(rows, columns):
-            keep = tile.tensor(self.region.mask) if state == PARTIAL else None
-            self._tile(tile, length, self.region.score, keep, row, flows.of_score)
+        for column, tile in tiles.columns(rows, columns):
+            keep = tiles.keep(column, rows, tile)
+            self._tile(tile, column.length, self.region.score, keep, row, flows.of_score)
         if empty is not None:
-            for _, tile, length in tiles.columns(rows, tiles.tiled.everything()):
-                self._tile(tile, length, self.region.logits, empty, row, flows.of_logits)
+            for column, tile in tiles.columns(rows, tiles.tiled.everything()):
+                self._tile(tile, column.length, self.region.logits, empty, row, flows.of_logits)
         for k, (extra, seed) in enumerate(zip(self.region.extra, flows.extra)):
             _give(rows, seed, -row.probability(rows.tensor(extra)) * delta)
             self._receive(rows, flows.of_extra[k])
@@ -116,11 +115,12 @@ class _Backward:
     def _empty(self, rows: Scope, columns: Sequence[Column]) -> Tensor | None:
         """Which rows have no key and were computed from their fills; None if there are none."""
         tiles = self.tiles
-        if self.region.empty_row != "logits" or any(c.state == FULL for c in columns):
+        if self.region.empty_row != "logits" or not all(c.is_masked_throughout for c in columns):
             return None
         kept = torch.zeros(1, dtype=torch.bool, device=rows.device)
-        for _, tile, length in tiles.columns(rows, columns):
-            kept = kept | spread(tile.tensor(self.region.mask), tiles.key_dim, length).any(tiles.key_dim, keepdim=True)
+        for column, tile in tiles.columns(rows, columns):
+            keep = spread(tile.tensor(self.region.mask), tiles.key_dim, column.length)
+            kept = kept | keep.any(tiles.key_dim, keepdim=True)
         return None if bool(kept.all()) else ~kept
 
     def _tile(

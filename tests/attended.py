@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from refocus.codegen import operator, runs, tiled
+from refocus.codegen import operator, tiled
 from refocus.codegen.plan import Plan
 from refocus.evaluate import Scope, arange_env, evaluate, size_of
 from refocus.grid import Grid
@@ -49,8 +49,7 @@ class Attended:
 
     def visits(self, rows: int, columns: int) -> dict[tuple[tuple[int, int], ...], Tensor]:
         """What the engine does with each tile, for each part of the batch (first and last position on each axis) that
-        it takes at once: int8 (query tiles, key tiles), 0 not visited, 1 with the mask evaluated, 2 without. Tiles side
-        by side are kept apart: the engine may join them, full ones with partial ones too, up to `runs.WIDEST` keys."""
+        it takes at once: int8 (query tiles, key tiles), 0 not visited, 1 with the mask evaluated, 2 without."""
         tiles, found = self.tiles(rows, columns), {}
         shape = [
             -(-size_of(a.size, self.numbers) // b) for a, b in ((self.region.query, rows), (self.region.key, columns))
@@ -70,15 +69,16 @@ class Attended:
                 for column in run:
                     for k in range(last - first + 1):
                         start = column.start + k * column.step
-                        place = done[first + k, start // engine.block_k : -(-(start + column.length) // engine.block_k)]
-                        assert not place.any()  # once
-                        place.fill_(column.state)
+                        for begin, count, what in ((0, column.length, 2), *((b, n, 1) for b, n in column.masked)):
+                            tile, past = (start + begin) // engine.block_k, start + begin + count
+                            place = done[first + k, tile : -(-past // engine.block_k)]
+                            assert what == 1 or not place.any()  # once
+                            place.fill_(what)
             return online(engine, scope, like, score, run, watch)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Scope, "tensor", counting)
             patch.setattr(tiled.Tiles, "_online", recorded)
-            patch.setattr(runs, "WIDEST", columns)
             patch.setattr(tiled, "classify", lambda *_: tiles)  # its own evaluations do not count
             tiled.run(self.region, Plan("tiled", block_q=rows, block_k=columns), self.operands, self.sizes)
         if all(bool((done != 1).all()) for done in found.values()):
