@@ -64,7 +64,7 @@ def check_reads(facts: Facts, interior: set[fx.Node], part: Part) -> None:
     twins = _twins(facts, interior) if compared else set()
     for operand, binding in zip(part.region.operands, part.bindings):
         for node in _nodes_of(binding, facts):
-            made_of = {node} | nx.ancestors(facts.flow, node)
+            made_of = _made_of(node, facts)
             own = made_of & interior
             if own:
                 readers = (n for n in made_of - interior if not own.isdisjoint(n.all_input_nodes))
@@ -73,6 +73,19 @@ def check_reads(facts: Facts, interior: set[fx.Node], part: Part) -> None:
             if operand.name in compared and not made_of.isdisjoint(twins):
                 reason = "scores are compared with what is made of a second product of the same queries and keys"
                 raise Stop(Declined(reason, node.name))
+
+
+def _made_of(node: fx.Node, facts: Facts) -> set[fx.Node]:
+    """A value and what it is computed from. What comes through a result that may be an attention's is its own to read:
+    whether scores that two attentions share are stored is decided for both together."""
+    found, stack = {node}, [node]
+    while stack:
+        n = stack.pop()
+        if n in facts.roots:
+            continue
+        stack.extend(p for p in facts.flow.predecessors(n) if p not in found)
+        found.update(facts.flow.predecessors(n))
+    return found
 
 
 def _nodes_of(binding: Binding, facts: Facts) -> list[fx.Node]:

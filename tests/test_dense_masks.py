@@ -35,14 +35,14 @@ def holes(*shape: int, seed: int = 0) -> Tensor:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The tensors whose tiles were read, one entry a time."""
     seen: list[Any] = []
-    real = tile_grid._reduce_tiles
+    real = tile_grid.reduce_tiles
 
     def counted(tensor: Tensor, how: Any) -> Any:
         if type(tensor) is Tensor and len(how) == 2:
             seen.append(tuple(tensor.shape))
         return real(tensor, how)
 
-    monkeypatch.setattr(tile_grid, "_reduce_tiles", counted)
+    monkeypatch.setattr(tile_grid, "reduce_tiles", counted)
     return seen
 
 
