@@ -193,22 +193,21 @@ class Tiles:
             return None
         if column.is_masked_throughout:
             return keys.tensor(self.region.mask)
-        parts, end = [], 0
+        parts: list[Tensor] = []
+        end = 0
+        every = torch.ones([1] * -self.key_dim, dtype=torch.bool, device=keys.device)
         for first, count in column.masked:
             some = self._keys(rows, column.start + first, count, column.step).tensor(self.region.mask)
-            parts += [first - end, spread(some, self.key_dim, count)]
+            parts += [spread(every, self.key_dim, first - end), spread(some, self.key_dim, count)]
             end = first + count
-        parts.append(column.length - end)
-        shape = torch.broadcast_shapes(*(t.narrow(self.key_dim, 0, 1).shape for t in parts if isinstance(t, Tensor)))
+        parts.append(spread(every, self.key_dim, column.length - end))
+        others = torch.broadcast_shapes(*(t.narrow(self.key_dim, 0, 0).shape for t in parts))
         whole = []
         for part in parts:
-            count = part.shape[self.key_dim] if isinstance(part, Tensor) else part
-            lengths = [*shape[: self.key_dim], count, *shape[len(shape) + self.key_dim + 1 :]]
-            whole.append(part.expand(lengths) if isinstance(part, Tensor) else self._all(lengths, keys))
+            lengths = list(others)
+            lengths[self.key_dim] = part.shape[self.key_dim]
+            whole.append(part.expand(lengths))
         return torch.cat(whole, self.key_dim)
-
-    def _all(self, shape: Sequence[int], scope: Scope) -> Tensor:
-        return torch.ones((), dtype=torch.bool, device=scope.device).expand(*shape)
 
     def _chunks(
         self, scope: Scope, tensors: tuple[Tensor, ...], axes: Sequence[Axis], scores: int, most: int
