@@ -30,7 +30,7 @@ def without_vmaps(gm: fx.GraphModule, mode: Any) -> fx.GraphModule:
         return gm
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
-    output, old_output = (next(reversed(g.nodes)) for g in (graph, gm.graph))
+    output, old_output = (g.output_node() for g in (graph, gm.graph))
     output.meta.update(old_output.meta)
     twin = fx.GraphModule(gm, graph)
     twin.meta.update(gm.meta)
