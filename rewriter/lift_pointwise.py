@@ -64,6 +64,33 @@ def _add_sub(op: str, swapped: bool = False) -> Handler:
     return handler
 
 
+def _with_product(op: str) -> Handler:
+    """addcmul(a, b, c) = a + value * b * c, and addcdiv(a, b, c) = a + value * b / c."""
+
+    def handler(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+        kind = _kind(node)
+        if kind in (INT, BOOL):
+            return None
+        a, b, c = (lift.broadcast(x, index, kind) for x in arguments(node)[:3])
+        product = s.call(op, b, c, dtype=kind)
+        value = _argument(node, 3, "value", 1)
+        if value != 1:
+            product = s.call("mul", product, lift.factor(value, kind), dtype=kind)
+        return s.call("add", a, product, dtype=kind)
+
+    return handler
+
+
+def _lerp(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    """lerp(a, b, w) = a + w * (b - a)."""
+    kind = _kind(node)
+    a, b, weight = arguments(node)[:3]
+    start, end = (lift.broadcast(x, index, kind) for x in (a, b))
+    share = lift.broadcast(weight, index, kind) if is_tensor(weight) else lift.factor(weight, kind)
+    way = s.call("mul", share, s.call("sub", end, start, dtype=kind), dtype=kind)
+    return s.call("add", start, way, dtype=kind)
+
+
 def _kron(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     """kron(a, b)[i] = a[i // len(b)] * b[i % len(b)], in each dimension, aligned on the right."""
     kind = _kind(node)
@@ -306,7 +333,7 @@ POINTWISE: dict[str, Handler] = {
     **dict.fromkeys(("abs", "absolute"), _absolute),
     **dict.fromkeys(("add",), _add_sub("add")), **dict.fromkeys(("sub", "subtract"), _add_sub("sub")),
     "rsub": _add_sub("sub", swapped=True), "multiply": _plain("mul"), "kron": _kron, "outer": _outer,
-    "negative": _plain("neg"),
+    "negative": _plain("neg"), "addcmul": _with_product("mul"), "addcdiv": _with_product("div"), "lerp": _lerp,
     **dict.fromkeys(("div", "true_divide", "divide"), _div), "floor_divide": _floordiv, "remainder": _remainder,
     **dict.fromkeys(("le", "less_equal"), _compare("le")), **dict.fromkeys(("lt", "less"), _compare("lt")),
     **dict.fromkeys(("ge", "greater_equal"), _compare("le", flip=True)),

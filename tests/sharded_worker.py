@@ -58,8 +58,14 @@ def error(a: Tensor, b: Tensor) -> float:
     )
 
 
+def case(name: str) -> region_cases.Case:
+    """In float64, where only a wrong pair shows and not the order of a sum; one in the dtype that it is named after."""
+    make = region_cases.CASES[name]
+    return make() if "bfloat16" in name else make(dtype=torch.float64)
+
+
 def compared(name: str, axis_name: str, mesh: Any, elsewhere: bool = False) -> dict[str, Any]:
-    region, tensors, sizes = region_cases.CASES[name]()
+    region, tensors, sizes = case(name)
     axis = next(a for a in (*region.batch, region.query) if a.name == axis_name)
     weights = torch.linspace(-1.0, 1.0, call(region, PLAN, tensors, sizes).numel())
     wanted = attended(region, sizes, tensors, weights)
@@ -80,7 +86,7 @@ def main() -> None:
     mesh = init_device_mesh("cpu", (world,))
     found = {}
     for name in region_cases.CASES:
-        region, _, _ = region_cases.CASES[name]()
+        region, _, _ = case(name)
         for axis in (*region.batch, region.query):
             found[f"{name} {axis.name}"] = compared(name, axis.name, mesh)
     for name in ("gqa", "causal"):

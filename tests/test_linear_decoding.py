@@ -55,6 +55,11 @@ def plain(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tenso
     return read(q, state), state
 
 
+def added_product(q: Tensor, k: Tensor, v: Tensor, state: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    state = torch.addcmul(share[..., None, None] * state, k[..., :, None], v[..., None, :])
+    return read(q, state), state
+
+
 def retained(q: Tensor, k: Tensor, v: Tensor, state: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
     state = torch.exp(-slope)[:, None, None] * state + outer(k, v)
     return (q[..., None] * state).sum(-2), state
@@ -140,7 +145,7 @@ def one_key_for_all_heads(
 
 
 SPELLINGS: list[tuple[Function, str, bool]] = [
-    (plain, "none", False), (retained, "head", False), (by_matrices, "head", False), (by_channels, "channel", False),
+    (plain, "none", False), (retained, "head", False), (added_product, "none", True), (by_matrices, "head", False), (by_channels, "channel", False),
     (any_factor, "none", True), (by_values, "none", True), (normalised, "none", False), (delta, "none", False),
     (gated_delta, "head", False), (channel_delta, "none", True), (in_place, "head", False), (copied, "head", False),
     (grouped, "none", False), (heads_in_the_batch, "head", False), (one_key_for_all_heads, "head", False),

@@ -220,3 +220,25 @@ def test_places_that_are_only_known_when_the_graph_runs() -> None:
 )
 def test_activations_of_scores(activation: Callable[[Tensor], Tensor]) -> None:
     fuses(lambda q, k, v: activation(scores(q, k)).softmax(-1) @ v, 10)
+
+
+def plus_product(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    return torch.addcmul(x, rows, columns, value=0.5)
+
+
+def plus_quotient(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    return x.addcdiv(rows, columns + 3.0, value=-2)
+
+
+def between(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    return x.lerp(rows * columns, 0.3)
+
+
+def between_by_tensors(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    return torch.lerp(rows.expand_as(x), x, columns.sigmoid())
+
+
+@pytest.mark.parametrize("combined", [plus_product, plus_quotient, between, between_by_tensors])
+def test_operators_of_three_tensors(combined: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    rows, columns = torch.linspace(-1, 1, 24)[:, None], torch.linspace(-1, 1, 10)
+    fuses(lambda q, k, v, a, b: combined(scores(q, k), a, b).softmax(-1) @ v, 10, more=(rows, columns))
