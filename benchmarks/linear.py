@@ -3,6 +3,7 @@
     python -m benchmarks.linear                                      results in benchmarks/results/linear.{json,md}
     python -m benchmarks.linear --only retention --tokens 8192       one spelling
     python -m benchmarks.linear --training                           forward and backward
+    python -m benchmarks.linear --tokens 64 128 256 512 --width 16   where pairs may be cheaper: none should be slower
 
 Each measurement runs in a process of its own; within it the peers take turns. Eager and compiled code are left out
 where what they store (a weight for every pair, a state for every position) would not fit the memory that `--limit`
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ def retention(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     """A fixed decay for each head."""
     at = torch.arange(q.shape[2], device=q.device)
     distance = at[:, None] - at[None, :]
-    decay = 1 - torch.exp2(-5 - torch.arange(HEADS, device=q.device))
+    decay = 1 - torch.exp2(-5 - torch.arange(q.shape[1], device=q.device))
     log = torch.log(decay)[:, None, None] * distance
     return (q @ k.mT * log.masked_fill(distance < 0, float("-inf")).exp().to(q.dtype)) @ v
 
@@ -66,13 +68,13 @@ KINDS: dict[str, Function] = {f.__name__: f for f in (normalised, retention, gat
 
 def build(task: Task) -> Subject:
     torch.manual_seed(0)
-    given = {name: torch.randn(1, HEADS, task.tokens, WIDTH) * WIDTH**-0.25 for name in ("q", "k", "v")}
-    given["gate"] = -0.1 * torch.rand(1, HEADS, task.tokens, WIDTH)
+    given = {name: torch.randn(1, task.heads, task.tokens, task.width) * task.width**-0.25 for name in ("q", "k", "v")}
+    given["gate"] = -0.1 * torch.rand(1, task.heads, task.tokens, task.width)
     given = {name: x.requires_grad_(task.training) for name, x in given.items()}
     # Eager code keeps several of its largest tensors.
-    numbers = {"states": task.tokens * WIDTH * WIDTH, "channels": task.tokens**2 * WIDTH}
+    numbers = {"states": task.tokens * task.width**2, "channels": task.tokens**2 * task.width}
     kept = 6 if task.training else 3
-    fits = kept * 4 * HEADS * numbers.get(task.kind, task.tokens**2) <= task.limit * 2**30
+    fits = kept * 4 * task.heads * numbers.get(task.kind, task.tokens**2) <= task.limit * 2**30
     return Subject(KINDS[task.kind], given, list(given.values()), fits)
 
 
@@ -84,10 +86,15 @@ def run(task: Task) -> Measured:
 def main(arguments: list[str] | None = None) -> int:
     command = parser("linear", __doc__, list(KINDS), LENGTHS)
     command.add_argument("--training", action="store_true", help="with the backward")
+    command.add_argument("--heads", type=int, default=HEADS)
+    command.add_argument("--width", type=int, default=WIDTH, help="of queries, keys and values")
     options = command.parse_args(arguments)
     asked = [(kind, tokens) for kind in options.only for tokens in options.tokens]
-    tasks = [task_of(kind, tokens, options, options.training) for kind, tokens in asked]
-    return drive(run, tasks, options, "Linear attention on the CPU", f"{HEADS} heads of {WIDTH}.")
+    tasks = [
+        replace(task_of(kind, tokens, options, options.training), heads=options.heads, width=options.width)
+        for kind, tokens in asked
+    ]
+    return drive(run, tasks, options, "Linear attention on the CPU", f"{options.heads} heads of {options.width}.")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ PEERS = (EAGER, COMPILE, REFOCUS)
 @dataclass(frozen=True)
 class Task:
     """One measurement. `engine`: what Refocus is asked for (None: it chooses). `limit`: GiB that eager code may take.
-    `training`: with the backward."""
+    `training`: with the backward. `heads` and `width`: for the suites that vary them."""
 
     kind: str
     tokens: int
@@ -37,6 +37,8 @@ class Task:
     threads: int
     limit: float
     training: bool = False
+    heads: int = 0
+    width: int = 0
 
 
 @dataclass(frozen=True)

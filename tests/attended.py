@@ -54,40 +54,52 @@ class Attended:
         shape = [
             -(-size_of(a.size, self.numbers) // b) for a, b in ((self.region.query, rows), (self.region.key, columns))
         ]
-        evaluated: dict[Expr, int] = {}
+        evaluated: dict[tuple[tuple[int, int], ...], Tensor] = {}  # the tiles that hold a pair it is evaluated at
+        inside: list[tuple[tuple[int, int], ...]] = []
         tensor, online = Scope.tensor, tiled.Tiles._online
 
-        def counting(scope: Scope, expr: Expr) -> Tensor:
-            evaluated[expr] = evaluated.get(expr, 0) + 1
+        def noticing(scope: Scope, expr: Expr) -> Tensor:
+            if inside and expr == self.region.mask:
+                at, to = (_positions(scope.axes[a]) for a in (self.region.query, self.region.key))
+                evaluated[inside[-1]][torch.broadcast_tensors(at // rows, to // columns)] = True
             return tensor(scope, expr)
 
         def recorded(engine: tiled.Tiles, scope: Scope, like: Tensor, score: Expr, run: Any, watch: bool) -> Any:
-            if score == self.region.score:
-                part = tuple(_ends(scope.axes[a]) for a in self.region.batch)
-                done = found.setdefault(part, torch.zeros(shape, dtype=torch.int8))
-                first, last = (x // engine.block_q for x in _ends(scope.axes[self.region.query]))
-                for column in run:
-                    for k in range(last - first + 1):
-                        start = column.start + k * column.step
-                        for begin, count, what in ((0, column.length, 2), *((b, n, 1) for b, n in column.masked)):
-                            tile, past = (start + begin) // engine.block_k, start + begin + count
-                            place = done[first + k, tile : -(-past // engine.block_k)]
-                            assert what == 1 or not place.any()  # once
-                            place.fill_(what)
-            return online(engine, scope, like, score, run, watch)
+            if score != self.region.score:
+                return online(engine, scope, like, score, run, watch)
+            part = tuple(_ends(scope.axes[a]) for a in self.region.batch)
+            done = found.setdefault(part, torch.zeros(shape, dtype=torch.int8))
+            evaluated.setdefault(part, torch.zeros(shape, dtype=torch.bool))
+            first, last = (x // engine.block_q for x in _ends(scope.axes[self.region.query]))
+            for column in run:
+                for k in range(last - first + 1):
+                    start = column.start + k * column.step
+                    for begin, count, what in ((0, column.length, 2), *((b, n, 1) for b, n in column.masked)):
+                        tile, past = (start + begin) // engine.block_k, start + begin + count
+                        place = done[first + k, tile : -(-past // engine.block_k)]
+                        assert what == 1 or not place.any()  # once
+                        place.fill_(what)
+            inside.append(part)
+            result = online(engine, scope, like, score, run, watch)
+            inside.pop()
+            return result
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Scope, "tensor", counting)
+            patch.setattr(Scope, "tensor", noticing)
             patch.setattr(tiled.Tiles, "_online", recorded)
             patch.setattr(tiled, "classify", lambda *_: tiles)  # its own evaluations do not count
             tiled.run(self.region, Plan("tiled", block_q=rows, block_k=columns), self.operands, self.sizes)
-        if all(bool((done != 1).all()) for done in found.values()):
-            assert self.region.mask not in evaluated
+        for part, done in found.items():
+            assert torch.equal(evaluated[part], done == 1), "the mask is evaluated elsewhere than in partial tiles"
         return found
 
 
 def _ends(position: Any) -> tuple[int, int]:
     return position.bounds() if isinstance(position, Grid) else (int(position), int(position))
+
+
+def _positions(position: Any) -> Tensor:
+    return position.tensor(torch.device("cpu")) if isinstance(position, Grid) else torch.tensor(int(position))
 
 
 @contextmanager

@@ -8,25 +8,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import refocus
 import refocus.backend
 from refocus.testing import check, rewritten
+from tests.drawn import Attention
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 BATCH, HEADS, TOKENS, WIDTH = 2, 2, 40, 8
 SCALE = WIDTH**-0.5
 CAUSAL = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
-
-
-class Attention(nn.Module):
-    def __init__(self, function: Function) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.function(q, k, v)
 
 
 def inputs() -> tuple[Tensor, ...]:

@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import refocus
 from refocus.testing import check
+from tests.drawn import Attention
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 TOKENS, WIDTH = 40, 8
@@ -19,15 +20,6 @@ POSITIONS = torch.arange(TOKENS)
 MASK = ((POSITIONS[:, None] - POSITIONS).abs() < 4) & (POSITIONS[:, None] % 5 != 0)
 CAUSAL = POSITIONS <= POSITIONS[:, None]
 LOWEST = torch.finfo(torch.float32).min
-
-
-class Attention(nn.Module):
-    def __init__(self, function: Function) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.function(q, k, v)
 
 
 def inputs() -> tuple[Tensor, ...]:

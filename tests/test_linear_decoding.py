@@ -145,7 +145,8 @@ def one_key_for_all_heads(
 
 
 SPELLINGS: list[tuple[Function, str, bool]] = [
-    (plain, "none", False), (retained, "head", False), (added_product, "none", True), (by_matrices, "head", False), (by_channels, "channel", False),
+    (plain, "none", False), (retained, "head", False), (added_product, "none", True),
+    (by_matrices, "head", False), (by_channels, "channel", False),
     (any_factor, "none", True), (by_values, "none", True), (normalised, "none", False), (delta, "none", False),
     (gated_delta, "head", False), (channel_delta, "none", True), (in_place, "head", False), (copied, "head", False),
     (grouped, "none", False), (heads_in_the_batch, "head", False), (one_key_for_all_heads, "head", False),
