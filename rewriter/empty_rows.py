@@ -14,9 +14,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from refocus import simplify as s
 from refocus.facts import Facts
-from refocus.ir import TRUE, Axis, Call, Const, Dot, Expr, Load, rewrite
+from refocus.finite_rows import Open
+from refocus.ir import BOOL, TRUE, Axis, Call, Const, Dot, Expr, Load, rewrite
 from refocus.lift import Lifter, arguments, op_name
 from refocus.masks import never_empty
 from refocus.patterns.declined import Declined, Stop
@@ -50,7 +53,7 @@ class Rows:
     def rule(self, soft: Softmax, logits: Expr, mask: Expr) -> str:
         """`Region.empty_row`. Raises Stop where a condition makes zeros of some rows without keys, maybe not of all."""
         apart = set(s.conjuncts(soft.selected)) - {TRUE, *s.conjuncts(mask)}
-        if apart and _may_be_emptied(logits):
+        if apart and self._may_be_emptied(logits):
             raise Stop(_UNPLAIN)
         if self._never_empty(mask):
             return "never"
@@ -68,6 +71,27 @@ class Rows:
 
     def _never_empty(self, mask: Expr) -> bool:
         return never_empty(mask, self.batch, self.query, self.key)
+
+    def _may_be_emptied(self, logits: Expr) -> bool:
+        """Whether what is added to the products of queries and keys is a tensor's, which may hold -inf for all keys."""
+        most = min(map(_largest, {n.dtype for n in logits.walk() if n.is_float}))
+        stack = [logits]
+        while stack:
+            e = stack.pop()
+            if isinstance(e, Load) and e.is_float and not self._is_within(e, most):
+                return True
+            scaled = isinstance(e, Call) and e.op in ("mul", "div")
+            if not isinstance(e, Dot | Load):
+                stack.extend(a for a in e.children if a.dtype != BOOL and not (scaled and isinstance(a, Load)))
+        return False
+
+    def _is_within(self, load: Load, most: float) -> bool:
+        """Whether the graph makes a tensor of conditions and numbers that are no larger."""
+        node = self.facts.nodes.get(load.tensor)
+        if node is None or node.op != "call_function":
+            return False
+        low, high = _ends(Open(self.facts).at(node, load.index))
+        return -most <= low and high <= most
 
     def _of_some_key(self, condition: Expr) -> Iterator[Expr]:
         """What holds for some key where a condition holds: p[i, j], for any_j p[i, j] and for not all_j not p[i, j]."""
@@ -87,17 +111,30 @@ class Rows:
 _UNPLAIN = Declined("rows without keys are no numbers, and it is not plain which of them become zeros")
 
 
-def _may_be_emptied(logits: Expr) -> bool:
-    """Whether what is added to the products of queries and keys is a tensor's, which may hold -inf for all keys."""
-    stack = [logits]
-    while stack:
-        e = stack.pop()
-        if isinstance(e, Load) and e.is_float:
-            return True
-        scaled = isinstance(e, Call) and e.op in ("mul", "div")
-        if not isinstance(e, Dot | Load):
-            stack.extend(a for a in e.children if not (scaled and isinstance(a, Load)))
-    return False
+def _largest(dtype: str) -> float:
+    """How large a number may be that is added to a score: of all dtypes but one, the largest absorbs any score."""
+    most = torch.finfo(getattr(torch, dtype)).max
+    return most / 2 if dtype == "float16" else most
+
+
+def _ends(e: Expr) -> tuple[float, float]:
+    """Between which numbers a value lies that is made of numbers and conditions; infinite where that is not known."""
+    if isinstance(e, Const):
+        return float(e.value), float(e.value)
+    if e.dtype == BOOL:
+        return 0.0, 1.0
+    if isinstance(e, Call) and e.op == "cast":
+        return _ends(e.args[0])
+    if isinstance(e, Call) and e.op == "where":
+        ends = [_ends(a) for a in e.args[1:]]
+        return min(a for a, _ in ends), max(b for _, b in ends)
+    if isinstance(e, Call) and e.op in ("add", "mul", "sub") and len(e.args) == 2:
+        (a, b), (c, d) = map(_ends, e.args)
+        if e.op != "mul":
+            return (a + c, b + d) if e.op == "add" else (a - d, b - c)
+        corners = [x * y for x in (a, b) for y in (c, d)]
+        return (-math.inf, math.inf) if any(map(math.isnan, corners)) else (min(corners), max(corners))
+    return -math.inf, math.inf
 
 
 def _is_fill(e: Expr) -> bool:

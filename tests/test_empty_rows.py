@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import refocus
 from refocus.testing import check
@@ -138,10 +139,26 @@ def multiplied_and_chosen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (weights / weights.sum(-1, keepdim=True)).masked_fill(~MASK, 0.0) @ v
 
 
+def windows(q: Tensor, k: Tensor, v: Tensor, fill: float) -> Tensor:
+    """Seven keys around each query. What is added to those that the batch pads is read through the windows too; a query
+    that is no padding keeps its own key."""
+    padded = v[:, :1, :, 0] > 0.5
+    added = F.pad(padded.to(q.dtype).masked_fill(padded, fill), (3, 3)).unfold(-1, 7, 1)
+    k, v = (F.pad(t, (0, 0, 3, 3)).unfold(-2, 7, 1) for t in (k, v))
+    inside = F.pad(torch.ones(TOKENS, dtype=torch.bool), (3, 3)).unfold(0, 7, 1)
+    logits = torch.einsum("bhnd,bhndw->bhnw", q * 0.3, k) + added
+    weights = logits.masked_fill(~inside, -math.inf).softmax(-1).masked_fill(padded[..., None], 0.0)
+    return torch.einsum("bhnw,bhndw->bhnd", weights, v)
+
+
+def padded_windows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return windows(q, k, v, LOWEST)
+
+
 ALL = (
     no_numbers, means, times_the_mask, filled_again, lowest_filled_again, rows_with_a_key, padding_filled_again,
     other_rows_are_lowest, guarded, guarded_weights, unshifted, unshifted_and_divided_after, shifted, normalised_twice,
-    infinite_rows, lowest_rows, chosen_and_normalised_again, loaded_rows,
+    infinite_rows, lowest_rows, chosen_and_normalised_again, loaded_rows, padded_windows,
 )  # fmt: skip
 
 
@@ -212,6 +229,16 @@ def masked_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights / weights.sum(-1, keepdim=True) @ v
 
 
+def infinitely_padded_windows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return windows(q, k, v, -math.inf)
+
+
+def windows_of_halves(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The lowest number and a score of -16 are -inf in float16."""
+    return windows(q.half(), k.half(), v.half(), torch.finfo(torch.float16).min)
+
+
+UNPLAIN = "rows without keys are no numbers, and it is not plain which of them become zeros"
 UNCLEAR = "a row may hold nothing but fills, and it is not plain what the model makes of these"
 
 
@@ -221,8 +248,10 @@ UNCLEAR = "a row may hold nothing but fills, and it is not plain what the model 
         (by_log_sum_exp, UNCLEAR),
         (sink_and_normalised_again, UNCLEAR),
         (masked_twice, UNCLEAR),
-        (other_rows, "rows without keys are no numbers, and it is not plain which of them become zeros"),
-        (chosen_by_another_mask, "rows without keys are no numbers, and it is not plain which of them become zeros"),
+        (other_rows, UNPLAIN),
+        (chosen_by_another_mask, UNPLAIN),
+        (infinitely_padded_windows, UNPLAIN),
+        (windows_of_halves, UNPLAIN),
         (divided_by_zero, "the normaliser is changed after the sum"),
         (not_shifted_by_a_number, "the normaliser is changed after the sum"),
     ],
