@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from refocus import simplify as s
-from refocus.ir import Axis, Call, Const, Dot, Expr, Load
+from refocus.ir import Axis, Call, Dot, Expr, Load
 from refocus.joint import NOTHING
 from refocus.lift import Lifter, complexity
 from refocus.patterns.softmax import Softmax
 from refocus.pieces import holds_pieces
-from refocus.polynomial import to_poly
-from refocus.roles import Axes
+from refocus.roles import Axes, halved
 
 
 @dataclass
@@ -25,6 +23,7 @@ class Lifted:
     lifter: Lifter
     zero_rows: bool
     added: Expr = NOTHING  # to the result, beside what the weights make
+    heads: tuple[Axis, ...] = ()  # over which all of it is summed
     in_place: bool | None = None  # whether keys are not copied together; None: as the lifter reads
 
     @property
@@ -69,15 +68,10 @@ def split_axis(lifted: Lifted, axes: Axes) -> Axes | None:
                     if isinstance(node, Call) and node.op == "mod" and node.args[0] == axis:
                         by[node.args[1]] = None
             for inner in by:
-                outer = s.floordiv(axis.size, inner)
-                if (
-                    outer == Const(1)
-                    or s.mul(outer, inner) != axis.size
-                    or any(isinstance(a, Call) for m in to_poly(outer) for a in m)
-                ):
+                halves = halved(axis, inner)
+                if halves is None:
                     continue
-                halves = [Axis(f"{axis.name}a", outer), Axis(f"{axis.name}b", inner)]
                 dims = [list(g) for g in axes.dims]
-                dims[d] = group[:k] + halves + group[k + 1 :]
+                dims[d] = group[:k] + list(halves) + group[k + 1 :]
                 return Axes(dims)
     return None

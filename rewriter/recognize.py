@@ -11,7 +11,7 @@ close       no value that holds scores may be read elsewhere, and nothing it rea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import networkx as nx
@@ -22,6 +22,7 @@ from refocus.attention import Left, Part, Readings, Site, closed_under_sharing
 from refocus.bands import Reading, Tensors, to_tokens
 from refocus.closure import check_no_writes, check_reads, interior_of, is_returned, reads_shape
 from refocus.facts import Candidate, Facts, candidates, contraction_operands, taint_of
+from refocus.finite_rows import Open
 from refocus.gathers import distinct, gathered
 from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Reduce
 from refocus.joint import NOTHING, Joint, joints, lift_joint
@@ -38,7 +39,7 @@ from refocus.patterns.softmax import Softmax, terms_of
 from refocus.pieces import holds_pieces, whole
 from refocus.products import reads_of
 from refocus.quotient import EXPONENTIALS, Quotient, Rescaled, lift_rescaled, quotients
-from refocus.roles import Axes, cut_axes, one_key
+from refocus.roles import Axes, Summed, all_keys, cut_axes, keys_and_heads
 from refocus.running_softmax import lift_chunked
 from refocus.sizes import shape_of
 from refocus.skews import unskewed
@@ -166,7 +167,7 @@ def _other_readings(candidate: Candidate, facts: Facts, axes: Axes, near: Lifted
 
 
 def _over_tokens(candidate: Candidate, facts: Facts, axes: Axes, far: Lifted, in_place: Site) -> Site | None:
-    if not (isinstance(far.rest, Const) and far.rest.value == 0) or far.added != NOTHING:
+    if not (isinstance(far.rest, Const) and far.rest.value == 0) or far.added != NOTHING or far.heads:
         return None
     softs = tuple(soft for _, _, soft in far.terms)
     reading = Reading(far.key, far.values, softs, tuple(axes.flat()))
@@ -218,7 +219,24 @@ def _attempt_at(candidate: Candidate, facts: Facts, axes: Axes, lifter: Lifter) 
             lifter,
             found.zero_rows,
         )
-    return _product(candidate, facts, axes, lifter, index)
+    found = _product(candidate, facts, axes, lifter, index)
+    if isinstance(found, Lifted):
+        return found
+    for summed in _with_heads(candidate, facts, index):
+        again = Lifter(facts, far=lifter.far, unpads=lifter.unpads)
+        outcome = _product(candidate, facts, axes, again, index, summed=summed)
+        if isinstance(outcome, Lifted):
+            return replace(outcome, heads=summed.heads)
+    return found
+
+
+def _with_heads(candidate: Candidate, facts: Facts, index: tuple[Expr, ...]) -> Iterator[Summed]:
+    """Ways to read what a product sums over as a key and heads."""
+    lifter = Open(facts)
+    reads = reads_of(lifter, candidate.root, index)
+    if reads is not None and len(reads[1]) == 2:
+        (weights, at), (_, values_at) = reads[1][candidate.weights], reads[1][1 - candidate.weights]
+        yield from keys_and_heads(reads[0], at, values_at, lambda: lifter.at(weights, at))
 
 
 def _product(
@@ -228,25 +246,27 @@ def _product(
     lifter: Lifter,
     index: tuple[Expr, ...],
     rescaled: Rescaled | None = None,
+    summed: Summed | None = None,
 ) -> Lifted | Declined:
-    """Read weights times values at a position of their product. `rescaled`: what the row is multiplied with after."""
+    """Read weights times values at a position of their product. `rescaled`: what the row is multiplied with after.
+    `summed`: what it sums over, where that is not keys alone."""
     root = candidate.root
     if rescaled is not None:
         lifter.visited.add(root)
     reads = reads_of(lifter, root, index)
     if reads is None:
         return Declined("the product with the values has no index notation", op_name(root))
-    summed, operands = reads
+    over, operands = reads
     if len(operands) != 2:
         return Declined("the weights meet more than one operand", op_name(root))
     weights_node, weights_index = operands[candidate.weights]
     values_node, values_index = operands[1 - candidate.weights]
     if candidate.root is values_node:
         return Declined("the weights meet themselves", op_name(root))
-    keys = [a for a in summed if any(a in e.axes for e in weights_index) and any(a in e.axes for e in values_index)]
-    if not keys or len(keys) != len(summed):
+    summed = summed or all_keys(over, weights_index, values_index)
+    if summed is None:
         return Declined("the values are not summed over one key axis", op_name(root))
-    key, weights_index, values_index = one_key(keys, weights_index, values_index)
+    key, weights_index, values_index = summed.key, summed.weights, summed.values
     skew = unskewed(lifter, weights_node, weights_index, key) if rescaled is None else None
     if skew is not None:
         # What was moved to stand beside its key has no copy of keys to be read from: it is read where keys lie.
@@ -401,10 +421,10 @@ def _close(
                 reason = f"the probabilities are read elsewhere (by `{op_name(user)}`)"
                 raise Stop(Declined(reason + ", and the graph returns them" * is_returned(user), node.name))
     check_no_writes(facts, interior | lifted.lifter.visited | {root}, root)
-    result = list(free) or axes.flat()
+    result, one_query = list(free) or axes.flat(), not lifted.lifter.query_axes
     drafts = [
-        Draft(result, mixed, lifted.key, soft, lifted.values, lifted.uncopied, not lifted.lifter.query_axes)
-        for mixed, _, soft in lifted.terms
+        Draft(result, of_heads + lifted.heads, lifted.key, soft, lifted.values, lifted.uncopied, one_query)
+        for of_heads, _, soft in lifted.terms
     ]
     parts, orders = [], []
     epilogue: Expr | None = None
@@ -434,6 +454,8 @@ def _close(
         plain = False
     if lifted.added != NOTHING:
         epilogue, plain = s.call("add", epilogue, lifted.added, dtype="float32"), False
+    for axis in reversed(lifted.heads):
+        epilogue, plain = Reduce("sum", axis, epilogue, "float32"), False
     return Site(
         root,
         candidate.normaliser,

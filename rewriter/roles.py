@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import combinations
 
 from refocus import simplify as s
 from refocus.bands import unflatten
-from refocus.ir import Axis, Const, Expr
+from refocus.ir import Axis, Call, Const, Expr
+from refocus.polynomial import to_poly
 
 
 @dataclass
@@ -28,13 +31,71 @@ class Axes:
         return [a for axes in self.dims for a in axes]
 
 
-def one_key(keys: list[Axis], *indices: tuple[Expr, ...]) -> tuple[Axis, tuple[Expr, ...], tuple[Expr, ...]]:
-    """Keys in rows and columns of a window are one axis: the softmax runs over all of them."""
-    key = keys[0] if len(keys) == 1 else Axis(f"{keys[0].name}.all", s.mul(*(a.size for a in keys)))
-    if len(keys) > 1:
-        places = dict[Expr, Expr](zip(keys, unflatten(key, [a.size for a in keys])))
-        indices = tuple(tuple(s.substitute(e, places) for e in index) for index in indices)
-    return key, *indices  # type: ignore[return-value]
+@dataclass(frozen=True)
+class Summed:
+    """What a product of weights and values sums over: the key, and axes over which results are summed (`heads`)."""
+
+    key: Axis
+    heads: tuple[Axis, ...]
+    weights: tuple[Expr, ...]
+    values: tuple[Expr, ...]
+
+
+def all_keys(
+    summed: tuple[Axis, ...], weights: tuple[Expr, ...], values: tuple[Expr, ...], heads: tuple[Axis, ...] = ()
+) -> Summed | None:
+    """All but `heads` are keys. Keys in rows and columns of a window are one axis: the softmax runs over them."""
+    keys = [a for a in summed if a not in heads]
+    if not keys or not all(_reads(weights, a) and (a in heads or _reads(values, a)) for a in summed):
+        return None
+    if len(keys) == 1:
+        return Summed(keys[0], heads, weights, values)
+    key = Axis(f"{keys[0].name}.all", s.mul(*(a.size for a in keys)))
+    places = dict[Expr, Expr](zip(keys, unflatten(key, [a.size for a in keys])))
+    return Summed(key, heads, _at(weights, places), _at(values, places))
+
+
+def keys_and_heads(
+    summed: tuple[Axis, ...], weights: tuple[Expr, ...], values: tuple[Expr, ...], lifted: Callable[[], Expr]
+) -> Iterator[Summed]:
+    """Some axes are the key, and the rest are heads whose results are summed. `lifted`: the weights there, which tell
+    in what parts they read an axis that is both.
+
+        out[i,d] = sum_(h,j) p[h,i,j] v[h,j,d]                           j is the key
+        out[i,d] = sum_c p[c // n, i, c % n] v[c,d]                      c % n is the key
+    """
+    for count in range(1, len(summed)):
+        for heads in combinations(summed, count):
+            found = all_keys(summed, weights, values, heads)
+            if found is not None:
+                yield found
+    if len(summed) > 1:
+        return
+    for both in summed:
+        by = (n.args[1] for n in lifted().walk() if isinstance(n, Call) and n.op == "mod" and n.args[0] == both)
+        for inner in dict.fromkeys(by):
+            halves = halved(both, inner)
+            if halves is not None:
+                head, key = halves
+                place: dict[Expr, Expr] = {both: s.add(s.mul(head, key.size), key)}
+                yield Summed(key, (head,), _at(weights, place), _at(values, place))
+
+
+def halved(axis: Axis, inner: Expr) -> tuple[Axis, Axis] | None:
+    """An axis a as (a // inner, a % inner), where that divides it."""
+    outer = s.floordiv(axis.size, inner)
+    parts = any(isinstance(a, Call) for m in to_poly(outer) for a in m)
+    if outer == Const(1) or parts or s.mul(outer, inner) != axis.size:
+        return None
+    return Axis(f"{axis.name}a", outer), Axis(f"{axis.name}b", inner)
+
+
+def _reads(index: tuple[Expr, ...], axis: Axis) -> bool:
+    return any(axis in e.axes for e in index)
+
+
+def _at(index: tuple[Expr, ...], places: dict[Expr, Expr]) -> tuple[Expr, ...]:
+    return tuple(s.substitute(e, places) for e in index)
 
 
 def cut_axes(free: list[Axis], weights_index: tuple[Expr, ...], key: Axis) -> set[Axis]:
