@@ -174,7 +174,7 @@ def rows_and_columns(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def only_columns(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A softmax over one of the two axes, summed over both: an attention to each row of keys, whose results are summed."""
+    """A softmax over one of the two axes, summed over both: attentions to rows of keys, summed."""
     k, v = k.unflatten(2, (3, 4)), v.unflatten(2, (3, 4))
     attn = torch.einsum("bhid,bhyxd->bhiyx", q, k).softmax(-1)
     return torch.einsum("bhiyx,bhyxd->bhid", attn, v)
