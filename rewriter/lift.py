@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from refocus import simplify as s
+from refocus.convolutions import CHANNEL_PRODUCT, CONVOLUTIONS, is_pointwise
 from refocus.held_numbers import held
 from refocus.ir import BOOL, INT, Axis, Call, Const, Dot, Expr, Load, Reduce
 from refocus.polynomial import to_poly
@@ -30,12 +31,14 @@ Handler = Callable[["Lifter", fx.Node, Index], "Expr | None"]
 
 
 def op_name(node: fx.Node) -> str:
-    """`add` for aten.add.Tensor; the bare name for anything else."""
+    """`add` for aten.add.Tensor; the bare name for anything else. What a convolution of kernel size 1 computes has a
+    name of its own."""
     if node.op != "call_function":
         return node.op
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.split("::")[1]
+        name = target._schema.name.split("::")[1]
+        return CHANNEL_PRODUCT if name in CONVOLUTIONS and is_pointwise(node) else name
     return getattr(target, "__name__", str(target))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx
 
 from refocus import simplify as s
+from refocus.convolutions import CHANNEL_PRODUCT, groups_of
 from refocus.ir import BOOL, INT, Axis, Call, Const, Expr, Reduce
 from refocus.lift import Handler, Index, Lifter, arguments, contract, dtype_of, kind_of, op_name
 from refocus.sizes import shape_of
@@ -206,7 +207,7 @@ def operands_at(
     lift: Lifter, node: fx.Node, index: Index
 ) -> tuple[tuple[Axis, ...], list[tuple[fx.Node, Index]]] | None:
     """The summed axes of a contraction and where its operands are read for one element of the result."""
-    name = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
+    name = op_name(node)
     if name in ("matmul", "mm", "bmm", "mv", "dot", "linalg_matmul"):
         return _matmul_at(lift, node, arguments(node)[0], arguments(node)[1], index)
     if name in ("baddbmm", "addmm", "addbmm"):
@@ -220,7 +221,23 @@ def operands_at(
         return _einsum_at(lift, node, index)
     if name in ("tensordot", "inner"):
         return _tensordot_at(lift, node, index)
+    if name == CHANNEL_PRODUCT:
+        return _convolution_at(lift, node, index)
     return None
+
+
+def _convolution_at(lift: Lifter, node: fx.Node, index: Index) -> tuple[tuple[Axis, ...], list[tuple[fx.Node, Index]]]:
+    """Channels are summed over, those of the group that the channel of the result is in."""
+    source, weight = arguments(node)[:2]
+    shape = shape_of(weight)
+    axis = lift.bound(node, 0, shape[1])
+    spatial = len(shape) - 2
+    channel = index[-spatial - 1]
+    own: Expr = axis
+    if groups_of(node) > 1:
+        own = s.add(s.mul(s.floordiv(channel, s.floordiv(shape[0], groups_of(node))), shape[1]), axis)
+    lead, places = index[: -spatial - 1], index[-spatial:]
+    return (axis,), [(source, (*lead, own, *places)), (weight, (channel, axis, *(Const(0) for _ in places)))]
 
 
 def _tensordot_at(
@@ -316,7 +333,7 @@ def _contraction(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     value = contract(axes, [lift.at(n, i) for n, i in reads], lift, kind)
     if value is None:
         return None
-    name = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
+    name = op_name(node)
     if name in ("baddbmm", "addmm"):
         options: dict[str, Any] = dict(node.kwargs)
         beta, alpha = options.get("beta", 1), options.get("alpha", 1)
@@ -329,11 +346,15 @@ def _contraction(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
             value = s.call("add", value, extra, dtype=kind)
     if name == "linear" and _argument(node, 2, "bias") is not None:
         value = s.call("add", value, lift.broadcast(_argument(node, 2, "bias"), index), dtype=kind)
+    if name == CHANNEL_PRODUCT and _argument(node, 2, "bias") is not None:
+        channel = index[1 - len(shape_of(arguments(node)[1]))]
+        value = s.call("add", value, lift.at(_argument(node, 2, "bias"), (channel,)), dtype=kind)
     return value
 
 
 CONTRACTIONS = (
     "matmul", "mm", "bmm", "mv", "dot", "baddbmm", "addmm", "linear", "einsum", "linalg_matmul", "tensordot", "inner",
+    CHANNEL_PRODUCT,
 )  # fmt: skip
 
 REDUCTIONS: dict[str, Handler] = {

@@ -15,6 +15,7 @@ import networkx as nx
 import torch
 from torch import fx
 
+from refocus.convolutions import CHANNEL_PRODUCT
 from refocus.facts import Facts, contraction_operands
 from refocus.lift import arguments, is_tensor, op_name
 from refocus.lift_pointwise import POINTWISE
@@ -23,7 +24,7 @@ from refocus.lift_tables import MOVES, OPERATIONS
 from refocus.sizes import hint
 
 # Their second operand is a weight, and their first a sum's start.
-_PROJECTIONS = ("linear", "addmm", "baddbmm")
+_PROJECTIONS = ("linear", "addmm", "baddbmm", CHANNEL_PRODUCT)
 _SPLITS = ("split", "chunk", "unbind", "split_with_sizes")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from refocus.convolutions import CHANNEL_PRODUCT
 from refocus.facts import contraction_operands
 from refocus.ir import Axis, Const, Expr
 from refocus.lift import Lifter, op_name
@@ -16,7 +17,7 @@ def reads_of(
 ) -> tuple[tuple[Axis, ...], list[tuple[fx.Node, tuple[Expr, ...]]]] | None:
     if op_name(root) in CONTRACTIONS:
         if op_name(root) in ("baddbmm", "addmm") or (
-            op_name(root) == "linear" and len(root.args) > 2 and root.args[2] is not None
+            op_name(root) in ("linear", CHANNEL_PRODUCT) and len(root.args) > 2 and root.args[2] is not None
         ):
             return None
         return operands_at(lifter, root, index)

@@ -28,7 +28,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "lift": (
         "blank", "bodies", "capture", "functional", "strokes", "fold", "sizes", "lift", "lift_*", "equal_values",
-        "facts", "gathers", "native_layers", "held_numbers", "vmaps", "forwarded", "widths",
+        "convolutions", "facts", "gathers", "native_layers", "held_numbers", "vmaps", "forwarded", "widths",
     ),
     "patterns": ("patterns", "patterns.*"),
     "recognize": (
