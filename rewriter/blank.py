@@ -3,7 +3,8 @@
     mask = torch.zeros_like(scores)      ->      mask = torch.zeros((2, 4, 96, 96))
 
 As the model wrote it, the scores would have to be there for a mask to be made. Where the image's shape is known only
-when the graph runs, it stays, but no value of it is read (`sources_of`).
+when the graph runs, it stays, but no value of it is read (`sources_of`). The same goes for tensors that are drawn at
+random, or that are not filled yet.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from torch import fx
 from torch._prims_common import make_contiguous_strides_for
 
 _FILLS = {"zeros_like": 0, "ones_like": 1, "new_zeros": 0, "new_ones": 1, "full_like": None, "new_full": None}
+_MADE: dict[str, Any] = {
+    "rand_like": torch.ops.aten.rand.default, "randn_like": torch.ops.aten.randn.default,
+    "empty_like": torch.ops.aten.empty.memory_format, "new_empty": torch.ops.aten.empty.memory_format,
+}  # fmt: skip
 _NUMBERS = (bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
@@ -35,9 +40,16 @@ def number_of(blank: fx.Node) -> Any:
     return known if known is not None else blank.kwargs.get("fill_value", blank.kwargs.get("value", blank.args[-1]))
 
 
+def is_made_alike(node: fx.Node) -> bool:
+    """Whether a tensor is drawn at random, or not filled yet, and made in the image of another."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return _name(node) in _MADE and isinstance(node.meta.get("val"), torch.Tensor)
+
+
 def sources_of(node: fx.Node) -> list[fx.Node]:
     """The nodes whose values a node's value is made of."""
-    if not is_blank(node):
+    if not is_blank(node) and not is_made_alike(node):
         return node.all_input_nodes
     rest: list[fx.Node] = []
     fx.map_arg((node.args[1:], dict(node.kwargs)), rest.append)
@@ -48,6 +60,8 @@ def detach_blanks(gm: fx.GraphModule, permuted: bool = False) -> None:
     """Let blank tensors of known shape be made of numbers alone; those that do not lie in memory in the order of their
     dimensions only with `permuted`, for they become views, which what is written to is better not."""
     for node in list(gm.graph.nodes):
+        if is_made_alike(node):
+            _make_apart(node)
         if not is_blank(node) or _name(node) == "fill" or not isinstance(number_of(node), bool | int | float):
             continue
         value = node.meta["val"]
@@ -65,6 +79,20 @@ def detach_blanks(gm: fx.GraphModule, permuted: bool = False) -> None:
                 new.meta.update(node.meta)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
+
+
+def _make_apart(node: fx.Node) -> None:
+    """Let what is made in the image of a tensor be made of its shape; numbers are drawn in the order of memory, so that
+    only one that lies there in the order of its dimensions is."""
+    value = node.meta["val"]
+    if _order(value) != list(range(value.dim())) or node.kwargs.get("generator") is not None:
+        return
+    made: Any = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
+    with node.graph.inserting_before(node):
+        new = node.graph.call_function(_MADE[_name(node)], (list(value.shape),), made)
+    new.meta.update(node.meta)
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
 
 
 def _name(node: fx.Node) -> str:

@@ -39,8 +39,9 @@ def reads_shape(user: fx.Node, node: fx.Node) -> bool:
 
 
 _OF_SHAPE = frozenset(
-    ("sym_size", "sym_numel", "sym_stride", "fill", "zeros_like", "ones_like", "full_like", "empty_like")
-)
+    ("sym_size", "sym_numel", "sym_stride", "fill", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like",
+     "randn_like", "new_empty", "new_zeros", "new_ones", "new_full")
+)  # fmt: skip
 
 
 def is_returned(node: fx.Node) -> bool:
