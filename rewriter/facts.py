@@ -318,14 +318,17 @@ def candidates(facts: Facts) -> list[list[Candidate]]:
 
 def given_scores(facts: Facts) -> list[fx.Node]:
     """Softmaxes over scores that come into the graph ready-made: as large as one of its inputs, and made of no product
-    in it."""
+    in it, neither by operations that can be followed nor by any others (the best of some, say)."""
     found = []
     for node in facts.order:
         if node.op != "call_function" or not is_tensor(node) or "softmax" not in op_name(node) or node in facts.pure:
             continue
         if node.meta["val"].dim() < 3 or _of_one(node) or taint_of(node, facts):
             continue
-        for source in nx.ancestors(facts.flow, node):
+        above = nx.ancestors(facts.flow, node)
+        if any(op_name(n) in CONTRACTIONS and is_tensor(n) and _elements(n) >= _elements(node) for n in above):
+            continue
+        for source in above:
             value = source.meta.get("val")
             if source.op != "placeholder" or not is_tensor(source) or isinstance(value, torch.nn.Parameter):
                 continue

@@ -69,15 +69,18 @@ _UNROLLED = 8
 
 
 def _unrolled(lift: Lifter, node: fx.Node, index: Index, op: str) -> Expr | None:
+    dims, keep = _argument(node, 1, "dim"), bool(_argument(node, 2, "keepdim", False))
+    dims = [dims] if isinstance(dims, int) else list(dims) if dims else list(range(len(shape_of(arguments(node)[0]))))
+    return unrolled(lift, node, arguments(node)[0], dims[0], keep, index, op) if len(dims) == 1 else None
+
+
+def unrolled(
+    lift: Lifter, node: fx.Node, source: fx.Node, dim: int, keep: bool, index: Index, op: str
+) -> Expr | None:
     """A short reduction of positions written out: (dy, dx).square().sum(-1). None where tensors have a say: what they
     decide is read, not worked out again for every pair."""
-    source = arguments(node)[0]
-    shape, kind = shape_of(source), kind_of(dtype_of(node))
-    dims, keep = _argument(node, 1, "dim"), bool(_argument(node, 2, "keepdim", False))
-    dims = [dims] if isinstance(dims, int) else list(dims) if dims else list(range(len(shape)))
-    if len(dims) != 1:
-        return None
-    dim = dims[0] % len(shape)
+    shape = shape_of(source)
+    dim = dim % len(shape)
     size = shape[dim]
     if not isinstance(size, Const) or not 0 < size.value <= _UNROLLED:
         return None
@@ -85,7 +88,7 @@ def _unrolled(lift: Lifter, node: fx.Node, index: Index, op: str) -> Expr | None
     parts = [lift.at(source, (*index[:dim], Const(k), *after)) for k in range(int(size.value))]
     if any(p.loads or p.is_float for p in parts):
         return None
-    if kind == BOOL:
+    if kind_of(dtype_of(node)) == BOOL:
         parts = [s.as_bool(p) for p in parts]
         return s.or_(*parts) if op in ("any", "max") else s.and_(*parts) if op in ("all", "min", "prod") else None
     total = s.cast(parts[0], INT)

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from refocus import simplify as s
-from refocus.ir import BOOL, Const, Expr
+from refocus.ir import BOOL, INT, Const, Expr
 from refocus.lift import Handler, Index, Lifter, arguments, dtype_of, is_tensor, kind_of, op_name
 from refocus.sizes import shape_of, size_expr
 
@@ -243,9 +243,11 @@ def _getitem(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
         before = s.add(0, *(size_expr(part.shape[dim]) for part in producer.meta["val"][:which]))
         return lift.at(source, [s.add(before, x) if k == dim else x for k, x in enumerate(index)])
     if name in ("max", "min") and which == 0:
-        from refocus.lift_reductions import reduce_over
+        from refocus.lift_reductions import reduce_over, unrolled
 
         _, dim, keep = arguments_of(producer, "self", "dim", "keepdim", keepdim=False)
+        if kind_of(dtype_of(node)) in (INT, BOOL):
+            return unrolled(lift, node, source, dim, keep, index, name)
         return reduce_over(lift, node, source, [dim], keep, index, name, dtype_of(node))
     if name in ("broadcast_tensors", "meshgrid"):
         return _broadcast_many(lift, producer, which, index)

@@ -61,6 +61,12 @@ def maximum_of_distances() -> Tensor:
     return (grid()[:, None] - grid()[None]).abs().amax(-1) <= 1
 
 
+def last_of_blocks() -> Tensor:
+    """A block of keys is seen once its last token is."""
+    last = nn.functional.pad(tokens()[1:], (1, 0)).view(-1, 3).max(-1)[0].repeat_interleave(3)
+    return (tokens()[:, None] >= last) | itself()
+
+
 def between_triangles() -> Tensor:
     ones = torch.ones(N, N, dtype=torch.bool)
     return torch.tril(ones) & ~torch.tril(ones, -17)
@@ -148,6 +154,7 @@ SPELLINGS: list[tuple[Maker, tuple[Tensor, ...], str]] = [
     (block_diag, (), "i < 24 and j < 24"),
     (euclidean, (), "abs(i//8 - j//8) < 2 and abs(i%8 - j%8) < 3"),
     (maximum_of_distances, (), "i//8 - j//8 < 2"),
+    (last_of_blocks, (), "3*(j//3)"),
     (between_triangles, (), "i - j < 17 and j <= i"),
     (bits, (), "i//16 == j//16"),
     (cleared_bits, (), "i//16 == j//16"),
