@@ -140,6 +140,11 @@ def match(core: Expr, key: Axis, of_scores: bool = True, by_hand: bool = False) 
     while isinstance(total, Call) and total.op == "add":  # a sink added to the sum by hand
         plain = [a for a in total.args if (isinstance(a, Call) and a.op == "exp") or isinstance(a, Const)]
         rest = [a for a in total.args if a not in plain]
+        if len(rest) == 1 and at_least_one(rest[0]):
+            plain = [p for p in plain if not is_lost(p, dtype)]
+            total = rest[0] if not plain else total
+        if not plain and rest:
+            break
         numbers = [p.value for p in plain if isinstance(p, Const)]
         if len(rest) != 1 or not plain or any(n != 1 for n in numbers):
             return Declined("something other than an exponential is added to the normaliser", "add")
@@ -170,17 +175,29 @@ def _unclamped(total: Expr) -> Expr:
     if not (isinstance(total, Call) and total.op == "max" and len(total.args) == 2):
         return total
     least, inner = sorted(total.args, key=lambda a: not isinstance(a, Const))
-    if not (isinstance(least, Const) and least.value <= 1 and isinstance(inner, Reduce) and inner.op == "sum"):
-        return total
-    parts = factored(inner.body)
-    mine, rows = by_key(parts.exponents, inner.axis)
+    return inner if isinstance(least, Const) and least.value <= 1 and at_least_one(inner) else total
+
+
+def at_least_one(total: Expr) -> bool:
+    """Whether a sum of exponentials is one of exp(x - max x)."""
+    if not (isinstance(total, Reduce) and total.op == "sum"):
+        return False
+    parts = factored(total.body)
+    mine, rows = by_key(parts.exponents, total.axis)
     if parts.factors or parts.divisors or parts.conditions or len(rows) != 1:
-        return total
+        return False
     sign, most = rows[0]
-    if sign > 0 or not (isinstance(most, Reduce) and most.op == "max" and most.axis.size == inner.axis.size):
-        return total
-    logits = additive(s.substitute(most.body, {most.axis: inner.axis}), 1)
-    return inner if Counter(logits) == Counter(mine) else total
+    if isinstance(most, Call) and most.op == "detach":
+        most = most.args[0]
+    if sign > 0 or not (isinstance(most, Reduce) and most.op == "max" and most.axis.size == total.axis.size):
+        return False
+    return Counter(additive(s.substitute(most.body, {most.axis: total.axis}), 1)) == Counter(mine)
+
+
+def is_lost(number: Expr, dtype: str) -> bool:
+    """Whether a number is so small that one, or more, is the same with it and without: in the arithmetic of the model,
+    which adds it lest it divides by zero."""
+    return isinstance(number, Const) and 0 <= number.value <= (2.0**-54 if dtype == "float64" else 2.0**-25)
 
 
 def _renormalised(divisors: list[Expr]) -> list[Expr] | None:

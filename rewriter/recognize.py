@@ -93,7 +93,7 @@ def recognize(facts: Facts) -> list[Site | Left]:
     sites, read_elsewhere = closed_under_sharing(sites)
     for site, left in read_elsewhere:
         done.discard(site.root)
-        lefts[site.root] = left
+        lefts[site.root] = unread.get(site.root, left)
     inner = {n for site in sites for n in (*site.interior, site.normaliser)}
     gone = done | inner
     kept = [x for root, x in lefts.items() if not {root, x.root} & gone and x.normaliser not in inner]

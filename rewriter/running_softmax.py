@@ -18,7 +18,7 @@ from refocus.facts import Candidate, Facts, taint_of
 from refocus.finite_rows import Open, Proofs, shifted_by_numbers
 from refocus.ir import Axis, Call, Const, Expr, Load, Reduce
 from refocus.joint import moved
-from refocus.lift import Index, Lifter, arguments, op_name
+from refocus.lift import Index, Lifter, arguments, dtype_of, op_name
 from refocus.lift_joins import JOINS
 from refocus.lift_pointwise import POINTWISE
 from refocus.lift_reductions import CONTRACTIONS, REDUCTIONS
@@ -26,7 +26,7 @@ from refocus.lift_views import VIEWS
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.factors import Factored, additive, factored
 from refocus.patterns.guards import unguarded
-from refocus.patterns.softmax import Softmax
+from refocus.patterns.softmax import Softmax, is_lost
 from refocus.piecewise import along, renamed, seamless
 from refocus.products import reads_of
 from refocus.quotient import Quotient, below_views, divisor_of, weights_of
@@ -36,12 +36,14 @@ from refocus.sizes import shape_of
 
 @dataclass(frozen=True)
 class Chunked:
-    """A numerator of several products, in index notation. `seamless`: the chunks are parts of one tensor, all of it."""
+    """A numerator of several products, in index notation. `seamless`: the chunks are parts of one tensor, all of it.
+    `shift`: what all exponents were less by, if it is one value."""
 
     key: Axis
     softmax: Softmax
     values: Expr
     seamless: bool
+    shift: Expr | None
 
 
 @dataclass
@@ -82,10 +84,7 @@ class _Chunk:
     values: Expr | None = None
 
     def renamed(self, key: Axis) -> _Chunk:
-        def at(terms: Counter[Expr]) -> Counter[Expr]:
-            return Counter({s.substitute(e, {self.key: key}): n for e, n in terms.items()})
-
-        return _Chunk(key, at(self.net), at(self.conditions))
+        return _Chunk(key, _at(self.net, {self.key: key}), _at(self.conditions, {self.key: key}))
 
 
 def lift_chunked(quotient: Quotient, facts: Facts, index: Index, far: bool, together: bool) -> tuple[Chunked, Lifter]:
@@ -113,13 +112,19 @@ def lift_chunked(quotient: Quotient, facts: Facts, index: Index, far: bool, toge
     chunks = [_chunk(lifter, reading) for reading in numerators]
     totals = [_chunk(lifter, reading) for reading in denominators]
     extras: list[Counter[Expr]] = []
+    lost = False
     for term, addend in ((x, a) for a in below if a.value is not None for x in _positive_terms(a.value)):
+        if is_lost(term, dtype_of(root)) and not addend.rows:
+            lost = True
+            continue
         summed = _total_of(term, lifter, addend.rows)
         if summed is not None:
             totals.append(summed)
         else:
             extras.append(_net(factored(term), lifter, addend.rows))
     found = _joined(root, chunks, totals, extras, between)
+    if lost and not (found.shift is not None and _is_maximum(lifter, facts, found.shift, chunks)):
+        raise Stop(Declined("something other than an exponential is added to the normaliser", root.name))
     query = next(iter(lifter.query_axes), Axis("row", Const(1)))
     products_of, rows_of = (frozenset(n.name for n in nodes) for nodes in (scores, between))
     proofs = Proofs(query, products_of, rows_of, found.seamless)
@@ -277,7 +282,41 @@ def _joined(
     values = [(c.key, c.values) for c in chunks if c.values is not None]
     whole = seamless(key, logits) is not None and seamless(key, values) is not None
     soft = Softmax(along(key, logits), tuple(_total(net) for net in extras), Const(1.0, "float32"))
-    return Chunked(key, soft, along(key, values), whole)
+    taken = next(iter(shift)) if list(shift.values()) == [-1] else None
+    return Chunked(key, soft, along(key, values), whole, taken)
+
+
+def _is_maximum(lifter: Lifter, facts: Facts, shift: Expr, chunks: list[_Chunk]) -> bool:
+    """Whether a row's value is the greatest of some of its logits: then the exponentials add up to one at least."""
+    logits = [(c.key, c.net) for c in chunks if not c.conditions]
+    stack, budget = [shift], 256
+    while stack:
+        value, budget = stack.pop(), budget - 1
+        if budget < 0:
+            return False
+        if isinstance(value, Call) and value.op in ("max", "where", "detach"):
+            stack.extend(a for a in value.args if a.is_float)
+        elif isinstance(value, Reduce) and value.op == "max":
+            terms: Counter[Expr] = Counter()
+            for sign, term in additive(value.body, 1):
+                terms[term] += sign
+            if not any(_at(terms, {value.axis: key}) == net for key, net in logits):
+                stack.append(value.body)
+        else:
+            node = facts.nodes.get(value.tensor) if isinstance(value, Load) else None
+            handler = None if node is None else {**VIEWS, **JOINS, **_MOST}.get(op_name(node))
+            below = handler(lifter, node, value.index) if handler is not None and node is not None else None
+            if below is None or below == value:
+                return False
+            stack.append(below)
+    return True
+
+
+_MOST = {"amax": REDUCTIONS["amax"], "maximum": POINTWISE["maximum"], "max": POINTWISE["max"]}
+
+
+def _at(terms: Counter[Expr], names: dict[Expr, Expr]) -> Counter[Expr]:
+    return Counter({s.substitute(e, names): n for e, n in terms.items()})
 
 
 def _equal(a: _Chunk, b: _Chunk) -> bool:
