@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from refocus import simplify as s
-from refocus.ir import Call, Const, Dot, Expr, Reduce
+from refocus.ir import Call, Const, Dot, Expr, Load, Reduce
 
 Signed = tuple[int, Expr]
 
@@ -77,7 +77,7 @@ def factored(e: Expr) -> Factored:
             out = Factored([], [], [], [])
             for sign, term in additive(scale, 1):
                 term = _but_for_base(term)
-                if isinstance(term, Call) and term.op == "log":
+                if isinstance(term, Call) and term.op == "log" and not _is_read(term.args[0]):
                     part = factored(term.args[0])
                     out = out.times(part if sign > 0 else replace(_inverse(term.args[0]), logged=True))
                 else:
@@ -99,6 +99,14 @@ def factored(e: Expr) -> Factored:
         if e.op == "add" and all((isinstance(a, Const) and a.value == 0) or a is e.args[0] for a in e.args):
             return factored(e.args[0])
     return Factored([], [e], [], [])
+
+
+def _is_read(weight: Expr) -> bool:
+    """Whether a value is made of tensors, and of no sum: its logarithm is a term of the scores like any other, of which
+    nothing cancels."""
+    if any(isinstance(n, Dot | Reduce) for n in weight.walk()):
+        return False
+    return any(isinstance(n, Load) and n.is_float for n in weight.walk())
 
 
 def _but_for_base(e: Expr) -> Expr:
