@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from refocus.blank import detach_blanks
 from refocus.bodies import Retrace, changes_casts
+from refocus.dead_code import remove_dead_code
 from refocus.forwarded import forward_writes
 from refocus.functional import make_functional
 from refocus.held_numbers import hold_numbers
@@ -59,7 +60,7 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
             # Values were made that the tracer does not follow: it took one for a constant.
             raise CaptureFailed("a value of the graph was lost when it was traced again")
     traced.meta.update(gm.meta)
-    traced.graph.eliminate_dead_code()
+    remove_dead_code(traced.graph)
     for old, new, value in zip(placeholders, traced.graph.find_nodes(op="placeholder"), values):
         new.meta["requires_grad"] = bool(getattr(value, "requires_grad", False))
         for key in ("tensor_dict", "grapharg", "_dynamo_source", "example_value"):

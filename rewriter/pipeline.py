@@ -30,6 +30,7 @@ from refocus.close_linear import LinearSite
 from refocus.codegen.choose import plan_part
 from refocus.codegen.plan import Chosen, Leave, Plan
 from refocus.codegen.readings import prefers_tokens
+from refocus.dead_code import remove_dead_code
 from refocus.equal_sizes import made_equal
 from refocus.errors import RegionNotFused
 from refocus.facts import Facts, gather_facts, given_scores
@@ -111,7 +112,7 @@ def _rewrite_outer(gm: fx.GraphModule, options: Options, inputs: Sequence[Any]) 
         for node in given_scores(facts)
     ]
     if fused:
-        traced.graph.eliminate_dead_code()
+        remove_dead_code(traced.graph)
         placed = place_results(traced)
         rows = [replace(r, kernel_path=calls[r.name].kernel_path(placed)) if r.name in calls else r for r in rows]
     report = Report(tuple(rows), 1, time.perf_counter() - started, tuple(dict.fromkeys(notes)))
@@ -120,7 +121,7 @@ def _rewrite_outer(gm: fx.GraphModule, options: Options, inputs: Sequence[Any]) 
         _require(report)
     if not fused:
         return Rewritten(gm, report)
-    traced.graph.eliminate_dead_code()
+    remove_dead_code(traced.graph)
     traced.graph.lint()
     traced.recompile()
     debug.dump("splice", traced)

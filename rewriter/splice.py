@@ -22,6 +22,7 @@ from refocus.codegen import operator
 from refocus.codegen.cotangents import flows_into
 from refocus.codegen.plan import Plan
 from refocus.codegen.tiled import factors
+from refocus.dead_code import remove_dead_code
 from refocus.evaluate import arange_env, evaluate, size_of
 from refocus.facts import Facts
 from refocus.hoist import Hoisted
@@ -184,7 +185,7 @@ def _drop_grad_switches(body: fx.GraphModule) -> None:
     for node in list(body.graph.nodes):
         if getattr(node.target, "__name__", "") == "_set_grad_enabled":
             body.graph.erase_node(node)
-    body.graph.eliminate_dead_code()
+    remove_dead_code(body.graph)
 
 
 def _loads(value: Expr) -> tuple[Load, ...]:

@@ -28,7 +28,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "lift": (
         "blank", "bodies", "capture", "functional", "strokes", "fold", "sizes", "lift", "lift_*", "equal_values",
-        "convolutions", "facts", "gathers", "native_layers", "held_numbers", "vmaps", "forwarded", "widths",
+        "convolutions", "dead_code", "facts", "gathers", "native_layers", "held_numbers", "vmaps", "forwarded",
+        "widths",
     ),
     "patterns": ("patterns", "patterns.*"),
     "recognize": (

@@ -1,0 +1,73 @@
+"""Code without a reader that is not dead: writes in the bodies of operations that hold graphs of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from refocus.testing import rewritten
+
+pytestmark = pytest.mark.filterwarnings("error::refocus.backend.FallbackWarning")
+
+
+class Halves(torch.autograd.Function):
+    """Softmax attention that adds its gradients up in place, half of the queries after the other."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = torch.zeros(q.shape[0], q.shape[1], k.shape[1], dtype=q.dtype)
+        for rows, some in zip(weights.chunk(2, 1), q.chunk(2, 1)):
+            rows.copy_((some @ k.mT).softmax(-1))
+        ctx.save_for_backward(q, k, v, weights)
+        return weights @ v
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, weights = ctx.saved_tensors
+        of_q, of_k, of_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for rows, p, some, g in zip(of_q.chunk(2, 1), weights.chunk(2, 1), q.chunk(2, 1), grad.chunk(2, 1)):
+            of_v.add_(p.mT @ g)
+            of_p = g @ v.mT
+            of_scores = p * (of_p - (of_p * p).sum(-1, keepdim=True))
+            rows.add_(of_scores @ k)
+            of_k += of_scores.mT @ some
+        return of_q, of_k, of_v
+
+
+def own_backward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return Halves.apply(q, k, v)
+
+
+def beside_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return Halves.apply(q, k, v) + (q @ k.mT).softmax(-1) @ v
+
+
+def recomputed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT
+        kept = torch.zeros(q.shape[1], k.shape[1])
+        kept.view(-1).add_(1)
+        kept[:, -2:] = 0
+        half = kept.chunk(2)[0]
+        half.mul_(0.5)
+        return (scores * kept).tanh() @ v
+
+    return checkpoint(attend, q, k, v, use_reentrant=False) + (q @ k.mT).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("function", [own_backward, beside_attention, recomputed])
+def test_what_writes_is_kept(function: Callable[..., Tensor]) -> None:
+    torch._dynamo.reset()
+    inputs = torch.randn(3, 2, 8, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    results = []
+    for call in (function, rewritten(function, engine="tiled")):
+        given = [x.clone().requires_grad_() for x in inputs]
+        out = call(*given)
+        results.append((out, *torch.autograd.grad(out.square().sum(), given)))
+    for ours, eager in zip(results[1], results[0]):
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
