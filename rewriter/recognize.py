@@ -315,12 +315,21 @@ def _attempt_merge(merge: Merge, facts: Facts, axes: Axes, far: bool) -> Lifted 
 def _attempt_quotient(quotient: Quotient, facts: Facts, axes: Axes, far: bool) -> Lifted | Declined:
     lifter = Lifter(facts, far=far)
     rescaled = lift_rescaled(quotient, facts, lifter, axes.index())
+    declined: Declined | None = None
     if rescaled is not None:
-        return _product(quotient.parts[0], facts, axes, lifter, rescaled.index, rescaled)
-    for together in (True, False):
-        found, running = lift_chunked(quotient, facts, axes.index(), far, together)
-        if found.seamless:
-            break
+        outcome = _product(quotient.parts[0], facts, axes, lifter, rescaled.index, rescaled)
+        if isinstance(outcome, Lifted) or len(rescaled.rows) < 2:
+            return outcome
+        declined = outcome
+    try:  # one chunk of keys may be spelled like several
+        for together in (True, False):
+            found, running = lift_chunked(quotient, facts, axes.index(), far, together)
+            if found.seamless:
+                break
+    except Stop:
+        if declined is None:
+            raise
+        return declined
     terms: list[tuple[tuple[Axis, ...], Expr, Softmax]] = [((), Const(1.0, "float32"), found.softmax)]
     return Lifted(found.key, found.values, terms, NOTHING, running, False)
 

@@ -127,6 +127,24 @@ def stacked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (values * rescale[..., None]).sum(0) / (totals * rescale).sum(0)[..., None]
 
 
+def rows_and_chunks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Rabe and Staats, some rows after the other: the first ones see but one chunk, which is stacked all the same."""
+    out = []
+    for first in range(0, TOKENS, 20):
+        parts = []
+        for begin in range(0, first + 1, 20):
+            scores = q[:, :, first : first + 20] @ k[:, :, begin : begin + 20].mT * SCALE
+            if begin == first:
+                scores = scores.masked_fill(torch.ones(20, 20, dtype=torch.bool).triu(1), -1e30)
+            most = scores.amax(-1).detach()
+            weights = (scores - most[..., None]).exp()
+            parts.append((weights @ v[:, :, begin : begin + 20], weights.sum(-1), most))
+        values, totals, most = (torch.stack(x, -1) for x in zip(*parts))
+        rescale = (most - most.amax(-1, keepdim=True)).exp()
+        out.append((values * rescale[..., None, :]).sum(-1) / (totals * rescale).sum(-1)[..., None])
+    return torch.cat(out, 2)
+
+
 def divided_at_every_step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """FlashAttention's first formulation keeps the result normalised."""
     most, total, result = q.new_full((*q.shape[:-1], 1), -1e30), None, None
@@ -438,6 +456,11 @@ def test_a_mask_of_the_values_alone_is_a_gate() -> None:
     report = check(Attention(other_mask), inputs(), lower=False, gradients=True).report
     (site,) = report.sites
     assert site.fused and site.mask == ""
+
+
+def test_one_chunk_is_stacked_like_several() -> None:
+    report = check(Attention(rows_and_chunks), inputs(), sites=2, lower=False, gradients=True).report
+    assert report.sites[0].mask == "j <= i"
 
 
 def test_equal_values_are_read_once() -> None:
