@@ -104,9 +104,16 @@ def _multiplied(a: Product, b: Product) -> Product:
 
 
 def settled(product: Product, pair: Pair) -> Product:
-    """The product, its pairs simplified where the mask holds: with j <= i known, max(i - j, 0) is i - j."""
+    """The product, its pairs simplified where the mask holds: with j <= i known, max(i - j, 0) is i - j. And the mask
+    where positions are: with 1 <= i known, j <= max(i - 1, 0) is j < i, which implies it."""
     held = set(pair)
+    alone = {c for c in product.conditions if c.axes & held and not held <= c.axes}
+    if alone:
+        at = s.assume(s.and_(*alone))
+        product = replace(product, conditions=tuple(x for c in product.conditions for x in _at(c, at, held)))
     known = s.assume(s.and_(*(c for c in product.conditions if held <= c.axes)))
+    implied = {c for c in alone if s.under(c, known) == TRUE}
+    product = replace(product, conditions=tuple(c for c in product.conditions if c not in implied))
     out = Product(product.summed, (), product.divisors, product.exponents, ())
     for factor in product.factors:
         if held <= factor.axes:
@@ -117,6 +124,10 @@ def settled(product: Product, pair: Pair) -> Product:
             out = out.times(Product(factors=(factor,)))
     conditions = tuple(c for c in product.conditions if not always(c, known))
     return out.times(Product(conditions=conditions))
+
+
+def _at(condition: Expr, known: s.Knowledge, held: set[Axis]) -> list[Expr]:
+    return list(s.conjuncts(s.under(condition, known))) if held <= condition.axes else [condition]
 
 
 def always(condition: Expr, known: s.Knowledge) -> bool:

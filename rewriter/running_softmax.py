@@ -302,13 +302,15 @@ def _is_maximum(lifter: Lifter, facts: Facts, shift: Expr, chunks: list[_Chunk])
                 terms[term] += sign
             if not any(_at(terms, {value.axis: key}) == net for key, net in logits):
                 stack.append(value.body)
-        else:
-            node = facts.nodes.get(value.tensor) if isinstance(value, Load) else None
-            handler = None if node is None else {**VIEWS, **JOINS, **_MOST}.get(op_name(node))
-            below = handler(lifter, node, value.index) if handler is not None and node is not None else None
+        elif isinstance(value, Load) and value.tensor in facts.nodes:
+            node = facts.nodes[value.tensor]
+            handler = {**VIEWS, **JOINS, **_MOST}.get(op_name(node))
+            below = None if handler is None else handler(lifter, node, value.index)
             if below is None or below == value:
                 return False
             stack.append(below)
+        else:
+            return False
     return True
 
 

@@ -265,11 +265,26 @@ def channels(q: Tensor, k: Tensor, v: Tensor, g: Tensor, gd: Tensor) -> Tensor:
     return torch.einsum("bhid,bhjd,bhijd->bhij", q, k, between.exp()) @ v
 
 
+def pushed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The state before a position is that after the one before it, pushed on by zeros in front."""
+    states = torch.einsum("bhjd,bhje->bhjde", k, v).cumsum(2)
+    sums = torch.nn.functional.pad(k.cumsum(2), (0, 0, 1, 0))[:, :, :-1]
+    before = torch.nn.functional.pad(states, (0, 0, 0, 0, 1, 0))[:, :, :-1]
+    return torch.einsum("bhid,bhide->bhie", q, before) / (torch.einsum("bhid,bhid->bhi", q, sums)[..., None] + 1e-6)
+
+
+def pushed_by_zeros(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    states = torch.einsum("bhjd,bhje->bhjde", k, v).cumsum(2)
+    before = torch.cat([torch.zeros_like(states[:, :, :1]), states[:, :, :-1]], 2)
+    return torch.einsum("bhid,bhide->bhie", q, before)
+
+
 SPELLINGS: list[tuple[Function, str, str]] = [
     (strict, "none", "j < i"), (by_where, "none", "j <= i"), (by_multiplication, "none", "j <= i"),
     (by_additive_infinity, "head", "j <= i"), (two_decays, "head", "j <= i"), (base_two, "head", "j <= i"),
     (signed_powers, "head", "j <= i"), (by_sums_beside, "none", "j <= i"), (twice_normalised, "none", "j <= i"),
     (padded, "none", "j <= i"), (grouped, "none", "j <= i"), (channels, "channel", "j < i"),
+    (pushed, "none", "j < i"), (pushed_by_zeros, "none", "j < i"),
 ]  # fmt: skip
 
 
