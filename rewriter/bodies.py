@@ -44,6 +44,29 @@ def bodies(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
                         yield str(source.target), body
 
 
+def closed_attentions(gm: fx.GraphModule) -> Iterator[fx.Node]:
+    """The operations whose bodies are left as they are, and hold products and a softmax or exponentials."""
+    for node in gm.graph.nodes:
+        if is_higher_order(node) and node.target.name() not in _CALLS:
+            inside = set().union(*(_names(gm, str(x.target)) for x in node.all_input_nodes if x.op == "get_attr"))
+            if not inside.isdisjoint(_NORMALISERS) and not inside.isdisjoint(_PRODUCTS):
+                yield node
+
+
+_NORMALISERS = ("softmax", "exp", "exp_", "exp2", "_softmax")
+_PRODUCTS = ("matmul", "einsum", "bmm", "baddbmm")
+
+
+def _names(gm: fx.GraphModule, target: str) -> set[str]:
+    """What the operations of a body, and of those inside it, are called."""
+    body = gm.get_submodule(target) if "." in target or hasattr(gm, target) else None
+    if not isinstance(body, fx.GraphModule):
+        return set()
+    names = {n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "") for n in body.graph.nodes}
+    deeper = [str(n.target) for n in body.graph.find_nodes(op="get_attr")]
+    return {n.split(".")[0] for n in names}.union(*(_names(body, d) for d in deeper))
+
+
 def with_bodies(gm: fx.GraphModule, change: Callable[[fx.GraphModule], fx.GraphModule]) -> fx.GraphModule:
     """The graph with each body changed; `gm` itself, untouched, where `change` returns every body as it was."""
     changed = {name: change(body) for name, body in bodies(gm)}

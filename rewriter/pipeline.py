@@ -24,7 +24,7 @@ from torch import fx
 from refocus import debug
 from refocus.assumptions import Assumption, model_buffers
 from refocus.attention import Left, Site
-from refocus.bodies import with_bodies
+from refocus.bodies import closed_attentions, with_bodies
 from refocus.capture import CaptureFailed, capture
 from refocus.close_linear import LinearSite
 from refocus.codegen.choose import plan_part
@@ -35,6 +35,7 @@ from refocus.equal_sizes import made_equal
 from refocus.errors import RegionNotFused
 from refocus.facts import Facts, gather_facts, given_scores
 from refocus.ir import Region
+from refocus.lift import op_name
 from refocus.linear_sites import describe_linear, plan_linear
 from refocus.options import Options
 from refocus.output_chain import is_call, place_results
@@ -110,6 +111,11 @@ def _rewrite_outer(gm: fx.GraphModule, options: Options, inputs: Sequence[Any]) 
         f"{location_of(node)}: a softmax over what came into its graph; attention is fused only where the product of "
         "queries and keys is in the same graph (a graph break stands between them, if they are not the model's input)"
         for node in given_scores(facts)
+    ]
+    notes += [
+        f"{location_of(node)}: `{op_name(node)}` holds an attention in a graph of its own, which is not looked into "
+        "(a torch.autograd.Function, say, has a backward of its own)"
+        for node in closed_attentions(traced)
     ]
     if fused:
         remove_dead_code(traced.graph)

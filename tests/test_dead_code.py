@@ -64,10 +64,12 @@ def recomputed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def test_what_writes_is_kept(function: Callable[..., Tensor]) -> None:
     torch._dynamo.reset()
     inputs = torch.randn(3, 2, 8, 4, generator=torch.Generator().manual_seed(0)).unbind()
-    results = []
-    for call in (function, rewritten(function, engine="tiled")):
+    results, reports = [], []
+    for call in (function, rewritten(function, engine="tiled", report=reports.append)):
         given = [x.clone().requires_grad_() for x in inputs]
         out = call(*given)
         results.append((out, *torch.autograd.grad(out.square().sum(), given)))
     for ours, eager in zip(results[1], results[0]):
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
+    notes = [note for report in reports for note in report.notes if "not looked into" in note]
+    assert bool(notes) == (function is not recomputed)
