@@ -68,6 +68,12 @@ def _convert(value: sympy.Expr, shape_env: Any, low: int) -> Expr:
     name = type(value).__name__
     if name in ("FloorDiv", "CleanDiv") and (number := _guarded(value, shape_env)) is not None:
         return Const(number)
+    if name in _ROUNDED and (quotient := _quotient(value.args[0], shape_env)) is not None:
+        above, by = quotient
+        if name == "CeilToInt":
+            return s.floordiv(s.add(above, by, -1), by)
+        if name == "FloorToInt" or value.args[0].args[0].is_nonnegative:
+            return s.floordiv(above, by)
     args = [_convert(a, shape_env, LEAST) for a in value.args]
     if value.is_Add:
         return s.add(*args)
@@ -84,6 +90,29 @@ def _convert(value: sympy.Expr, shape_env: Any, low: int) -> Expr:
     if name == "Max":
         return s.maximum(args[0], args[1])
     return Sym("u_" + re.sub(r"\W+", "_", str(value)), 0 if value.is_nonnegative else low)
+
+
+_ROUNDED = ("CeilToInt", "FloorToInt", "TruncToInt")
+
+
+def _quotient(value: sympy.Expr, shape_env: Any) -> tuple[Expr, Expr] | None:
+    """a and b of the float a / b, for integers a and b > 0: a quotient that is rounded to a whole number is that of the
+    integers, as long as these are floats (a fraction is off a whole number by 1 / b at least)."""
+    if type(value).__name__ not in ("IntTrueDiv", "FloatTrueDiv"):
+        return None
+    parts = [_integer(a) for a in value.args]
+    if any(a is None for a in parts):
+        return None
+    above, by = (_convert(a, shape_env, LEAST) for a in parts)
+    return (above, by) if isinstance(by, Const) and by.value > 0 else None
+
+
+def _integer(value: sympy.Expr) -> sympy.Expr | None:
+    if type(value).__name__ == "ToFloat":
+        return value.args[0]
+    if value.is_Float:
+        return sympy.Integer(int(value)) if value == int(value) else None
+    return value if value.is_integer else None
 
 
 def _guarded(value: sympy.Expr, shape_env: Any) -> int | None:

@@ -86,3 +86,33 @@ def test_lowered_numbers() -> None:
         for width in (8, 12):
             given = torch.randn(3, 2, 3, 40, width).unbind()
             torch.testing.assert_close(run(*given), on_the_queries(*given))
+
+
+def _rounded_up(n: int) -> int:
+    return math.ceil(n / 16) * 16
+
+
+def _rounded_down(n: int) -> int:
+    return math.floor(n / 16) * 16
+
+
+def _cut_off(n: int) -> int:
+    return int(n / 16) * 16
+
+
+@pytest.mark.parametrize("length", [_rounded_up, _rounded_down, _cut_off])
+def test_a_quotient_of_floats_that_is_rounded_is_one_of_integers(length: Callable[[int], int]) -> None:
+    """Windows whose number is a rounded n / 16."""
+
+    def windows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        n = length(q.shape[1])
+        q, k, v = (F.pad(x, (0, 0, 0, 16))[:, :n].unflatten(1, (n // 16, 16)) for x in (q, k, v))
+        return ((q @ k.mT).softmax(-1) @ v).flatten(1, 2)
+
+    torch._dynamo.reset()
+    reports: list = []
+    run = rewritten(windows, engine="tiled", dynamic=True, report=reports.append)
+    for n in (40, 59, 48):
+        given = torch.randn(3, 2, n, 6).unbind()
+        torch.testing.assert_close(run(*given), windows(*given), rtol=1e-4, atol=1e-5)
+    assert reports and all(report.sites and all(site.fused for site in report.sites) for report in reports)
