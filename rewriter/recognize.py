@@ -219,15 +219,15 @@ def _attempt_at(candidate: Candidate, facts: Facts, axes: Axes, lifter: Lifter) 
             lifter,
             found.zero_rows,
         )
-    found = _product(candidate, facts, axes, lifter, index)
-    if isinstance(found, Lifted):
-        return found
+    alone = _product(candidate, facts, axes, lifter, index)
+    if isinstance(alone, Lifted):
+        return alone
     for summed in _with_heads(candidate, facts, index):
         again = Lifter(facts, far=lifter.far, unpads=lifter.unpads)
         outcome = _product(candidate, facts, axes, again, index, summed=summed)
         if isinstance(outcome, Lifted):
             return replace(outcome, heads=summed.heads)
-    return found
+    return alone
 
 
 def _with_heads(candidate: Candidate, facts: Facts, index: tuple[Expr, ...]) -> Iterator[Summed]:
