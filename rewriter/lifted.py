@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from refocus.ir import Axis, Call, Dot, Expr, Load
+from refocus.ir import Axis, Dot, Expr, Load
 from refocus.joint import NOTHING
 from refocus.lift import Lifter, complexity
 from refocus.patterns.softmax import Softmax
 from refocus.pieces import holds_pieces
-from refocus.roles import Axes, halved
+from refocus.roles import Axes
 
 
 @dataclass
@@ -58,20 +58,4 @@ def split_axis(lifted: Lifted, axes: Axes) -> Axes | None:
     shared = lifted.values.axes.union(
         *(n.key.axes for _, _, soft in lifted.terms for n in soft.logits.walk() if isinstance(n, Dot))
     )
-    for d, group in enumerate(axes.dims):
-        for k, axis in enumerate(group):
-            if axis not in shared:
-                continue
-            by: dict[Expr, None] = {}
-            for e in _expressions(lifted):
-                for node in e.walk():
-                    if isinstance(node, Call) and node.op == "mod" and node.args[0] == axis:
-                        by[node.args[1]] = None
-            for inner in by:
-                halves = halved(axis, inner)
-                if halves is None:
-                    continue
-                dims = [list(g) for g in axes.dims]
-                dims[d] = group[:k] + list(halves) + group[k + 1 :]
-                return Axes(dims)
-    return None
+    return axes.split(_expressions(lifted), shared)

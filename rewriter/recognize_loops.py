@@ -20,12 +20,13 @@ from refocus import simplify as s
 from refocus.facts import Facts
 from refocus.ir import Axis, Const, Expr, Load, rewrite
 from refocus.lift import Index
-from refocus.loop_steps import AFTER, BEFORE, Rolled, Step, ends_of, lifted, log_of, own_axes
+from refocus.loop_steps import AFTER, BEFORE, Rolled, Step, Steps, ends_of, lifted, log_of, own_axes
 from refocus.loops import Loop
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.linear import product_of, settled
 from refocus.patterns.recurrence import Update, closed_form, read_update
 from refocus.recognize_chunk_loops import in_chunks
+from refocus.roles import Axes
 from refocus.sizes import shape_of
 
 
@@ -45,12 +46,13 @@ def rolled(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
 def _step_by_step(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
     gather = loop.gather
     shape = shape_of(gather)
-    dims = tuple(None if d == Const(1) else Axis(f"o{k}", d) for k, d in enumerate(shape))
+    axes = Axes([[] if d == Const(1) else [Axis(f"o{k}", d)] for k, d in enumerate(shape)])
     query = Axis(f"o{loop.dim}", shape[loop.dim])
-    index = [Const(0) if a is None else a for a in dims]
-    part = (*index[: loop.dim], *(() if loop.stacked else (Const(0),)), *index[loop.dim + 1 :])
     step, own = Axis("step", Const(loop.steps)), own_axes(loop)
-    steps = lifted(loop, facts, data, part, step, Step)
+    steps = _at(axes, loop, facts, data, step)
+    while (split := axes.split([steps.out], {*axes.flat()} - {query})) is not None:  # heads that each step merges
+        axes, steps = split, _at(split, loop, facts, data, step)
+    dims = tuple(a for group in axes.dims for a in group or (None,))
     key, out = Axis(f"{gather.name}.key", query.size), steps.out
     read = [
         read_update(update, BEFORE.format(n), own[n], step, lambda x: log_of(x, facts))
@@ -80,6 +82,12 @@ def _step_by_step(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
         here[step] = key
         ends = replace(ends, written=product_of(s.substitute(read[0].write, here)).factors)
     return Rolled(product, None, dims, query, key, query, steps.visited, erase, keys, ends=ends)
+
+
+def _at(axes: Axes, loop: Loop, facts: Facts, data: Set[fx.Node], step: Axis) -> Steps:
+    index = axes.index()
+    part = (*index[: loop.dim], *(() if loop.stacked else (Const(0),)), *index[loop.dim + 1 :])
+    return lifted(loop, facts, data, part, step, Step)
 
 
 def _at_root(update: Update, own: Index, out: Expr, step: Axis, key: Axis) -> tuple[Expr, tuple[Expr, ...]]:

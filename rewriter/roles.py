@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -29,6 +29,23 @@ class Axes:
 
     def flat(self) -> list[Axis]:
         return [a for axes in self.dims for a in axes]
+
+    def split(self, values: Iterable[Expr], among: Set[Axis]) -> Axes | None:
+        """The axes, the first of those `among` them that `values` read as a % c taken as two: a // c and a % c."""
+        by: dict[Expr, dict[Expr, None]] = {}
+        for value in values:
+            for node in value.walk():
+                if isinstance(node, Call) and node.op == "mod":
+                    by.setdefault(node.args[0], {})[node.args[1]] = None
+        for d, group in enumerate(self.dims):
+            for k, axis in enumerate(group):
+                for inner in by.get(axis, ()) if axis in among else ():
+                    halves = halved(axis, inner)
+                    if halves is not None:
+                        dims = [list(g) for g in self.dims]
+                        dims[d] = [*group[:k], *halves, *group[k + 1 :]]
+                        return Axes(dims)
+        return None
 
 
 @dataclass(frozen=True)

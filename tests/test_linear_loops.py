@@ -104,7 +104,27 @@ def returned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(rows, 2).sum() + state.sum()
 
 
-SPELLINGS = [started, returned, summed, in_place, before_its_own_step, normalised, gated, unbound]
+def merged_heads(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Each step puts its heads side by side before it gives them out; the state is looked up before it is written."""
+    state, rows = zero(q, v), []
+    k = k / k.norm(dim=-1, keepdim=True)
+    for t in range(q.shape[2]):
+        new = g[:, :, t, :1] * (v[:, :, t] - read(k[:, :, t], state))
+        state = state + outer(k[:, :, t], new)
+        rows.append(read(q[:, :, t], state).flatten(1))
+    return torch.stack(rows, 1)
+
+
+def merged_heads_normalised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state, total, rows = zero(q, v), torch.zeros_like(k[:, :, 0]), []
+    for t in range(q.shape[2]):
+        state, total = state + outer(k[:, :, t], v[:, :, t]), total + k[:, :, t]
+        out = read(q[:, :, t], state) / ((q[:, :, t] * total).sum(-1, keepdim=True) + 1e-6)
+        rows.append(out.reshape(1, out.shape[0], -1))
+    return torch.cat(rows)
+
+
+SPELLINGS = [merged_heads, merged_heads_normalised, started, returned, summed, in_place, before_its_own_step, normalised, gated, unbound]
 
 
 @pytest.mark.parametrize("function", SPELLINGS, ids=[f.__name__ for f in SPELLINGS])
