@@ -39,4 +39,3 @@ def _equal(one: int | torch.SymInt | None, other: int | torch.SymInt | None) -> 
     if hint(one, -1) != hint(other, -2):
         return False
     return bool(one == other)
-

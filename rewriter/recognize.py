@@ -20,6 +20,7 @@ from torch import fx
 from refocus import simplify as s
 from refocus.attention import Left, Part, Readings, Site, closed_under_sharing
 from refocus.bands import Reading, Tensors, to_tokens
+from refocus.choices import without_choice
 from refocus.closure import check_no_writes, check_reads, interior_of, is_returned, reads_shape
 from refocus.facts import Candidate, Facts, candidates, contraction_operands, taint_of
 from refocus.finite_rows import Open
@@ -368,7 +369,7 @@ def _weighted(candidate: Candidate, facts: Facts, axes: Axes, lifter: Lifter, fo
     lifter.query_axes = cut_axes([a for a in axes.flat() if a not in values.axes], weights_index, key)
     rows = [row.node for row in found.rescaled.rows] if found.rescaled is not None else []
     lifter.tainted = _tainted_like([weights_node, *(n for n in rows if isinstance(n, fx.Node))], facts)
-    weights = lifter.at(weights_node, weights_index)
+    weights = without_choice(lifter.at(weights_node, weights_index), key, lifter.query_axes)
     if key not in weights.axes:
         return Declined("the weights do not depend on the key", op_name(root))
     if isinstance(weights, Load):

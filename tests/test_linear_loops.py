@@ -124,7 +124,18 @@ def merged_heads_normalised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
-SPELLINGS = [merged_heads, merged_heads_normalised, started, returned, summed, in_place, before_its_own_step, normalised, gated, unbound]
+SPELLINGS = [
+    merged_heads,
+    merged_heads_normalised,
+    started,
+    returned,
+    summed,
+    in_place,
+    before_its_own_step,
+    normalised,
+    gated,
+    unbound,
+]
 
 
 @pytest.mark.parametrize("function", SPELLINGS, ids=[f.__name__ for f in SPELLINGS])

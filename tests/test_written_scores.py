@@ -47,6 +47,70 @@ def test_parts_of_scores_and_weights_that_are_written_over(function: Callable[..
     fuses(function, 10)
 
 
+# ------------------------------------------------------------------------------------------------ normalised in parts
+
+
+def heads_normalised_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = scores(q, k)
+    half = p.shape[1] // 2
+    p[:, half:] = p[:, half:].softmax(-1)
+    p[:, :half] = p[:, :half].softmax(-1)
+    return p @ v
+
+
+def rows_normalised_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = scores(q, k).masked_fill(torch.ones(24, 10).triu(1) == 1, -1e9)
+    for start in range(0, 24, 9):
+        p[..., start : start + 9, :] = torch.softmax(p[..., start : start + 9, :], -1)
+    return p @ v
+
+
+def heads_normalised_apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = scores(q, k)
+    return torch.cat([logits[:, :1].softmax(-1), logits[:, 1:].softmax(-1)], 1) @ v
+
+
+def each_head_of_the_other(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = scores(q, k)
+    return torch.cat([logits[:, 1:].softmax(-1), logits[:, :1].softmax(-1)], 1) @ v
+
+
+def each_head_with_its_own_scale(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = scores(q, k)
+    return torch.stack([(logits[:, h] * (2.0 + h)).softmax(-1) for h in range(2)], 1) @ v
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        heads_normalised_in_place,
+        rows_normalised_in_place,
+        heads_normalised_apart,
+        each_head_of_the_other,
+        each_head_with_its_own_scale,
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_weights_that_are_normalised_part_by_part(function: Callable[..., Tensor]) -> None:
+    fuses(function, 10)
+
+
+def one_head_as_it_is(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = scores(q, k)
+    p[:, 1:] = p[:, 1:].softmax(-1)
+    return p @ v
+
+
+def weights_before_they_are_squared(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = scores(q, k).softmax(-1)
+    return torch.cat([p[:, :1], p[:, 1:] ** 2], 1) @ v
+
+
+@pytest.mark.parametrize("function", [one_head_as_it_is, weights_before_they_are_squared], ids=lambda f: f.__name__)
+def test_weights_of_which_a_part_is_something_else(function: Callable[..., Tensor]) -> None:
+    stays(function, "", 10)
+
+
 def test_a_weight_of_another_key_written_over() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         p = scores(q, k).softmax(-1).clone()

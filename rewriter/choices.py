@@ -1,0 +1,90 @@
+"""Choices between scores of the same make, which are one score that reads other places.
+
+    where(b < 2, f(x[min(b, 1)]), f(x[max(b - 2, 0) + 2]))    ->    f(x[b])
+    where(h < 1, f(x[h], 0.3), f(x[h], 0.5))                  ->    f(x[h], where(h < 1, 0.3, 0.5))
+
+So read weights whose first and second half are normalised apart, and put side by side or written back to where the
+scores were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass
+
+from refocus import simplify as s
+from refocus.ir import Axis, Call, Dot, Expr, Load, Reduce
+from refocus.patterns.factors import holds_scores
+
+
+def without_choice(value: Expr, key: Axis, queries: Set[Axis]) -> Expr:
+    """The one function that a choice between weights is; the choice itself, where they are made in different ways."""
+    if not (isinstance(value, Call) and value.op == "where" and all(map(holds_scores, value.args[1:]))):
+        return value
+    condition, a, b = value.args
+    if key in condition.axes:
+        return value
+    yes, no = (
+        without_choice(s.under(side, s.assume(known)), key, queries)
+        for side, known in ((a, condition), (b, s.not_(condition)))
+    )
+    merged = _Choice(condition, queries).between(yes, no)
+    return value if merged is None else merged
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Two values, of which the first is taken where the condition holds."""
+
+    condition: Expr
+    queries: Set[Axis]
+
+    def between(self, a: Expr, b: Expr) -> Expr | None:
+        """One expression for both; None where they are made in different ways."""
+        if a == b:
+            return a
+        if a.dtype != b.dtype:
+            return None
+        if a.is_int:
+            return self._place(a, b)
+        if isinstance(a, Reduce) and isinstance(b, Reduce):
+            there = s.substitute(b.body, {b.axis: a.axis})
+            same = a.op == b.op and a.axis.size == b.axis.size and (a.axis == b.axis or a.axis not in b.body.axes)
+            body = self.between(a.body, there) if same else None
+            return None if body is None else Reduce(a.op, a.axis, body, a.dtype)
+        if isinstance(a, Dot) and isinstance(b, Dot):
+            query, key = self.between(a.query, b.query), self.between(a.key, b.key)
+            if a.over != b.over or query is None or key is None or key.axes & self.queries:
+                return None
+            return Dot(a.over, query, key, a.dtype)
+        if isinstance(a, Load) and isinstance(b, Load) and a.tensor == b.tensor:
+            return Load(a.tensor, tuple(x if x == y else self._place(x, y) for x, y in zip(a.index, b.index)), a.dtype)
+        if isinstance(a, Call) and isinstance(b, Call) and a.op == b.op and len(a.args) == len(b.args):
+            args = [self.between(x, y) for x, y in zip(a.args, b.args)]
+            if all(x is not None for x in args):
+                return s.rebuild(a, tuple(args))  # type: ignore[arg-type]
+        for mine, other, here in ((a, b, self.condition), (b, a, s.not_(self.condition))):
+            found = self._masked(mine, other, here)
+            if found is not None:
+                return found
+        if holds_scores(a) or holds_scores(b) or any(isinstance(n, Reduce) for e in (a, b) for n in e.walk()):
+            return None
+        return s.where(self.condition, a, b)
+
+    def _masked(self, a: Expr, b: Expr, here: Expr) -> Expr | None:
+        """Where `a`, which is taken `here`, is `b` but for a mask."""
+        if not (isinstance(a, Call) and a.op == "where" and a.is_float):
+            return None
+        for condition, fill, rest in (a.args, (s.not_(a.args[0]), a.args[2], a.args[1])):
+            if not holds_scores(fill) and holds_scores(rest):
+                merged = self.between(rest, b) if here == self.condition else self.between(b, rest)
+                return None if merged is None else s.where(s.and_(here, condition), fill, merged)
+        return None
+
+    def _place(self, a: Expr, b: Expr) -> Expr:
+        """A position: each is in range where it is taken. What the condition makes a number may be an axis."""
+        for axis in sorted(self.condition.axes, key=repr):
+            here, there = (s.under(axis, s.assume(c)) for c in (self.condition, s.not_(self.condition)))
+            if s.sub(a, here) == s.sub(b, there):
+                return s.add(axis, s.sub(a, here))
+        return s.where(self.condition, a, b)
