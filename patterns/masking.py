@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from refocus import simplify as s
 from refocus.ir import TRUE, Call, Const, Dot, Expr, Load, rewrite
+from refocus.masks import MASK_FILL
 from refocus.patterns.factors import holds_scores
 from refocus.steps import branches, cases, from_cases, line
-
-# A finite fill this low removes a key in every row that keeps one: exp(fill + 88) is 0 in every float dtype unless
-# scores differ by thousands. Softer fills (Swin's -100) stay in the score as they are.
-MASK_FILL = -1.0e4
 
 
 def separate_mask(logits: Expr, scale: float = 1.0) -> tuple[Expr, Expr]:

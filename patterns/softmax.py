@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 
 from refocus import simplify as s
 from refocus.ir import TRUE, Axis, Call, Const, Dot, Expr, Load, Reduce
+from refocus.masks import MASK_FILL
 from refocus.patterns.declined import Declined
 from refocus.patterns.factors import Factored, Signed, additive, factored, holds_scores, multiplied, summed
 from refocus.patterns.fills import KEPT, UNCLEAR, of_shift, same_sum
 from refocus.patterns.guards import sum_under_guard, unguarded
-from refocus.patterns.masking import MASK_FILL
 
 
 @dataclass(frozen=True)

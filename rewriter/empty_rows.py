@@ -21,10 +21,10 @@ from refocus.facts import Facts
 from refocus.finite_rows import Open
 from refocus.ir import BOOL, TRUE, Axis, Call, Const, Dot, Expr, Load, rewrite
 from refocus.lift import Lifter, arguments, op_name
-from refocus.masks import never_empty
+from refocus.masks import MASK_FILL, never_empty
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.fills import KEPT, UNCLEAR
-from refocus.patterns.masking import MASK_FILL, separate_mask
+from refocus.patterns.masking import separate_mask
 from refocus.patterns.softmax import Softmax
 from refocus.row_sums import opened, summed_dims
 

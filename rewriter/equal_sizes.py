@@ -39,3 +39,4 @@ def _equal(one: int | torch.SymInt | None, other: int | torch.SymInt | None) -> 
     if hint(one, -1) != hint(other, -2):
         return False
     return bool(one == other)
+

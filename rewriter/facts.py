@@ -24,6 +24,7 @@ from refocus.lift import arguments, is_tensor, op_name
 from refocus.lift_reductions import CONTRACTIONS
 from refocus.lift_tables import MOVES, OPERATIONS
 from refocus.lift_views import SPLITS
+from refocus.masks import MASK_FILL
 from refocus.sizes import hint, shape_of
 
 NORMALISERS = ("softmax", "_softmax", "_safe_softmax", "special_softmax", "exp", "exp2", "log_softmax", "_log_softmax")
@@ -89,10 +90,15 @@ class Facts:
         if held is None:
             value = self.constant(node)
             return None if value is None else constant_form(value)
-        if node in self.opaque or sum(size > 1 for size in held.shape) < (2 if held.is_floating_point() else 1):
+        if node in self.opaque:
             return None
-        # Of floats, only masks: a bias that happens to be zero today is no mask.
-        form = closed_form(held) if held.is_floating_point() else constant_form(held)
+        # Of floats, only masks and what masks fill with: a bias that happens to be zero today is no mask.
+        if held.is_floating_point() and held.numel() == 1:
+            form = constant_form(held) if float(held) <= MASK_FILL else None
+        elif sum(size > 1 for size in held.shape) < (2 if held.is_floating_point() else 1):
+            form = None
+        else:
+            form = closed_form(held) if held.is_floating_point() else constant_form(held)
         if form is not None:
             self.assumed[node] = form
         return form

@@ -377,3 +377,4 @@ def _ball(m: Matrix, i: Expr, j: Expr, w: int) -> Expr | None:
     down = s.call("abs", s.sub(s.floordiv(i, w), s.floordiv(j, w)), dtype="int64")
     aside = s.call("abs", s.sub(s.mod(i, w), s.mod(j, w)), dtype="int64")
     return s.or_(*(s.and_(s.le(down, a), s.le(aside, b)) for a, b in steps))
+

@@ -194,7 +194,7 @@ def _softmax(log: bool) -> Handler:
         axis = lift.bound(node, 0, shape_of(source)[dim])
         lift.key_axes.add(axis)
         here = lift.at(source, index)
-        along = lift.at(source, (*index[:dim], axis, *index[dim + 1 :]))
+        along = lift.at(source, (*index[:dim], axis, *index[dim + 1:]))
         total = Reduce("sum", axis, s.call("exp", along, dtype=kind), kind)
         if log:
             return s.call("sub", here, s.call("log", total, dtype=kind), dtype=kind)

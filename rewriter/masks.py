@@ -32,9 +32,13 @@ from refocus.tile_rows import Counts, count_tiles, tile_rows
 from refocus.tiling import Tiling
 
 __all__ = [
-    "EMPTY", "FULL", "PARTIAL", "BlockLists", "Counts", "KeyBounds", "TileMap", "Tiling", "block_lists", "classify",
-    "count_tiles", "first_query", "key_bounds", "last_query", "never_empty", "tile_rows", "tile_states",
+    "EMPTY", "FULL", "MASK_FILL", "PARTIAL", "BlockLists", "Counts", "KeyBounds", "TileMap", "Tiling", "block_lists",
+    "classify", "count_tiles", "first_query", "key_bounds", "last_query", "never_empty", "tile_rows", "tile_states",
 ]  # fmt: skip
+
+# A finite fill this low removes a key in every row that keeps one: exp(fill + 88) is 0 in every float dtype unless
+# scores differ by thousands. Softer fills (Swin's -100) stay in the score as they are.
+MASK_FILL = -1.0e4
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 

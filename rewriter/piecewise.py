@@ -1,7 +1,7 @@
 """Expressions of several key axes, one after the other, as one expression of one axis.
 
-x[j] for j < 16, x[16 + r] for r < 16      ->      x[key] for key < 32
-x[j] for j < 16, y[r] for r < 16           ->      where(key < 16, x[key], y[key - 16])
+    x[j] for j < 16, x[16 + r] for r < 16      ->      x[key] for key < 32
+    x[j] for j < 16, y[r] for r < 16           ->      where(key < 16, x[key], y[key - 16])
 """
 
 from __future__ import annotations

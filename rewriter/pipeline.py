@@ -149,7 +149,9 @@ class _Calls:
         return kernel_path(region, self.plan)
 
 
-def _replace(name: str, site: Site, splicer: Splicer, facts: Facts, options: Options, calls: dict[str, _Calls]) -> Row:
+def _replace(
+    name: str, site: Site, splicer: Splicer, facts: Facts, options: Options, calls: dict[str, _Calls]
+) -> Row:
     """Plan one site and splice it in; its row of the report. Adds what stands for it to `calls`."""
     site, plans, reason = _plan(site, facts, options)
     trained = trained_operands(site, facts)

@@ -272,7 +272,9 @@ def _indent(text: str) -> str:
 def _card(names: str, site: Site) -> str:
     rows = "".join(f"<dt>{key}</dt><dd>{html.escape(text)}</dd>" for key, text in _facts(site))
     if site.tiles and site.tiles.maps:
-        figures = (f"<figure>{svg(m)}<figcaption>{html.escape(m.label)}</figcaption></figure>" for m in site.tiles.maps)
+        figures = (
+            f"<figure>{svg(m)}<figcaption>{html.escape(m.label)}</figcaption></figure>" for m in site.tiles.maps
+        )
         rows += f"<dt>tile map</dt><dd class='maps'>{''.join(figures)}</dd>"
     head = f"<h2>{html.escape(names)} <code>{html.escape(site.location)}</code> <em>{site.state}</em></h2>"
     return f'<section class="{site.state.split()[0]}">{head}<dl>{rows}</dl></section>'

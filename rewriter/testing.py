@@ -178,7 +178,7 @@ def check_gradients(
 
 
 def _place(name: str) -> str:
-    """ " of x" out of "the output[' of x']"."""
+    """" of x" out of "the output[' of x']"."""
     return name.removeprefix("the output").strip("[]'\"")
 
 

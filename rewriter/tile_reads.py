@@ -1,7 +1,7 @@
 """A tensor that is read tile by tile: the least and the greatest element of each, by plain tensor operations.
 
-Reads(...)                     which elements of a dimension each tile of one side reads
-reduce_tiles(tensor, reads)    the two ends, with tiles in the place of those dimensions
+    Reads(...)                     which elements of a dimension each tile of one side reads
+    reduce_tiles(tensor, reads)    the two ends, with tiles in the place of those dimensions
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max((os.cpu_count() or 1) // workers, 1))
 
+
     _leave_guards_untimed()
 
 

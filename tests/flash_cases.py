@@ -29,19 +29,8 @@ def two_axes() -> Case:
     q, k = randn(1, torch.float32, 2, 5, 21, 3), randn(2, torch.float32, 2, 35, 3, 5)
     v = randn(3, torch.float32, 2, 35, 7, 3)
     dot = Dot((c, d), Load("q", (b, d, i, c), F), Load("k", (b, j, c, d), F), F)
-    region = Region(
-        (b,),
-        i,
-        j,
-        (e, g),
-        dot,
-        TRUE,
-        dot,
-        Load("v", (b, j, g, e), F),
-        (operand("q", q), operand("k", k), operand("v", v)),
-        F,
-        empty_row="never",
-    )
+    region = Region((b,), i, j, (e, g), dot, TRUE, dot, Load("v", (b, j, g, e), F),
+                    (operand("q", q), operand("k", k), operand("v", v)), F, empty_row="never")
     return region, [q, k, v], []
 
 
@@ -190,18 +179,6 @@ def pointwise(op: str) -> Case:
     if gate.dtype == BOOL:
         gate = Call("where", (gate, Const(2.0, F), Const(3.0, F)), F)
     operands = (operand("x", x), operand("y", y), operand("one", torch.ones(1)))
-    region = Region(
-        (b,),
-        i,
-        j,
-        (e,),
-        Const(0.0, F),
-        TRUE,
-        Const(0.0, F),
-        Load("one", (e,), F),
-        operands,
-        F,
-        gate=gate,
-        empty_row="never",
-    )
+    region = Region((b,), i, j, (e,), Const(0.0, F), TRUE, Const(0.0, F), Load("one", (e,), F), operands, F,
+                    gate=gate, empty_row="never")
     return region, [x, y, torch.ones(1)], []

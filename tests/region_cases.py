@@ -61,12 +61,8 @@ class Setting:
         }
         group = H // kv_heads
         self.hk = simplify.floordiv(self.h, group)
-        dot = Dot(
-            (self.d,),
-            Load("q", (self.b, self.h, self.i, self.d), self.f),
-            Load("k", (self.b, self.hk, self.j, self.d), self.f),
-            self.f,
-        )
+        dot = Dot((self.d,), Load("q", (self.b, self.h, self.i, self.d), self.f),
+                  Load("k", (self.b, self.hk, self.j, self.d), self.f), self.f)
         self.score = mul(dot, self.const(d**-0.5))
         self.values: Expr = Load("v", (self.b, self.hk, self.j, self.e), self.f)
 
@@ -84,19 +80,8 @@ class Setting:
         if logits is None:
             logits = score if mask == TRUE else self.masked(score, mask)
         more.setdefault("empty_row", "never")
-        return Region(
-            (self.b, self.h),
-            self.i,
-            self.j,
-            (self.e,),
-            score,
-            mask,
-            logits,
-            self.values,
-            tuple(operand(n, t) for n, t in self.tensors.items()),
-            self.f,
-            **more,
-        )  # type: ignore[arg-type]
+        return Region((self.b, self.h), self.i, self.j, (self.e,), score, mask, logits, self.values,
+                      tuple(operand(n, t) for n, t in self.tensors.items()), self.f, **more)  # type: ignore[arg-type]
 
     def case(self, score: Expr, mask: Expr = TRUE, logits: Expr | None = None, **more: object) -> Case:
         return self.region(score, mask, logits, **more), list(self.tensors.values()), []
@@ -256,23 +241,10 @@ def symbolic(dtype: torch.dtype = torch.float32, n: int = 53, d: int = 16) -> Ca
     dot = Dot((s.d,), Load("q", (s.b, s.h, i, s.d), s.f), Load("k", (s.b, s.hk, j, s.d), s.f), s.f)
     score = mul(dot, s.const(d**-0.5))
     mask = le(add(j, ns), add(i, ms))
-    operands = tuple(
-        Operand(x, s.f, (Const(B), Const(s.tensors[x].shape[1]), size, Const(d)))
-        for x, size in (("q", ns), ("k", ms), ("v", ms))
-    )
-    region = Region(
-        (s.b, s.h),
-        i,
-        j,
-        (s.e,),
-        score,
-        mask,
-        s.masked(score, mask),
-        Load("v", (s.b, s.hk, j, s.e), s.f),
-        operands,
-        s.f,
-        empty_row="never",
-    )
+    operands = tuple(Operand(x, s.f, (Const(B), Const(s.tensors[x].shape[1]), size, Const(d)))
+                     for x, size in (("q", ns), ("k", ms), ("v", ms)))
+    region = Region((s.b, s.h), i, j, (s.e,), score, mask, s.masked(score, mask),
+                    Load("v", (s.b, s.hk, j, s.e), s.f), operands, s.f, empty_row="never")
     return region, list(s.tensors.values()), [n, n + 20]
 
 
@@ -344,32 +316,9 @@ def dropout(dtype: torch.dtype = torch.float32, n: int = 50, d: int = 16) -> Cas
 CASES: dict[str, Callable[..., Case]] = {
     f.__name__: f
     for f in (
-        dense,
-        causal,
-        causal_bfloat16,
-        window,
-        gqa,
-        additive_bias,
-        alibi,
-        softcap,
-        padding,
-        documents,
-        sinks,
-        empty_min,
-        empty_inf,
-        empty_zero,
-        empty_added,
-        gated,
-        cross,
-        relative_table,
-        t5_buckets,
-        symbolic,
-        two_dots,
-        masked_rows,
-        merged_heads,
-        windows_2d,
-        unbatched,
-        dropout,
+        dense, causal, causal_bfloat16, window, gqa, additive_bias, alibi, softcap, padding, documents, sinks,
+        empty_min, empty_inf, empty_zero, empty_added, gated, cross, relative_table, t5_buckets, symbolic, two_dots,
+        masked_rows, merged_heads, windows_2d, unbatched, dropout,
     )
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -184,6 +185,41 @@ def test_a_constant_without_a_form_is_the_same_tensor_on_every_call() -> None:
     for _ in range(3):
         agree(fast, irregular, *tensors())
     assert reports[0].sites[0].fused and len(CACHE) == before
+
+
+class Filled(nn.Module):
+    """A mask and the number that it fills with are both buffers; rows that it empties are set to zero afterwards."""
+
+    def __init__(self, fill: float) -> None:
+        super().__init__()
+        self.register_buffer("mask", tril())
+        self.register_buffer("fill", torch.tensor(fill))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        p = torch.where(self.mask, q @ k.mT / 4, self.fill).softmax(-1)
+        return torch.where(p.isnan(), torch.zeros_like(p), p) @ v
+
+
+def test_a_number_that_a_mask_fills_with() -> None:
+    model = Filled(-math.inf)
+    fast, reports = compiled(model)
+    agree(fast, model, *tensors())
+    [site] = reports[0].sites
+    assert site.mask == "j <= i" and site.tiles is not None and site.tiles.empty == 1
+    model.fill.fill_(-0.5)
+    with pytest.warns(StaleMask):
+        agree(fast, model, *tensors())
+    agree(fast, model, *tensors())
+
+
+def test_a_number_that_leaves_a_share_is_no_fill() -> None:
+    model = Filled(-3.0)
+    fast, _ = compiled(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", StaleMask)
+        agree(fast, model, *tensors())
+        model.fill.fill_(2.0)
+        agree(fast, model, *tensors())
 
 
 def test_a_bias_that_is_zero_today_is_no_mask() -> None:

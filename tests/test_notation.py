@@ -56,10 +56,8 @@ GOLDEN = [
     (DOC, "doc[b,i] == doc[b,j]"),
     (bop("eq", iop("mod", iop("add", QI, iop("mul", -1, KJ)), 4), 0), "(i - j) % 4 == 0"),
     (bop("eq", iop("floordiv", QI, 16), iop("floordiv", KJ, 16)), "i//16 == j//16"),
-    (
-        bop("eq", iop("mod", iop("mul", 4, QI), 16), iop("floordiv", iop("floordiv", KJ, 2), 3)),
-        "(4*i) % 16 == (j//2) // 3",
-    ),
+    (bop("eq", iop("mod", iop("mul", 4, QI), 16), iop("floordiv", iop("floordiv", KJ, 2), 3)),
+     "(4*i) % 16 == (j//2) // 3"),
     (bop("or", bop("and", CAUSAL, DOC), bop("le", KJ, 3)), "j <= i and doc[b,i] == doc[b,j] or j < 4"),
     (bop("and", bop("or", CAUSAL, bop("le", KJ, 3)), DOC), "(j <= i or j < 4) and doc[b,i] == doc[b,j]"),
     (bop("not", bop("or", CAUSAL, DOC)), "not (j <= i or doc[b,i] == doc[b,j])"),
@@ -73,10 +71,8 @@ GOLDEN = [
     (iop("max", iop("min", QI, KJ), iop("max", 0, H)), "max(min(i, j), 0, h)"),
     (iop("abs", iop("sub", QI, KJ)), "abs(i - j)"),
     (iop("add", iop("mul", -1, QI), 5), "-i + 5"),
-    (
-        Call("where", (CAUSAL, Q, Const(-3.4028234663852886e38, F32)), F32),
-        "where(j <= i, q[b,h,i,d], finfo(float32).min)",
-    ),
+    (Call("where", (CAUSAL, Q, Const(-3.4028234663852886e38, F32)), F32),
+     "where(j <= i, q[b,h,i,d], finfo(float32).min)"),
     (QK, "sum_d q[b,h,i,d] * k[b,h//2,j,d]"),
     (fop("mul", QK, 0.25), "0.25 * sum_d q[b,h,i,d] * k[b,h//2,j,d]"),
     (fop("div", QK, 4.0), "(sum_d q[b,h,i,d] * k[b,h//2,j,d]) / 4.0"),
@@ -108,23 +104,16 @@ def test_expression(expr: Expr, text: str) -> None:
 def region(**changes: object) -> Region:
     score = fop("mul", QK, 0.25)
     fields: dict[str, object] = {
-        "batch": (B, H),
-        "query": QI,
-        "key": KJ,
-        "value": (E,),
-        "score": score,
-        "mask": TRUE,
-        "logits": score,
-        "values": V,
-        "operands": (Operand("q", F32, (Const(2), Const(4), Const(64), Const(16))),),
-        "out_dtype": F32,
+        "batch": (B, H), "query": QI, "key": KJ, "value": (E,), "score": score, "mask": TRUE, "logits": score,
+        "values": V, "operands": (Operand("q", F32, (Const(2), Const(4), Const(64), Const(16))),), "out_dtype": F32,
     }
     return Region(**(fields | changes))  # type: ignore[arg-type]
 
 
 def test_plain_region() -> None:
     assert notation(region()) == (
-        "S[b,h,i,j] = 0.25 * sum_d q[b,h,i,d] * k[b,h//2,j,d]\nO[b,h,i,e] = softmax_j(S) . v[b,h//2,j,e]"
+        "S[b,h,i,j] = 0.25 * sum_d q[b,h,i,d] * k[b,h//2,j,d]\n"
+        "O[b,h,i,e] = softmax_j(S) . v[b,h//2,j,e]"
     )
 
 
@@ -141,11 +130,8 @@ def test_region_with_every_part() -> None:
     score = fop("mul", QK, 0.25)
     filled = Call("where", (DOC, score, Const(-3.4028234663852886e38, F32)), F32)
     full = region(
-        mask=DOC,
-        logits=filled,
-        extra=(Load("sink", (H,), F32),),
-        gate=fop("sigmoid", Load("g", (B, H, QI), F32)),
-        values=fop("mul", V, V),
+        mask=DOC, logits=filled, extra=(Load("sink", (H,), F32),),
+        gate=fop("sigmoid", Load("g", (B, H, QI), F32)), values=fop("mul", V, V),
     )
     assert notation(full) == (
         "S[b,h,i,j] = 0.25 * sum_d q[b,h,i,d] * k[b,h//2,j,d]\n"
