@@ -220,11 +220,15 @@ def _renormalised(divisors: list[Expr]) -> list[Expr] | None:
 
 def _only_infinite(logits: Expr) -> bool:
     """Whether a row has no number for a softmax only where a condition fills all of it with -inf: what is added from a
-    tensor may hold infinities of its own, and beside a finite fill there is a softmax."""
+    tensor may hold infinities of its own, and beside a finite fill there is a softmax. One number that all scores are
+    scaled by is taken for finite, like the scores."""
     stack = [logits]
     while stack:
         e = stack.pop()
         if isinstance(e, Dot):
+            continue
+        if isinstance(e, Call) and e.op in ("mul", "div") and holds_scores(e):
+            stack.extend(a for a in e.args if a.is_float and (holds_scores(a) or a.axes))
             continue
         if isinstance(e, Load) or (isinstance(e, Const) and e.is_float and -math.inf < e.value <= MASK_FILL):
             return False

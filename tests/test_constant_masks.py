@@ -194,9 +194,10 @@ class Filled(nn.Module):
         super().__init__()
         self.register_buffer("mask", tril())
         self.register_buffer("fill", torch.tensor(fill))
+        self.scale = nn.Parameter(torch.tensor(4.0))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        p = torch.where(self.mask, q @ k.mT / 4, self.fill).softmax(-1)
+        p = torch.where(self.mask, q @ k.mT / self.scale, self.fill).softmax(-1)
         return torch.where(p.isnan(), torch.zeros_like(p), p) @ v
 
 
