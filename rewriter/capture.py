@@ -35,9 +35,10 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
     """
     placeholders = gm.graph.find_nodes(op="placeholder")
     values = [n.meta.get("example_value", n.meta.get("val")) for n in placeholders]
-    mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
+    made = (n.meta.get("example_value") for n in gm.graph.nodes)  # a graph may make all that it computes with
+    mode = next((v.fake_mode for v in (*values, *made) if hasattr(v, "fake_mode")), None)
     if mode is None:
-        raise CaptureFailed("no input carries a fake tensor")
+        raise CaptureFailed("no value carries a fake tensor")
     # Above the dispatcher an autocast region of the graph is only recorded, and its casts would be missing; below it,
     # they are operations like any other (and composite operations are taken apart, which the lift does not mind;
     # attention stays whole). A region that switches off what is off anyway (rotary tables are made in one) is none.

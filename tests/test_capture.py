@@ -80,3 +80,16 @@ def test_a_number_that_the_model_is_called_with_may_be_negative() -> None:
             assert close(fast(*tensors, shift), attend(*tensors, shift))
     (site,) = found[0].sites  # compiled once
     assert len(found) == 1 and site.fused and "empty row" in site.notation
+
+
+def test_a_graph_without_tensors_among_its_inputs() -> None:
+    """Before a graph break a model may only have made a table or a state to start from."""
+
+    def function(steps: int) -> Tensor:
+        table = torch.arange(steps * 4.0).sin().view(steps, 4)
+        torch._dynamo.graph_break()
+        return table @ table.T
+
+    found: list[refocus.Report] = []
+    assert torch.equal(rewritten(function, engine="tiled", report=found.append)(6), function(6))
+    assert found and not any(report.notes for report in found)
