@@ -69,7 +69,12 @@ class _Choice:
                 return found
         if holds_scores(a) or holds_scores(b) or any(isinstance(n, Reduce) for e in (a, b) for n in e.walk()):
             return None
-        return s.where(self.condition, a, b)
+        return s.where(self.condition, a, b) if self._in_range(a, b) else None
+
+    def _in_range(self, *values: Expr) -> bool:
+        """Whether what is used on one side only may be loaded on the other, too: loads are carried out everywhere."""
+        loads = (x for e in values for x in ((e,) if isinstance(e, Load) else e.loads))
+        return not any(entry.axes & self.condition.axes for x in loads for entry in x.index)
 
     def _masked(self, a: Expr, b: Expr, here: Expr) -> Expr | None:
         """Where `a`, which is taken `here`, is `b` but for a mask."""
@@ -78,7 +83,8 @@ class _Choice:
         for condition, fill, rest in (a.args, (s.not_(a.args[0]), a.args[2], a.args[1])):
             if not holds_scores(fill) and holds_scores(rest):
                 merged = self.between(rest, b) if here == self.condition else self.between(b, rest)
-                return None if merged is None else s.where(s.and_(here, condition), fill, merged)
+                known = merged is not None and self._in_range(condition, fill)
+                return s.where(s.and_(here, condition), fill, merged) if known else None  # type: ignore[arg-type]
         return None
 
     def _place(self, a: Expr, b: Expr) -> Expr:

@@ -95,6 +95,19 @@ def test_weights_that_are_normalised_part_by_part(function: Callable[..., Tensor
     fuses(function, 10)
 
 
+def a_bias_of_one_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A bias that the second head alone has is not read at the first."""
+    logits = scores(q, k)
+    bias = torch.arange(10.0).expand(2, 1, 24, 10).clone() * q[:, :1, :, :1]
+    return torch.cat([logits[:, :1].softmax(-1), (logits[:, 1:] + bias).softmax(-1)], 1) @ v
+
+
+def batches_with_keys_of_their_own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Two halves of the batch have keys of their own."""
+    first, last = torch.tanh(k[:1]), torch.cos(k[1:])
+    return torch.cat([scores(q[:1], first).softmax(-1), scores(q[1:], last).softmax(-1)]) @ v
+
+
 def one_head_as_it_is(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     p = scores(q, k)
     p[:, 1:] = p[:, 1:].softmax(-1)
@@ -106,7 +119,11 @@ def weights_before_they_are_squared(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat([p[:, :1], p[:, 1:] ** 2], 1) @ v
 
 
-@pytest.mark.parametrize("function", [one_head_as_it_is, weights_before_they_are_squared], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "function",
+    [one_head_as_it_is, weights_before_they_are_squared, a_bias_of_one_head, batches_with_keys_of_their_own],
+    ids=lambda f: f.__name__,
+)
 def test_weights_of_which_a_part_is_something_else(function: Callable[..., Tensor]) -> None:
     stays(function, "", 10)
 
