@@ -68,3 +68,19 @@ def identities(op: str, args: tuple[Expr, ...], dtype: str) -> Expr:
     if op == "add" and len(args) > 2:
         return identities("add", (identities("add", args[:-1], dtype), args[-1]), dtype)
     return Call(op, args, dtype)
+
+
+# From here on, a number rounds to infinity.
+_INFINITE = {"float16": 65520.0, "bfloat16": (2 - 2**-8) * 2.0**127, "float32": (2 - 2**-24) * 2.0**127}
+
+
+def overflows(a: Expr, dtype: str) -> bool:
+    """Whether a literal, or one that is chosen by a condition, is infinite in `dtype` alone."""
+    if isinstance(a, Call) and a.op == "where":
+        return any(overflows(x, dtype) for x in a.args[1:])
+    return isinstance(a, Const) and _INFINITE.get(dtype, math.inf) <= abs(a.value) < math.inf
+
+
+def held(a: Const, dtype: str) -> Const:
+    """A literal as a float of this dtype, not rounded unless to infinity."""
+    return Const(math.copysign(math.inf, a.value) if overflows(a, dtype) else float(a.value), dtype)

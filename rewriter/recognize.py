@@ -209,16 +209,16 @@ def _attempt_at(candidate: Candidate, facts: Facts, axes: Axes, lifter: Lifter) 
     root = candidate.root
     index = axes.index()
     if candidate.weights < 0:
-        found = lift_sdpa(lifter, root, index)
-        if isinstance(found, Declined):
-            return found
+        called = lift_sdpa(lifter, root, index)
+        if isinstance(called, Declined):
+            return called
         return Lifted(
-            found.key,
-            found.values,
-            [((), Const(1.0, "float32"), found.softmax)],
+            called.key,
+            called.values,
+            [((), Const(1.0, "float32"), called.softmax)],
             Const(0.0, "float32"),
             lifter,
-            found.zero_rows,
+            called.zero_rows,
         )
     alone = _product(candidate, facts, axes, lifter, index)
     if isinstance(alone, Lifted):

@@ -15,7 +15,7 @@ from math import gcd
 
 from refocus import division
 from refocus.comparisons import decided, remainder_between, resolve, tightest
-from refocus.constants import fold, identities
+from refocus.constants import fold, held, identities, overflows
 from refocus.division import canonical
 from refocus.ir import BOOL, FALSE, INT, TRUE, Call, Const, Dot, Expr, Load, Reduce, rewrite
 from refocus.polynomial import (
@@ -359,20 +359,20 @@ def where(cond: Expr, a: Expr, b: Expr) -> Expr:
 
 
 def cast(a: Expr, dtype: str) -> Expr:
-    """Change of kind. Between floats it is the identity over the reals; float to integer truncates."""
+    """Change of kind. Between floats the identity, but for literals that overflow; float to integer truncates."""
     if dtype == BOOL:
         return as_bool(a)
     to_float = dtype.startswith(("float", "bfloat"))
     if a.dtype == BOOL:
         return where(a, Const(1.0, dtype), Const(0.0, dtype)) if to_float else where(a, Const(1), Const(0))
+    if isinstance(a, Call) and a.op == "where" and a.is_float and (not to_float or overflows(a, dtype)):
+        return where(a.args[0], cast(a.args[1], dtype), cast(a.args[2], dtype))
     if to_float:
-        return Const(float(a.value), dtype) if isinstance(a, Const) else a
+        return held(a, dtype) if isinstance(a, Const) else a
     if not a.is_float:
         return a
     if isinstance(a, Const) and math.isfinite(a.value):
         return Const(int(a.value))
-    if isinstance(a, Call) and a.op == "where":
-        return where(a.args[0], cast(a.args[1], dtype), cast(a.args[2], dtype))
     return Call("cast", (a,), INT)
 
 

@@ -253,3 +253,24 @@ def test_a_dense_mask_that_is_written_to_between_calls_is_read_again(engine: str
             change()
             expected = Masked(given)(*qkv, mask)
             torch.testing.assert_close(module(*qkv, mask), expected, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fill", [-1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("adds", [True, False], ids=["added", "filled"])
+def test_a_fill_that_only_a_wider_dtype_holds(dtype: torch.dtype, fill: float, adds: bool) -> None:
+    """A mask made in float32 may be infinite in the dtype of the scores: rows without keys are then no numbers."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        past = torch.ones(24, 24, dtype=torch.bool).tril(-1)  # nothing is left of the first row
+        if adds:
+            bias = torch.where(past, 0.0, fill).to(q.dtype)
+            return (q @ k.mT + bias).softmax(-1) @ v
+        return (q @ k.mT).float().masked_fill(~past, fill).to(q.dtype).softmax(-1) @ v
+
+    inputs = [torch.randn(2, 24, 8, generator=torch.Generator().manual_seed(n)).to(dtype) for n in range(3)]
+    found: list[refocus.Report] = []
+    got, expected = rewritten(function, engine="tiled", report=found.append)(*inputs), function(*inputs)
+    assert [site.fused for site in found[0].sites] == [True]
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert (got - expected)[:, 1:].abs().max() < 0.05
