@@ -332,11 +332,18 @@ def weight_of(product: Product, pair: Pair, step_of: Callable[[Expr, Axis], Expr
 
         raise Stop(Declined(f"a linear form needs a causal mask or none, and this one is {notation(mask)}"))
     known = s.assume(s.le(key, query))
-    exponents = [(sign, s.under(e, known)) for sign, e in product.exponents]
+    exponents = [x for sign, e in product.exponents for x in _under(e, sign, known)]
     gate = _gate(exponents, pair, step_of)
     if gate is not None and not (causal or strict):
         raise Stop(Declined("weights that decay without a causal mask have no linear form here"))
     return Weight(causal or strict, strict, gate)
+
+
+def _under(e: Expr, sign: int, known: s.Knowledge) -> list[Signed]:
+    """An exponent with the mask known: a choice that it decides is gone, and what is left may be a sum."""
+    simple = s.under(e, known)
+    terms = list(terms_of(simple, sign))
+    return [(sign, simple)] if any(none for _, _, none in terms) else [(way, x) for way, x, _ in terms]
 
 
 def _why_not(factor: Expr) -> str:

@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from refocus.blank import detach_blanks
 from refocus.bodies import Retrace, changes_casts
+from refocus.conversions import drop_idle_conversions
 from refocus.dead_code import remove_dead_code
 from refocus.forwarded import forward_writes
 from refocus.functional import make_functional
@@ -73,6 +74,7 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
     for node in traced.graph.nodes:
         if node.op == "get_attr" and "val" not in node.meta:
             node.meta["val"] = _attribute(traced, node)
+    drop_idle_conversions(traced)
     detach_blanks(traced)
     join_strokes(traced, mode)
     make_functional(traced, mode)

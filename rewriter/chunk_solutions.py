@@ -19,8 +19,9 @@ from torch import fx
 
 from refocus import simplify as s
 from refocus.facts import Facts
+from refocus.inverses import System, inverted_system, solved_system
 from refocus.ir import Axis, Const, Expr, Load, Reduce
-from refocus.lift import Index, arguments, is_tensor, op_name
+from refocus.lift import Index, is_tensor, op_name
 from refocus.loop_steps import BEFORE, ApartStep, Rolled, as_one, step_axis
 from refocus.loops import Loop
 from refocus.patterns.chunked_form import Cut, over_all
@@ -32,6 +33,16 @@ SOLUTION = "solution of a step"
 
 
 @dataclass(frozen=True)
+class Solution:
+    """(1 + L)^-1 times a right side: `index` are the batch of the `system` and the row; `right` is the right side at
+    this row."""
+
+    system: System
+    index: Index
+    right: Expr
+
+
+@dataclass(frozen=True)
 class Solved:
     """What each step solved for: `nodes` are u, one a step, over `axes`, of which the one numbered `row` are the rows
     of the system. `own` and `seen` are the solutions that u is put together from, `state` what is read of the state,
@@ -40,12 +51,14 @@ class Solved:
     nodes: tuple[fx.Node, ...]
     axes: Index
     row: int
-    own: Load
-    seen: Load
+    own: Solution
+    seen: Solution
     state: Load
     width: Axis
-    system: fx.Node
-    rights: tuple[fx.Node, fx.Node]  # x and y
+
+    @property
+    def system(self) -> System:
+        return self.own.system
 
 
 def solved_by(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Solved | None:
@@ -68,61 +81,80 @@ def solved_by(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Solved | None:
 def _as_solution(nodes: tuple[fx.Node, ...], loop: Loop, facts: Facts, data: Set[fx.Node]) -> Solved | None:
     axes = tuple(Const(0) if d == Const(1) else Axis(f"u{k}", d) for k, d in enumerate(shape_of(nodes[0])))
 
-    def value(t: int) -> Expr:
-        held: dict[fx.Node, tuple[str, Index]] = {loop.states[0][t]: (BEFORE.format(0), ())}
-        return ApartStep(facts, interior=loop.body, held=held, firsts=loop.firsts, data=data).at(nodes[t], axes)
+    def lifter(**held: tuple[str, Index]) -> ApartStep:
+        given = {facts.nodes[name]: x for name, x in held.items()}
+        return ApartStep(facts, interior=loop.body, held=given, firsts=loop.firsts, data=data)
 
-    if _taken_apart(value(loop.steps - 1)) is None:
+    def value(t: int) -> Expr:
+        return lifter(**{loop.states[0][t].name: (BEFORE.format(0), ())}).at(nodes[t], axes)
+
+    if _taken_apart(value(loop.steps - 1), lifter(), facts) is None:
         return None
-    found = _taken_apart(as_one([value(t) for t in range(loop.steps)], step_axis(loop)))
+    found = _taken_apart(as_one([value(t) for t in range(loop.steps)], step_axis(loop)), lifter(), facts)
     if found is None:
         return None
     own, seen, state, width = found
-    row = next((k for k, a in enumerate(axes) if a == own.index[-2]), None)
-    solves = facts.nodes[own.tensor], facts.nodes[seen.tensor]
-    systems = {_system(node) for node in solves}
-    system = next(iter(systems))
-    if row is None or system is None or len(systems) > 1:
+    row = next((k for k, a in enumerate(axes) if a == own.index[-1]), None)
+    if row is None or own.system.among(facts) != seen.system.among(facts) or own.index != seen.index or axes[row] in state.axes:
         return None
-    if own.index[:-1] != seen.index[:-1] or seen.index[-1] != width or axes[row] in state.axes:
-        return None
-    rights = arguments(solves[0])[1], arguments(solves[1])[1]
-    return Solved(nodes, axes, row, own, seen, state, width, system, rights)
+    return Solved(nodes, axes, row, own, seen, state, width)
 
 
-def _taken_apart(value: Expr) -> tuple[Load, Load, Load, Axis] | None:
+def _taken_apart(value: Expr, lifter: ApartStep, facts: Facts) -> tuple[Solution, Solution, Load, Axis] | None:
     """own, seen, state and the summed axis of own - sum of seen * state."""
     terms = list(terms_of(value, 1))
     if len(terms) != 2 or any(conditions for _, _, conditions in terms):
         return None
-    plain = [(sign, product_of(term)) for sign, term, _ in terms]
-    plain.sort(key=lambda x: len(x[1].summed))
-    (one, own), (other, read) = plain
-    loads = [f for f in read.factors if isinstance(f, Load)]
-    sign = other
-    for f in read.factors:
+    found: dict[bool, tuple[Solution, list[Load], tuple[Axis, ...]]] = {}
+    for sign, term, _ in terms:
+        product = product_of(term)
+        states = [f for f in product.factors if isinstance(f, Load) and f.tensor == BEFORE.format(0)]
+        rest = replace(product, factors=tuple(f for f in product.factors if f not in states))
+        read = _solution(rest, lifter, facts)
+        if read is None or read[0] != (-sign if states else sign):
+            return None
+        found[bool(states)] = read[1], states, read[2]
+    if len(found) < 2:
+        return None
+    (own, _, over), (seen, states, width) = found[False], found[True]
+    if over or len(width) != 1 or len(states) != 1 or width[0] not in states[0].axes:
+        return None
+    return own, seen, states[0], width[0]
+
+
+def _solution(product: Product, lifter: ApartStep, facts: Facts) -> tuple[int, Solution, tuple[Axis, ...]] | None:
+    """A product as sign, solution, and what is summed over besides the columns of an inverse."""
+    if product.divisors or product.exponents or product.conditions:
+        return None
+    sign, factors = 1, list[Expr]()
+    for f in product.factors:
         if isinstance(f, Const) and abs(f.value) == 1:
             sign *= int(f.value)
-        elif f not in loads:
-            return None
-    if own.summed or len(own.factors) != 1 or not isinstance(own.factors[0], Load) or (one, sign) != (1, -1):
-        return None
-    states = [x for x in loads if x.tensor == BEFORE.format(0)]
-    if len(read.summed) != 1 or len(loads) != 2 or len(states) != 1:
-        return None
-    if any(p.divisors or p.exponents or p.conditions for p in (own, read)):
-        return None
-    (seen,) = (x for x in loads if x not in states)
-    return own.factors[0], seen, states[0], read.summed[0]
-
-
-def _system(node: fx.Node) -> fx.Node | None:
-    """The matrix of a lower triangular system with ones on its diagonal that a node solves."""
-    if op_name(node) != "linalg_solve_triangular" or dict(node.kwargs) != {"upper": False, "unitriangular": True}:
-        return None
-    system, right = arguments(node)[:2]
-    same = shape_of(system)[:-2] == shape_of(right)[:-2] == shape_of(node)[:-2]
-    return system if same and len(arguments(node)) == 2 else None
+        else:
+            factors.append(f)
+    for load in factors:
+        node = facts.nodes.get(load.tensor) if isinstance(load, Load) else None
+        if not isinstance(load, Load) or node is None:
+            continue
+        solved = solved_system(node) if len(factors) == 1 else None
+        if solved is not None:
+            right = lifter.at(solved[1], load.index)
+            return sign, Solution(solved[0], load.index[:-1], right), product.summed
+        column = load.index[-1] if load.index else None
+        if column not in product.summed or any(column in x.axes for x in load.index[:-1]):
+            continue
+        system = inverted_system(node, facts)
+        row = load.index[-2]
+        rest = [f for f in factors if f is not load]
+        if system is None or not isinstance(row, Axis) or any(row in f.axes for f in rest) or not rest:
+            continue
+        value = rest[0]
+        for f in rest[1:]:
+            value = s.call("mul", value, f, dtype=value.dtype)
+        assert isinstance(column, Axis)
+        right = s.substitute(value, {column: row})
+        return sign, Solution(system, load.index[:-1], right), tuple(a for a in product.summed if a != column)
+    return None
 
 
 @dataclass(frozen=True)
@@ -168,30 +200,32 @@ class Delta:
         """x - u at a row: y S + L u."""
         solved, row = self.solved, self.at.row
         column = Axis("column", row.size)
-        index = tuple(s.substitute(x, here) for x in solved.own.index[:-2])
-        seen = self.lifter.at(solved.rights[1], (*index, row, solved.width))
+        index = tuple(s.substitute(x, here) for x in solved.own.index[:-1])
+        seen = s.substitute(solved.seen.right, here)
         state = s.substitute(solved.state, here)
         dtype = state.dtype
         before = Reduce("sum", solved.width, s.call("mul", seen, state, dtype=dtype), dtype)
         earlier = tuple(column if k == solved.row else x for k, x in enumerate(axes))
         u = Load(SOLUTION, (self.at.chunk, *earlier), dtype)
-        system = self.lifter.at(solved.system, (*index, row, column))
+        system = solved.system.below(self.lifter, (*index, row, column))
+        if system is None:
+            raise Stop(Declined("what a chunk solves is no triangular system with ones on its diagonal"))
         inside = s.where(s.lt(column, row), s.call("mul", system, u, dtype=dtype), Const(0.0, dtype))
         return s.call("add", before, Reduce("sum", column, inside, dtype), dtype=dtype)
 
     def _written(self, found: Rolled, mine: _Sides, erase: Counter[Expr], here: dict[Expr, Expr]) -> Rolled:
         """The values are what x has besides what is erased."""
         at, solved = self.at, self.solved
-        right = product_of(self.lifter.at(solved.rights[0], tuple(s.substitute(x, here) for x in solved.own.index)))
+        right = product_of(s.substitute(solved.own.right, here))
         of_key: dict[Expr, Expr] = dict(zip((at.chunk, at.row), at.split(at.key)))
         factors = [s.substitute(x, of_key) for x in (*right.factors, *map(as_number, right.conditions))]
         values = Counter(factors)
         if right.summed or right.divisors or right.exponents or erase - values:
             raise _other_rule()
         values -= erase
-        rate: Expr = Const(1.0, solved.own.dtype)
+        rate: Expr = Const(1.0, solved.own.right.dtype)
         for x in erase.elements():
-            rate = s.call("mul", rate, x, dtype=solved.own.dtype)
+            rate = s.call("mul", rate, x, dtype=rate.dtype)
         product = replace(
             found.product,
             factors=(*(f for f in found.product.factors if f not in mine.solutions), *values.elements()),

@@ -14,7 +14,7 @@ the steps are one function of t remains to be proved (`refocus.recognize_loops`)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -72,13 +72,10 @@ def loop_at(gather: fx.Node, facts: Facts) -> Loop | None:
     if op_name(gather) != "stack" and len(parts) > 2 and not _same_kind(parts[-2], parts[-1]):
         *whole, tail = parts
         parts = tuple(whole)
-    follows: dict[fx.Node, fx.Node] = {}
-    starts: list[fx.Node] = []
-    for earlier, later in reversed(list(pairwise(parts))):
-        if not _aligned(earlier, later, follows, starts):
-            return None
-    if not starts:
+    laid = _Laid.of(parts).joined(facts)
+    if not laid.fits:
         return None
+    follows, starts = laid.follows, laid.starts
     states = []
     for start in starts:
         chain = list(_chain(start, follows))
@@ -115,7 +112,10 @@ def _chain(start: fx.Node, follows: dict[fx.Node, fx.Node]) -> Iterator[fx.Node]
         node = follows.get(node)
 
 
-def _aligned(earlier: fx.Node, later: fx.Node, follows: dict[fx.Node, fx.Node], starts: list[fx.Node]) -> bool:
+def _aligned(
+    earlier: fx.Node, later: fx.Node, follows: dict[fx.Node, fx.Node], starts: list[fx.Node],
+    chosen: frozenset[fx.Node] = frozenset(),
+) -> bool:  # fmt: skip
     """Lay a node and all that it is made of over its counterpart. False where that does not fit."""
     if not _alike(earlier, later):
         return False
@@ -127,13 +127,51 @@ def _aligned(earlier: fx.Node, later: fx.Node, follows: dict[fx.Node, fx.Node], 
         if a in follows:
             return False
         follows[a] = b
-        if _alike(a, b):
+        if a not in chosen and _alike(a, b):
             stack.extend(zip(a.all_input_nodes, b.all_input_nodes))
             continue
         starts.append(a)
         if len(starts) > _MOST_STATES or not _same_kind(a, b):
             return False
     return True
+
+
+@dataclass
+class _Laid:
+    """Steps laid over one another: what `follows` on what, and the first values of the states. `chosen` are first
+    values of states whatever they look like."""
+
+    parts: tuple[fx.Node, ...]
+    chosen: frozenset[fx.Node]
+    follows: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    starts: list[fx.Node] = field(default_factory=list)
+    missing: int = 0  # steps that do not fit
+
+    @staticmethod
+    def of(parts: tuple[fx.Node, ...], chosen: frozenset[fx.Node] = frozenset()) -> _Laid:
+        laid = _Laid(parts, chosen)
+        for number, (earlier, later) in reversed(list(enumerate(pairwise(parts)))):
+            if not _aligned(earlier, later, laid.follows, laid.starts, chosen):
+                laid.missing = number + 1
+                break
+        return laid
+
+    @property
+    def fits(self) -> bool:
+        return not self.missing and bool(self.starts)
+
+    def joined(self, facts: Facts) -> _Laid:
+        """What a loop starts from may be made like a state (zeros plus what is handed in). Several values of the first
+        step then meet what is no counterpart of theirs, and all of them are for one value that has one: the state."""
+        if self.missing > 1 or (self.fits and len(self.starts) < 2):
+            return self
+        found, first = self, set(self.follows) - set(self.follows.values())
+        for state in sorted(first.difference(self.starts, self.parts), key=facts.order.__getitem__):
+            if nx.has_path(facts.flow, state, self.follows[state]):
+                again = _Laid.of(self.parts, frozenset((state,)))
+                if again.fits and state in again.starts and (not found.fits or len(again.starts) < len(found.starts)):
+                    found = again
+        return found
 
 
 def _same_kind(a: fx.Node, b: fx.Node) -> bool:

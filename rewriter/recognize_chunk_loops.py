@@ -116,7 +116,7 @@ class _Form:
         if self.solved is None:
             return found
         lifter = ApartStep(
-            self.facts, interior=self.loop.body | {self.solved.system}, firsts=self.loop.firsts, data=self.data
+            self.facts, interior=self.loop.body | {self.solved.system.matrix}, firsts=self.loop.firsts, data=self.data
         )
         return Delta(self.solved, lifter, lambda e: rewrite(e, state, s.rebuild), at).of(found, steps.out)
 
