@@ -19,11 +19,21 @@ from functools import lru_cache
 from itertools import permutations
 
 from refocus import simplify as s
-from refocus.ir import ONE, TRUE, Axis, Call, Const, Expr
+from refocus.ir import ONE, TRUE, Axis, Call, Const, Expr, Reduce, rewrite
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.gate_sums import CHUNK, ROW, Gate, Places, Sums, between, sums_of
 from refocus.patterns.held_decays import Held, Values, no_values
-from refocus.patterns.linear import Product, Signed, Weight, always, as_number, logarithm, product_of, terms_of
+from refocus.patterns.linear import (
+    Product,
+    Signed,
+    Weight,
+    always,
+    as_number,
+    holds_sum,
+    logarithm,
+    product_of,
+    terms_of,
+)
 from refocus.polynomial import order_key
 
 
@@ -103,11 +113,74 @@ class Joined:
 
 def over_all(value: Expr, at: Cut, values: Values = no_values) -> Joined:
     """What both parts are together. `values`: what is known of constants. Raises `Stop`."""
-    parts = _two_parts(value)
+    parts = _two_parts(_as_exponentials(value, values))
     for inside, outer in (parts, parts[::-1]):
         for z, apart in _earlier(outer, at):
             return _Parts(inside, apart, z, at, values).joined()
     raise Stop(Declined("there is no state of the chunks before"))
+
+
+def normalised(value: Expr, at: Cut, values: Values = no_values) -> Joined:
+    """The same for a quotient of such sums: what is divided by is written as a function of sums over all positions."""
+    parts = product_of(value)
+    if not parts.divisors or parts.summed or parts.exponents or parts.conditions:
+        return over_all(value, at, values)
+    weighted = [f for f in parts.factors if holds_sum(f)]
+    if len(weighted) != 1:
+        raise Stop(Declined("what is in a chunk is not added to what is before it"))
+    over = weighted[0]
+    for f in parts.factors:
+        if f is not over:
+            over = s.call("mul", over, f, dtype=over.dtype)
+    joined = over_all(over, at, values)
+    gate = joined.weight.gate
+    exponents = () if gate is None else _exponents(Call("exp", (gate,), gate.dtype))[0]
+    of_query: dict[Expr, Expr] = dict(zip((at.chunk, at.row), at.split(at.query)))
+    divisors = tuple(s.substitute(_with_sums(d, at, values), of_query) for d in parts.divisors)
+    return replace(joined, product=replace(joined.product, divisors=divisors, exponents=tuple(exponents)))
+
+
+def _with_sums(divisor: Expr, at: Cut, values: Values) -> Expr:
+    """A divisor with the sums of its two parts written as one sum over all positions each."""
+
+    def visit(node: Expr) -> Expr | None:
+        if not (isinstance(node, Call) and node.op in ("add", "sub")):
+            return None
+        try:
+            found = over_all(node, at, values)
+        except Stop:
+            return None
+        product, gate = found.product, found.weight.gate
+        total: Expr = Const(1.0, node.dtype)
+        for factor in product.factors:
+            total = s.call("mul", total, factor, dtype=node.dtype)
+        if gate is not None:
+            total = s.call("mul", total, s.call("exp", gate, dtype=node.dtype), dtype=node.dtype)
+        total = s.where(s.and_(*product.conditions), total, Const(0.0, node.dtype))
+        for axis in product.summed:
+            total = Reduce("sum", axis, total, node.dtype)
+        return total
+
+    return rewrite(divisor, visit, s.rebuild)
+
+
+def _as_exponentials(value: Expr, values: Values) -> Expr:
+    """A value, powers of positive constants (decays that a model keeps, one for each head) as exponentials."""
+
+    def visit(node: Expr) -> Expr | None:
+        if not (isinstance(node, Call) and node.op == "pow" and node.args[1].is_int):
+            return None
+        base, power = rewrite(node.args[0], visit, s.rebuild), node.args[1]
+        if isinstance(base, Call) and base.op == "exp":
+            log = base.args[0]
+        else:
+            found = values(base, sorted(base.axes, key=order_key)) if base.loads else None
+            if found is None or not bool((found[0] > 0).all()):
+                return None
+            log = s.call("log", base, dtype=base.dtype)
+        return s.call("exp", s.call("mul", log, power, dtype=node.dtype), dtype=node.dtype)
+
+    return rewrite(value, visit, s.rebuild)
 
 
 @lru_cache(maxsize=16)  # every pair of axes may be chunks and rows of one value

@@ -95,7 +95,8 @@ def _as_solution(nodes: tuple[fx.Node, ...], loop: Loop, facts: Facts, data: Set
         return None
     own, seen, state, width = found
     row = next((k for k, a in enumerate(axes) if a == own.index[-1]), None)
-    if row is None or own.system.among(facts) != seen.system.among(facts) or own.index != seen.index or axes[row] in state.axes:
+    same = own.system.among(facts) == seen.system.among(facts) and own.index == seen.index
+    if row is None or not same or axes[row] in state.axes:
         return None
     return Solved(nodes, axes, row, own, seen, state, width)
 

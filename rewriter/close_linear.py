@@ -130,10 +130,12 @@ def close(
     out: Expr = Load("out", tuple(back[a] for a in region.out_axes), dtype)
     sums = Load("sums", tuple(back[a] for a in region.sums_axes), "float32")
     known: dict[Expr, Expr] = {t: _times(rest, sums) for t, rest in besides.items()}
+    # In chunks, a position is not an axis of the results but made of two of them.
+    placed: dict[Expr, Expr] = {} if roll is None else {roles.query: roll.place}
     for row in parts.rows:
-        out = s.call("mul", out, s.substitute(row, known), dtype=dtype)
+        out = s.call("mul", out, s.substitute(s.substitute(row, known), placed), dtype=dtype)
     for divisor in read.product.divisors:
-        out = s.call("div", out, s.substitute(divisor, known), dtype=dtype)
+        out = s.call("div", out, s.substitute(s.substitute(divisor, known), placed), dtype=dtype)
     outputs = [Output(root, read.dims, out)]
     outputs += [Output(node, dims, known[total]) for node, dims, total in beside]
     if ends is not None and ends.final is not None:

@@ -18,7 +18,7 @@ def make_functional(gm: fx.GraphModule, mode: Any) -> None:
     A write through a view, as to a part of a mask, becomes the whole tensor with that part replaced (`_Written`). A
     write to an input, or to memory seen in other ways, is left as it is (the lift never reads across it).
     """
-    _drop_unread_writes(gm)
+    drop_unread_writes(gm)
     order = {n: k for k, n in enumerate(gm.graph.nodes)}
     for node in list(gm.graph.nodes):
         functional = functional_overload(node)
@@ -61,30 +61,32 @@ def make_functional(gm: fx.GraphModule, mode: Any) -> None:
             gm.graph.erase_node(node)  # a view that was made anew, and that nobody reads after the write
 
 
-def _drop_unread_writes(gm: fx.GraphModule) -> None:
-    """Remove writes to memory of the graph's own that nobody reads: a map of all probabilities, filled part by part,
-    that is returned only on demand. A write has an effect, so no other pass takes it for dead code."""
-    for base in [n for n in reversed(gm.graph.nodes) if n.op == "call_function" and not aliases(n)]:
-        if not isinstance(base.meta.get("val"), torch.Tensor):
-            continue
-        group, writes, stack = {base}, set[fx.Node](), [base]
-        seen_only_here = True
-        while stack and seen_only_here:
-            node = stack.pop()
-            for user in node.users:
-                view = user.op == "call_function" and aliases(user) and user.args and user.args[0] is node
-                write = functional_overload(user) is not None and user.args[0] is node
-                if not (view or write) or node in [a for a in user.all_input_nodes if a is not user.args[0]]:
-                    seen_only_here = False
-                    break
-                if write:
-                    writes.add(user)
-                if user not in group:
-                    group.add(user)
-                    stack.append(user)
-        if seen_only_here and writes:
-            for node in sorted(group, reverse=True):
-                gm.graph.erase_node(node)
+def drop_unread_writes(gm: fx.GraphModule) -> None:
+    """Remove writes to memory of the graph's own that nobody reads, or only what is written there next: a map of all
+    probabilities, filled part by part, that is returned only on demand; a matrix inverted row by row whose inverse is
+    not needed. A write has an effect, so no other pass takes it for dead code."""
+    base: dict[fx.Node, fx.Node] = {}  # of each node, what made the memory that it may be in
+    writes: dict[fx.Node, list[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        source = node.args[0] if node.op == "call_function" and node.args else None
+        shares = isinstance(source, fx.Node) and (aliases(node) or functional_overload(node) is not None)
+        base[node] = base[source] if shares else node  # type: ignore[index]
+        if functional_overload(node) is not None and base[node].op == "call_function":
+            writes.setdefault(base[node], []).append(node)
+    theirs = {node for found in writes.values() for node in found}
+    read: set[fx.Node] = set()
+    stack = [n for n in gm.graph.nodes if n.op != "call_function" or (n.is_impure() and n not in theirs)]
+    while stack:
+        node = stack.pop()
+        if node not in read:
+            read.add(node)
+            stack.extend((*node.all_input_nodes, *writes.get(base[node], ())))
+    if theirs <= read:
+        return
+    for node in reversed(gm.graph.nodes):
+        known = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+        if node not in read and known and not node.users:
+            gm.graph.erase_node(node)
 
 
 def _copy_of(gm: fx.GraphModule, mode: Any, write: fx.Node, order: dict[fx.Node, int]) -> fx.Node | None:

@@ -34,6 +34,7 @@ from refocus.dead_code import remove_dead_code
 from refocus.equal_sizes import made_equal
 from refocus.errors import RegionNotFused
 from refocus.facts import Facts, gather_facts, given_scores
+from refocus.functional import drop_unread_writes
 from refocus.ir import Region
 from refocus.lift import op_name
 from refocus.linear_sites import describe_linear, plan_linear
@@ -119,6 +120,7 @@ def _rewrite_outer(gm: fx.GraphModule, options: Options, inputs: Sequence[Any]) 
     ]
     if fused:
         remove_dead_code(traced.graph)
+        drop_unread_writes(traced)  # a matrix inverted in place, row by row
         placed = place_results(traced)
         rows = [replace(r, kernel_path=calls[r.name].kernel_path(placed)) if r.name in calls else r for r in rows]
     report = Report(tuple(rows), 1, time.perf_counter() - started, tuple(dict.fromkeys(notes)))
@@ -149,9 +151,7 @@ class _Calls:
         return kernel_path(region, self.plan)
 
 
-def _replace(
-    name: str, site: Site, splicer: Splicer, facts: Facts, options: Options, calls: dict[str, _Calls]
-) -> Row:
+def _replace(name: str, site: Site, splicer: Splicer, facts: Facts, options: Options, calls: dict[str, _Calls]) -> Row:
     """Plan one site and splice it in; its row of the report. Adds what stands for it to `calls`."""
     site, plans, reason = _plan(site, facts, options)
     trained = trained_operands(site, facts)

@@ -6,7 +6,7 @@ an attention in two parts (`refocus.patterns.chunked_form`). For the delta rule,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -19,7 +19,7 @@ from refocus.ir import Axis, Call, Const, Expr, Load, Reduce, rewrite
 from refocus.lift import Index
 from refocus.loop_steps import BEFORE, ApartStep, Ends, Rolled, Steps, ends_of, lifted, own_axes, step_axis
 from refocus.loops import Loop
-from refocus.patterns.chunked_form import Cut, Joined, over_all
+from refocus.patterns.chunked_form import Cut, Joined, normalised
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.linear import terms_of
 from refocus.patterns.recurrence import Update, closed_form, read_update
@@ -28,17 +28,19 @@ from refocus.sizes import shape_of
 
 def in_chunks(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
     """Raises Stop with the reason where a loop is none over chunks."""
-    if len(loop.states) > 1:
-        raise Stop(Declined("a loop over chunks has several states"))
-    form = _Form(loop, facts, data, solved_by(loop, facts, data))
+    solved = solved_by(loop, facts, data) if len(loop.states) == 1 else None
+    form = _Form(loop, facts, data, solved)
     steps = form.steps()
-    update = read_update(steps.updates[0], BEFORE.format(0), own_axes(loop)[0], form.step, _log)
-    if update.erase is not None:
+    updates = [
+        read_update(update, BEFORE.format(n), own, form.step, _log)
+        for n, (update, own) in enumerate(zip(steps.updates, own_axes(loop)))
+    ]
+    if any(update.erase is not None for update in updates):
         raise Stop(Declined("what a loop takes from its state is not what the delta rule does"))
     first: Stop | None = None
     for row in form.rows():
         try:
-            return form.whole(steps, update, row)
+            return form.whole(steps, updates, row)
         except Stop as stop:
             first = first or stop
     raise first or Stop(Declined("a loop's results are no products of queries with its state"))
@@ -88,7 +90,7 @@ class _Form:
             return
         yield from (a for a in self.part if a is not None)
 
-    def whole(self, steps: Steps, update: Update, row: Axis) -> Rolled:
+    def whole(self, steps: Steps, updates: Sequence[Update], row: Axis) -> Rolled:
         """The loop as one function, if `row` are the positions inside of a chunk."""
         stacked = self.loop.stacked
         length = s.mul(self.step.size, row.size) if stacked else shape_of(self.loop.gather)[self.loop.dim]
@@ -97,13 +99,15 @@ class _Form:
         earlier = Axis("earlier", self.step.size)
 
         def state(node: Expr) -> Expr | None:
-            if isinstance(node, Load) and node.tensor == BEFORE.format(0):
-                return closed_form(update, own_axes(self.loop)[0], node.index, self.step, earlier, s.lt)
+            if isinstance(node, Load) and node.tensor in before:
+                n = before[node.tensor]
+                return closed_form(updates[n], own_axes(self.loop)[n], node.index, self.step, earlier, s.lt)
             return None
 
+        before = {BEFORE.format(n): n for n in range(len(updates))}
         value = rewrite(steps.out, state, s.rebuild)
         values = HeldValues(self.facts)
-        joined = over_all(value, at, values)
+        joined = normalised(value, at, values)
         product = joined.product
         ends = self._ends(steps, joined, at, values)
         values.assume()
