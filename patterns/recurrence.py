@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product as combinations
 
 from refocus import simplify as s
-from refocus.ir import Axis, Call, Const, Expr, Load, Reduce
+from refocus.ir import TRUE, Axis, Call, Const, Expr, Load, Reduce
 from refocus.patterns.declined import Declined, Stop
-from refocus.patterns.linear import Product, product_of
+from refocus.patterns.linear import Product, product_of, terms_of
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,11 @@ def read_update(
 ) -> Update:
     """Read S' as a function of loads of `state`, over the axes `own`. Raises Stop."""
     keeps: list[Product] = []
-    writes: list[Expr] = []
     erases: list[tuple[Product, Load]] = []
-    for term in summands(update, state):
-        found = product_of(term)
+    terms = summands(update, state)
+    writes = [term for term in terms if not _holds(term, state)]
+    for found in _collected([_contracted(product_of(term)) for term in terms if _holds(term, state)], update.dtype):
         loads = [f for f in found.factors if isinstance(f, Load) and f.tensor == state]
-        if not loads and not _holds(term, state):
-            writes.append(term)
-            continue
         rest = [f for f in found.factors if f not in loads]
         if len(loads) != 1 or any(_holds(x, state) for x in (*rest, *found.divisors, *found.conditions)):
             raise Stop(Declined("a loop's update is not linear in its state"))
@@ -121,6 +118,58 @@ def _erased(
     return _times(scalars, write.dtype), tuple(keys), _times([*keys, *values], write.dtype)
 
 
+def _contracted(product: Product) -> Product:
+    """A product without the sums of which a condition leaves one term: those with an identity matrix."""
+    for condition in product.conditions:
+        for axis in product.summed:
+            place = _solved_for(axis, condition)
+            if place is None:
+                continue
+            rest = replace(
+                product,
+                summed=tuple(a for a in product.summed if a != axis),
+                conditions=tuple(c for c in product.conditions if c is not condition),
+            )
+            here: dict[Expr, Expr] = {axis: place}
+            return _contracted(
+                Product(
+                    rest.summed,
+                    *(tuple(s.substitute(x, here) for x in xs) for xs in (rest.factors, rest.divisors)),
+                    tuple((sign, s.substitute(x, here)) for sign, x in rest.exponents),
+                    tuple(c for x in rest.conditions if (c := s.substitute(x, here)) != TRUE),
+                )
+            )
+    return product
+
+
+def _solved_for(axis: Axis, condition: Expr) -> Axis | None:
+    """The other axis, of the same size, that a condition says an axis to be at."""
+    if isinstance(condition, Call) and condition.op == "eq":
+        for one, other in (condition.args, condition.args[::-1]):
+            if one == axis and isinstance(other, Axis) and other.size == axis.size:
+                return other
+    return None
+
+
+def _collected(products: Sequence[Product], dtype: str) -> list[Product]:
+    """Products that are the same but for a number as one, and none where the numbers cancel."""
+    found: dict[object, tuple[float, Product]] = {}
+    for product in products:
+        number = math.prod(float(f.value) for f in product.factors if isinstance(f, Const))
+        rest = replace(product, factors=tuple(f for f in product.factors if not isinstance(f, Const)))
+        key = (frozenset(Counter(rest.factors).items()), frozenset(rest.summed), *map(tuple, _others(rest)))
+        found[key] = (found[key][0] if key in found else 0.0) + number, rest
+    return [
+        rest if number == 1.0 else replace(rest, factors=(Const(number, dtype), *rest.factors))
+        for number, rest in found.values()
+        if number != 0.0
+    ]
+
+
+def _others(product: Product) -> tuple[Sequence[object], ...]:
+    return product.divisors, product.exponents, product.conditions
+
+
 def _times(factors: Sequence[Expr], dtype: str) -> Expr:
     out: Expr = Const(1.0, dtype)
     for factor in factors:
@@ -132,27 +181,39 @@ def _holds(e: Expr, state: str) -> bool:
     return any(isinstance(n, Load) and n.tensor == state for n in e.walk())
 
 
-def summands(e: Expr, state: str) -> list[Expr]:
-    """The terms of a sum, products over those that hold the state multiplied out."""
+def summands(e: Expr, state: str, looked_up: bool = False) -> list[Expr]:
+    """The terms of a sum, products over those that hold the state multiplied out. What is `looked_up` in a state, by
+    sums over it, may be blended with other values, or be looked up by a matrix that is a sum: then all is."""
     if not _holds(e, state):
         return [e]
     if isinstance(e, Call) and e.is_float:
         args = e.args
         if e.op in ("add", "sub"):
-            found = summands(args[0], state)
+            found = summands(args[0], state, looked_up)
             for a in args[1:]:
-                found += [x if e.op == "add" else _minus(x) for x in summands(a, state)]
+                found += [x if e.op == "add" else _minus(x) for x in summands(a, state, looked_up)]
             return found
         if e.op == "neg":
-            return [_minus(x) for x in summands(args[0], state)]
+            return [_minus(x) for x in summands(args[0], state, looked_up)]
         if e.op == "mul":
-            parts = [summands(a, state) for a in args]
+            sums = looked_up or any(isinstance(n, Reduce) and _holds(n, state) for n in e.walk())
+            parts = [
+                _multiplied_out(a) if sums and not _holds(a, state) else summands(a, state, looked_up) for a in args
+            ]
             return [_times(chosen, e.dtype) for chosen in combinations(*parts)]
         if e.op == "div" and not _holds(args[1], state):
-            return [s.call("div", x, args[1], dtype=e.dtype) for x in summands(args[0], state)]
+            return [s.call("div", x, args[1], dtype=e.dtype) for x in summands(args[0], state, looked_up)]
     if isinstance(e, Reduce) and e.op == "sum":
-        return [Reduce("sum", e.axis, x, e.dtype) for x in summands(e.body, state)]
+        return [Reduce("sum", e.axis, x, e.dtype) for x in summands(e.body, state, True)]
     return [e]
+
+
+def _multiplied_out(e: Expr) -> list[Expr]:
+    """The terms of a factor, where they are finite."""
+    terms = list(terms_of(e, 1))
+    if any(conditions for _, _, conditions in terms):
+        return [e]
+    return [x if sign > 0 else _minus(x) for sign, x, _ in terms]
 
 
 def _minus(e: Expr) -> Expr:

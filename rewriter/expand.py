@@ -61,7 +61,7 @@ def viewed(value: Expr, facts: Facts) -> Expr:
 
 
 @dataclass
-class _Follower(_Viewer):
+class Follower(_Viewer):
     """Looks through pointwise operations, too."""
 
     def within(self, node: fx.Node, index: Index) -> bool:
@@ -75,7 +75,7 @@ def without(value: Expr, axes: Set[Axis], facts: Facts) -> Expr:
 
     def visit(node: Expr) -> Expr | None:
         if isinstance(node, Load) and node.is_float and node.tensor in facts.nodes and node.axes & axes:
-            below = _Follower(facts).at(facts.nodes[node.tensor], node.index)
+            below = Follower(facts).at(facts.nodes[node.tensor], node.index)
             return below if len(below.axes & axes) < len(node.axes & axes) else node
         return None
 

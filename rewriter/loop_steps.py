@@ -16,7 +16,7 @@ from refocus.expand import Expander
 from refocus.factored import Factored
 from refocus.facts import Facts
 from refocus.ir import BOOL, ONE, ZERO, Axis, Call, Const, Expr, Load, Reduce
-from refocus.lift import Index, Lifter, arguments, dtype_of, op_name
+from refocus.lift import Index, Lifter, dtype_of
 from refocus.loops import Loop
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.linear import Product, Weight
@@ -235,46 +235,3 @@ def _between(earlier: Expr, later: Expr, number: int, step: Axis) -> Expr | None
     if any(x is None for x in found):
         return None
     return s.rebuild(later, tuple(found)) if found else None  # type: ignore[arg-type]
-
-
-# ---------------------------------------------------------------------------------------------------- decays
-
-
-def log_of(decay: Expr, facts: Facts) -> Expr | None:
-    """The logarithm of a decay, where it is known to be one: of an exponential or a sigmoid, here or where the value
-    that is read was made."""
-    if isinstance(decay, Call) and decay.op == "exp":
-        return decay.args[0]
-    if isinstance(decay, Load) and decay.tensor in facts.nodes:
-        node, index = facts.nodes[decay.tensor], decay.index
-        while node not in facts.opaque and op_name(node) in _VIEWS:
-            below = _Seen(facts).at(node, index)
-            if not isinstance(below, Load) or below.tensor not in facts.nodes or below.tensor == node.name:
-                return None
-            node, index = facts.nodes[below.tensor], below.index
-        if node in facts.opaque or op_name(node) not in ("exp", "sigmoid"):
-            return None
-        inner = Lifter(facts).at(arguments(node)[0], index)
-        if op_name(node) == "exp":
-            return inner
-        decay = s.call("sigmoid", inner, dtype=dtype_of(node))
-    if isinstance(decay, Call) and decay.op == "sigmoid":
-        # log(sigmoid(x)) = -log(1 + exp(-x)), which is finite wherever x is.
-        x = s.call("neg", decay.args[0], dtype=decay.dtype)
-        total = s.call("logaddexp", x, Const(0.0, decay.dtype), dtype=decay.dtype)
-        return s.call("neg", total, dtype=decay.dtype)
-    return None
-
-
-@dataclass
-class _Seen(Lifter):
-    """Looks through whatever only moves values."""
-
-    def _choose(self, node: fx.Node, index: Index, below: Expr) -> Expr:
-        return below
-
-
-_VIEWS = frozenset(
-    ("view", "reshape", "permute", "transpose", "select", "slice", "unsqueeze", "squeeze", "expand", "getitem",
-     "unbind", "split", "chunk", "to", "_to_copy", "contiguous", "clone", "flatten", "unflatten", "mT", "t")
-)  # fmt: skip

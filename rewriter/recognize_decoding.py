@@ -18,6 +18,7 @@ from torch import fx
 
 from refocus import simplify as s
 from refocus.close_linear import LinearSite, Read, close
+from refocus.decays import log_of
 from refocus.expand import without
 from refocus.facts import Facts
 from refocus.ir import ONE, ZERO, Axis, Expr, Load
@@ -26,7 +27,7 @@ from refocus.lift_pointwise import POINTWISE
 from refocus.lift_reductions import CONTRACTIONS
 from refocus.lift_tables import MOVES
 from refocus.linear_candidates import LinearCandidate, elements, product_operands
-from refocus.loop_steps import AFTER, Ends, Rolled, Step, log_of
+from refocus.loop_steps import AFTER, Ends, Rolled, Step
 from refocus.patterns.declined import Stop
 from refocus.patterns.linear import Product, Weight, product_of
 from refocus.patterns.recurrence import Update, read_update

@@ -17,10 +17,11 @@ from dataclasses import replace
 from torch import fx
 
 from refocus import simplify as s
+from refocus.decays import log_of
 from refocus.facts import Facts
 from refocus.ir import Axis, Const, Expr, Load, rewrite
 from refocus.lift import Index
-from refocus.loop_steps import AFTER, BEFORE, Rolled, Step, Steps, ends_of, lifted, log_of, own_axes
+from refocus.loop_steps import AFTER, BEFORE, Rolled, Step, Steps, ends_of, lifted, own_axes
 from refocus.loops import Loop
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.linear import product_of, settled
