@@ -125,20 +125,16 @@ def _contracted(product: Product) -> Product:
             place = _solved_for(axis, condition)
             if place is None:
                 continue
-            rest = replace(
-                product,
-                summed=tuple(a for a in product.summed if a != axis),
-                conditions=tuple(c for c in product.conditions if c is not condition),
-            )
             here: dict[Expr, Expr] = {axis: place}
-            return _contracted(
-                Product(
-                    rest.summed,
-                    *(tuple(s.substitute(x, here) for x in xs) for xs in (rest.factors, rest.divisors)),
-                    tuple((sign, s.substitute(x, here)) for sign, x in rest.exponents),
-                    tuple(c for x in rest.conditions if (c := s.substitute(x, here)) != TRUE),
-                )
+            others = [s.substitute(c, here) for c in product.conditions if c is not condition]
+            rest = Product(
+                summed=tuple(a for a in product.summed if a != axis),
+                factors=tuple(s.substitute(x, here) for x in product.factors),
+                divisors=tuple(s.substitute(x, here) for x in product.divisors),
+                exponents=tuple((sign, s.substitute(x, here)) for sign, x in product.exponents),
+                conditions=tuple(c for c in others if c != TRUE),
             )
+            return _contracted(rest)
     return product
 
 

@@ -96,10 +96,14 @@ class Retrace(fx.Interpreter):
         super().__init__(gm)
         self.casts = casts
         values = {n: n.meta.get("example_value", n.meta.get("val")) for n in gm.graph.nodes}
+        self.decided = _ends_of_chunks(gm.graph)
         self.values = {n: pytree.tree_map_only(_dtensors(), _plain, value) for n, value in values.items()}
 
     def run_node(self, n: fx.Node) -> Any:
         mode = get_proxy_mode()
+        if n in self.decided:
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            return min(args) if n.target is torch.sym_min else max(args)
         if not self.casts and n.target in _AUTOCAST:
             return None
         whole = "example_value" in n.meta and (is_higher_order(n) or self._is_whole(n))
@@ -131,6 +135,21 @@ class Retrace(fx.Interpreter):
         if any(_subclasses(self.values[n]) for n in nodes):
             return True
         return any(_subclasses(n.meta.get("example_value")) for n in nodes) and not _every_tensor_has(node)
+
+
+_FEWEST = 3  # ends of chunks that a length is compared with
+
+
+def _ends_of_chunks(graph: fx.Graph) -> set[fx.Node]:
+    """Where one length is compared with several numbers: the ends of the chunks of an unrolled loop, which is for one
+    number of chunks anyway. The tracer is asked which is less: then all chunks but the last have a number of rows."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in (torch.sym_min, torch.sym_max) and not node.kwargs:
+            lengths = [a for a in node.args if isinstance(a, fx.Node)]
+            if len(node.args) == 2 and len(lengths) == 1:
+                found.setdefault(lengths[0], []).append(node)
+    return {n for nodes in found.values() if len({n.args for n in nodes}) >= _FEWEST for n in nodes}
 
 
 _AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)

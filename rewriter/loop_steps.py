@@ -157,23 +157,33 @@ def lifted(
         size = shape_of(loop.tail)[loop.dim]
         index = tuple(Axis(a.name, size) if k == loop.dim and isinstance(a, Axis) else a for k, a in enumerate(part))
         # Where the mask is causal, a shorter chunk is one whose last rows are not asked for.
-        if not _shortened(s.substitute(out, {step: Const(loop.steps)}), last.at(loop.tail, index), shortened):
+        found = s.substitute(out, {step: Const(loop.steps)}), last.at(loop.tail, index)
+        wide = shape_of(loop.parts[0])[loop.dim]
+        rows = (wide, size) if _no_longer(loop) else (wide, wide)
+        if not _shortened(*found, shortened, rows):
             raise Stop(Declined("the last step of a loop is not the same function of what it reads"))
         visited |= last.visited
     return Steps(out, tuple(as_one(x, step) for x in updates), frozenset(visited), frozenset(shortened))
 
 
-def _shortened(whole: Expr, part: Expr, names: set[str]) -> bool:
+def _no_longer(loop: Loop) -> bool:
+    """Whether the last part has no more rows than the others: if the tracer knows of its size that it is a chunk's, as
+    far as it goes, or else sees it in this call, and from then on holds the graph to that."""
+    assert loop.tail is not None
+    return bool(loop.tail.meta["val"].shape[loop.dim] <= loop.parts[0].meta["val"].shape[loop.dim])
+
+
+def _shortened(whole: Expr, part: Expr, names: set[str], rows: tuple[Expr, Expr]) -> bool:
     """Whether two values are the same, but for what is summed over being shorter in `part`, and for its names. The
-    `names` of such axes are collected."""
+    `names` of such axes are collected. `rows`: a length, and one that is known to be no larger."""
     if isinstance(whole, Reduce) and isinstance(part, Reduce):
         axis = whole.axis
         here = s.substitute(part.body, {part.axis: Axis(axis.name, part.axis.size)})
         if axis.size != part.axis.size:
             names.add(axis.name)
-            if not s.is_nonneg(s.sub(axis.size, part.axis.size)):
+            if (axis.size, part.axis.size) != rows and not s.is_nonneg(s.sub(axis.size, part.axis.size)):
                 return False
-        return whole.op == part.op and whole.dtype == part.dtype and _shortened(whole.body, here, names)
+        return whole.op == part.op and whole.dtype == part.dtype and _shortened(whole.body, here, names, rows)
     sizes: dict[str, Axis] = {a.name: a for a in part.axes}
     if isinstance(whole, Call | Load) and type(whole) is type(part) and not whole.is_int and whole.dtype != BOOL:
         same = [getattr(x, "op", None) or getattr(x, "tensor", None) for x in (whole, part)]
@@ -181,7 +191,7 @@ def _shortened(whole: Expr, part: Expr, names: set[str]) -> bool:
         return (
             same[0] == same[1]
             and len(whole.children) == len(part.children)
-            and all(_shortened(*x, names) for x in pairs)
+            and all(_shortened(*x, names, rows) for x in pairs)
         )
     return s.substitute(whole, {a: sizes.get(a.name, a) for a in whole.axes}) == part
 
