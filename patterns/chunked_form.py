@@ -19,7 +19,7 @@ from functools import lru_cache
 from itertools import permutations
 
 from refocus import simplify as s
-from refocus.ir import ONE, TRUE, Axis, Call, Const, Expr, Reduce, rewrite
+from refocus.ir import ONE, TRUE, Axis, Call, Const, Expr, Load, Reduce, rewrite
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.gate_sums import CHUNK, ROW, Gate, Places, Sums, between, sums_of
 from refocus.patterns.held_decays import Held, Values, no_values
@@ -133,14 +133,20 @@ def normalised(value: Expr, at: Cut, values: Values = no_values) -> Joined:
         if f is not over:
             over = s.call("mul", over, f, dtype=over.dtype)
     joined = over_all(over, at, values)
-    gate = joined.weight.gate
-    exponents = () if gate is None else _exponents(Call("exp", (gate,), gate.dtype))[0]
     of_query: dict[Expr, Expr] = dict(zip((at.chunk, at.row), at.split(at.query)))
-    divisors = tuple(s.substitute(_with_sums(d, at, values), of_query) for d in parts.divisors)
-    return replace(joined, product=replace(joined.product, divisors=divisors, exponents=tuple(exponents)))
+    divisors = tuple(s.substitute(_with_sums(d, at, values, joined), of_query) for d in parts.divisors)
+    exponents = () if joined.weight.gate is None else ((1, _decay(joined, at)),)
+    return replace(joined, product=replace(joined.product, divisors=divisors, exponents=exponents))
 
 
-def _with_sums(divisor: Expr, at: Cut, values: Values) -> Expr:
+def _decay(joined: Joined, at: Cut) -> Expr:
+    """What stands for the sum of the gates between two positions, in weights and their sums."""
+    gate = joined.weight.gate
+    own = [a for a in joined.product.summed if gate is not None and a in gate.axes and a != at.key]
+    return Load("gates between", (at.query, at.key, *own), "float32")
+
+
+def _with_sums(divisor: Expr, at: Cut, values: Values, weights: Joined) -> Expr:
     """A divisor with the sums of its two parts written as one sum over all positions each."""
 
     def visit(node: Expr) -> Expr | None:
@@ -150,18 +156,30 @@ def _with_sums(divisor: Expr, at: Cut, values: Values) -> Expr:
             found = over_all(node, at, values)
         except Stop:
             return None
-        product, gate = found.product, found.weight.gate
+        product, names = found.product, _same_gate(found, weights, at)
         total: Expr = Const(1.0, node.dtype)
         for factor in product.factors:
-            total = s.call("mul", total, factor, dtype=node.dtype)
-        if gate is not None:
-            total = s.call("mul", total, s.call("exp", gate, dtype=node.dtype), dtype=node.dtype)
+            total = s.call("mul", total, s.substitute(factor, names), dtype=node.dtype)
+        if found.weight.gate is not None:
+            total = s.call("mul", total, s.call("exp", _decay(weights, at), dtype=node.dtype), dtype=node.dtype)
         total = s.where(s.and_(*product.conditions), total, Const(0.0, node.dtype))
         for axis in product.summed:
-            total = Reduce("sum", axis, total, node.dtype)
+            total = Reduce("sum", names.get(axis, axis), total, node.dtype)  # type: ignore[arg-type]
         return total
 
     return rewrite(divisor, visit, s.rebuild)
+
+
+def _same_gate(found: Joined, weights: Joined, at: Cut) -> dict[Expr, Expr]:
+    """What the axes of a sum are called in the weights that decay as it does. Raises `Stop` for any other decay."""
+    mine, theirs = ([a for a in x.product.summed if a != at.key] for x in (found, weights))
+    for own in permutations(theirs):
+        if [a.size for a in own] == [a.size for a in mine]:
+            names: dict[Expr, Expr] = dict(zip(mine, own))
+            gate = found.weight.gate
+            if (None if gate is None else s.substitute(gate, names)) == weights.weight.gate:
+                return names
+    raise Stop(Declined("the normaliser is a sum of other weights"))
 
 
 def _as_exponentials(value: Expr, values: Values) -> Expr:

@@ -87,6 +87,49 @@ def undecayed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat(rows, 2)
 
 
+def normalised(q: Tensor, k: Tensor, v: Tensor, g: Tensor, slip: str = "") -> Tensor:
+    """Divided by the sum of the weights, which has a state of its own, or by one where that is larger."""
+    state, total, rows = zero(k, v), torch.zeros_like(k[:, :, 0]), []
+    for start in range(0, q.shape[2], SIZE):
+        query, key, value, gate = (x[:, :, start : start + SIZE] for x in (q, k, v, g[..., 0]))
+        sums = gate.cumsum(-1)
+        weights = (query @ key.mT) * (sums[..., :, None] - sums[..., None, :]).tril().exp().tril()
+        query, key = query * sums[..., None].exp(), key * (sums[..., -1:] - sums)[..., None].exp()
+        divisor = weights.sum(-1) + (query @ total[..., None]).squeeze(-1)
+        if slip == "squares":
+            divisor = divisor + weights.square().sum(-1)
+        rows.append((weights @ value + query @ state) / divisor.abs().clamp(min=1)[..., None])
+        kept = sums[..., -1, None].exp()
+        state = state * kept[..., None] + key.mT @ value
+        total = total * (1 if slip == "undecayed" else kept) + key.sum(2)
+    return torch.cat(rows, 2)
+
+
+def summed_up(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Written into one tensor, its last chunk shorter, an epsilon in the sum."""
+    state, total, out = zero(k, v), torch.zeros_like(k[:, :, :1]), torch.zeros_like(v)
+    for start in range(0, q.shape[2], SIZE):
+        query, key, value = (x[:, :, start : start + SIZE] for x in (q, k, v))
+        weights = (query @ key.mT).tril()
+        divisor = weights.sum(-1, keepdim=True) + query @ total.mT + 1e-6
+        out[:, :, start : start + SIZE] = (weights @ value + query @ state) / divisor
+        state, total = state + key.mT @ value, total + key.sum(2, keepdim=True)
+    return out
+
+
+def by_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A constant decay for each head, its powers on the results and on the values."""
+    decay = torch.tensor([0.5, 0.9, 0.99])[:, None, None]
+    index = torch.arange(SIZE)
+    pairs = torch.where(index[:, None] >= index, decay ** (index[:, None] - index).clamp(min=0), 0.0)
+    state, rows = zero(k, v), []
+    for start in range(0, q.shape[2], SIZE):
+        query, key, value = (x[:, :, start : start + SIZE] for x in (q, k, v))
+        rows.append((query @ key.mT * pairs) @ value + query @ state * decay ** (index[:, None] + 1))
+        state = decay**SIZE * state + key.mT @ (value * decay ** (SIZE - 1 - index[:, None]))
+    return torch.cat(rows, 2)
+
+
 def own_last(q: Tensor, k: Tensor, v: Tensor, slip: str) -> Tensor:
     """A last chunk that is not like the others, only shorter."""
     state, rows = zero(k, v), []
@@ -202,7 +245,7 @@ def test_states_that_are_not_those_of_positions() -> None:
     assert any("at the end of a chunk" in site.reason for site in report.sites)
 
 
-SPELLINGS = [gated, by_channels, undecayed, all_at_once, delta]
+SPELLINGS = [gated, by_channels, undecayed, all_at_once, delta, normalised, summed_up, by_heads]
 
 
 @pytest.mark.parametrize("function", SPELLINGS, ids=[f.__name__ for f in SPELLINGS])
@@ -212,11 +255,11 @@ def test_spelling(function: Function) -> None:
     report = check(Module(function), given, family="linear", sites=1, lower=False, gradients=True).report
     assert report.sites[0].mask == "j <= i"
     gate = "gate[b,h,t,d]" if function is by_channels else "gate[b,h,t]"
-    assert (gate in report.sites[0].notation) == (function is not undecayed)
+    assert (gate in report.sites[0].notation) == (function not in (undecayed, summed_up))
     assert ("erase" in report.sites[0].notation) == (function is delta)
 
 
-@pytest.mark.parametrize("function", [undecayed, all_at_once, delta])
+@pytest.mark.parametrize("function", [undecayed, all_at_once, delta, summed_up])
 def test_a_shorter_last_chunk(function: Function) -> None:
     given = inputs(function.__code__.co_argcount - ("slip" in function.__code__.co_varnames), length=10)
     check(Module(function), given, family="linear", sites=1, lower=False, gradients=True)
@@ -231,12 +274,15 @@ def test_a_shorter_last_chunk(function: Function) -> None:
         (gated, "writes", "decays otherwise between chunks"),
         (gated, "keeps", "no sum of the gates between key and query"),
         (gated, "keys", "other queries, keys or values"),
+        (normalised, "undecayed", "the normaliser is no sum of the weights"),
+        (normalised, "squares", "the normaliser is no sum of the weights"),
         (own_last, "state", "the last step"),
         (own_last, "mask", "the last step"),
     ],
 )
 def test_a_loop_that_is_none(function: Function, slip: str, reason: str) -> None:
-    given = inputs(4 if function is gated else 3, length=12 if function is gated else 10)
+    decays = function in (gated, normalised)
+    given = inputs(4 if decays else 3, length=12 if decays else 10)
     report = check(Module(function, slip=slip), given, fused=False, engines=(), lower=False).report
     assert any(reason in site.reason for site in report.sites if not site.recognized), report
 

@@ -124,6 +124,49 @@ def merged_heads_normalised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
+def converted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Memory that is made, and converted to what it is already, before it is written to."""
+    state, out = torch.zeros(2, 3, 8, 8).to(v), torch.zeros(v.shape).to(v)
+    for t in range(q.shape[2]):
+        state = state + outer(k[:, :, t], v[:, :, t])
+        out[:, :, t] = read(q[:, :, t], state)
+    return out
+
+
+def added_to(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What it starts from is put together as each step puts its state together."""
+    state, rows = zero(q, v) + outer(q[:, :, 0], v[:, :, 1]), []
+    for t in range(q.shape[2]):
+        state = state * 0.9 + outer(k[:, :, t], v[:, :, t])
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2)
+
+
+def _decaying(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
+    state, rows = zero(q, v), []
+    for t in range(q.shape[2]):
+        state = decay[:, :, t].unsqueeze(-1) * state + outer(k[:, :, t], v[:, :, t])
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2)
+
+
+def forgotten(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    return _decaying(q, k, v, 1 - torch.sigmoid(g))
+
+
+def bounded(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    return _decaying(q, k, v, 0.3 + 0.7 * torch.sigmoid(g))
+
+
+def rooted(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    return _decaying(q, k, v, torch.sigmoid(g) ** (1 / 16))
+
+
+def below_a_bound(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Which may have any sign."""
+    return _decaying(q, k, v, 0.6 - torch.sigmoid(g))
+
+
 SPELLINGS = [
     merged_heads,
     merged_heads_normalised,
@@ -135,6 +178,11 @@ SPELLINGS = [
     normalised,
     gated,
     unbound,
+    converted,
+    added_to,
+    forgotten,
+    bounded,
+    rooted,
 ]
 
 
@@ -242,12 +290,55 @@ def other_total(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(rows, 2)
 
 
+def reflected(q: Tensor, k: Tensor, v: Tensor, b: Tensor, other: bool = False) -> Tensor:
+    """The delta rule as a product with a matrix: S (1 - b k k^T) + b v k^T."""
+    state, rows = zero(v, q), []
+    for t in range(q.shape[2]):
+        key, value, rate = k[:, :, t, :, None], v[:, :, t, :, None], b[:, :, t, :1, None]
+        matrix = torch.eye(8) - rate * (key @ (q[:, :, t, :, None] if other else key).mT)
+        state = state @ matrix + rate * value @ key.mT
+        rows.append((state @ q[:, :, t, :, None]).squeeze(-1))
+    return torch.stack(rows, 2)
+
+
+def other_reflection(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+    return reflected(q, k, v, b, other=True)
+
+
+def blended(q: Tensor, k: Tensor, v: Tensor, b: Tensor, share: float = 1.0) -> Tensor:
+    """What a key finds is taken away, and a blend of it and the value is written instead."""
+    state, rows = zero(q, v), []
+    for t in range(q.shape[2]):
+        key, rate = k[:, :, t, :, None], b[:, :, t, :1]
+        found = read(k[:, :, t], state)
+        new = (1 - rate) * found + rate * v[:, :, t]
+        state = state - share * key * found.unsqueeze(-2) + key * new.unsqueeze(-2)
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2)
+
+
+def blended_twice(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+    """Less is taken away than is written again."""
+    return blended(q, k, v, b, 0.5)
+
+
+@pytest.mark.parametrize("function", [reflected, blended])
+def test_delta_rule(function: Function) -> None:
+    q, k, v, b = inputs(4)
+    given = [q, torch.nn.functional.normalize(k, dim=-1), v, b]
+    (site,) = check(Module(function), given, family="linear", sites=1, lower=False, gradients=True).report.sites
+    assert "erase" in site.notation
+
+
 NEAR_MISSES = [
     (squared_state, "not linear in its state"),
     (squashed_state, "not linear in its state"),
     (one_step_differs, "not the same function"),
     (another_factor, "not the same function"),
     (any_sign, "not known to be a positive decay"),
+    (below_a_bound, "not known to be a positive decay"),
+    (other_reflection, "what the delta rule does"),
+    (blended_twice, "no running sum"),
     (late_decay, "decay"),
     (normalised_from_a_state, "starts from a state that is not zero"),
     (read_halfway, "read after it"),
@@ -427,13 +518,29 @@ def by_column(x: Tensor) -> Tensor:
     return padded_chunks(x, columns=True)
 
 
-@pytest.mark.parametrize("function", [padded_chunks, by_column])
+def shorter_last(x: Tensor) -> Tensor:
+    """Chunks of four, of which the last ends where the sequence does; it decays by as many steps as it has."""
+    length = x.shape[2]
+    q, k, v = x.split(8, -1)
+    index = torch.arange(4)
+    pairs = torch.where(index[:, None] >= index, 0.9 ** (index[:, None] - index).clamp(min=0), 0.0)
+    state, rows = zero(q, v), []
+    for t in range((length + 3) // 4):
+        start, end = 4 * t, min(4 * t + 4, length)
+        query, key, value = (part[:, :, start:end] for part in (q, k, v))
+        inside = (query @ key.mT * pairs[: end - start, : end - start]) @ value
+        rows.append(inside + query @ state * 0.9 ** (index[: end - start, None] + 1))
+        state = 0.9 ** (end - start) * state + (key * 0.9 ** (3 - index[4 - (end - start) :, None])).mT @ value
+    return torch.cat(rows, 2)
+
+
+@pytest.mark.parametrize("function", [padded_chunks, by_column, shorter_last])
 def test_symbolic_lengths(function: Function) -> None:
     """The tracer unrolls a loop for one number of chunks; within it, lengths are free."""
     reports: list[Report] = []
     run = refocus.optimize(Module(function), engine="tiled", dynamic=True, report=reports.append)
     with torch.no_grad():
-        for length in (15, 13):
+        for length in (15, 14):
             x = torch.rand(2, 3, length, 24, generator=torch.Generator().manual_seed(length)) / 3
             torch.testing.assert_close(run(x), function(x), atol=1e-4, rtol=1e-4)
     (report,) = reports

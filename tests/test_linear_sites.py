@@ -198,6 +198,20 @@ def test_a_softmax_in_parts_is_one_site() -> None:
     assert "read elsewhere" in report.sites[0].reason
 
 
+# ---------------------------------------------------------------------------------------------------- decays
+
+
+def test_a_difference_that_the_mask_decides() -> None:
+    """Differences of sums are cut to a triangle before they are exponentiated, and after."""
+
+    def cut(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        c = g.cumsum(-1)
+        return scores(q, k) * (c[..., :, None] - c[..., None, :]).tril().exp().tril() @ v
+
+    (site,) = check(Module(cut), inputs()[:4], family="linear", sites=1, lower=False, gradients=True).report.sites
+    assert "gate[b,h,t]" in site.notation
+
+
 # ---------------------------------------------------------------------------------------------------- spellings
 
 
