@@ -9,7 +9,6 @@ x[i] = -L[i] + sum over m < i of -L[i,m] x[m], and what a row reads of itself is
 
 from __future__ import annotations
 
-from collections.abc import Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -127,7 +126,9 @@ def _inverts_in_place(base: fx.Node, reader: fx.Node, facts: Facts) -> bool:
     storage = facts.storage[base]
     writes = sorted(facts.writers.get(storage, ()), key=facts.order.__getitem__)
     shape = shape_of(base)
-    if op_name(base) in MOVES or not writes or not isinstance(shape[-1], Const) or shape[-1] != shape[-2]:
+    # What it was before must not be in the same memory.
+    shared = op_name(base) in MOVES or any(facts.storage[n] == storage for n in base.all_input_nodes)
+    if shared or not writes or not isinstance(shape[-1], Const) or shape[-1] != shape[-2]:
         return False
     if facts.order[writes[-1]] > facts.order[reader]:
         return False
@@ -136,7 +137,7 @@ def _inverts_in_place(base: fx.Node, reader: fx.Node, facts: Facts) -> bool:
     rows: list[int] = []
     before = -1
     for write in writes:
-        row = _row_of(base, write, before, views, known)
+        row = _row_of(base, write, before, known)
         if row is None:
             return False
         rows.append(row)
@@ -145,7 +146,7 @@ def _inverts_in_place(base: fx.Node, reader: fx.Node, facts: Facts) -> bool:
     return first <= 1 and rows == list(range(first, int(shape[-1].value)))
 
 
-def _row_of(base: fx.Node, write: fx.Node, before: int, views: Set[fx.Node], known: Facts) -> int | None:
+def _row_of(base: fx.Node, write: fx.Node, before: int, known: Facts) -> int | None:
     """The row that a write makes by forward substitution; None where it does anything else. `before`: where the write
     before it is."""
     if op_name(write) != "copy_" or len(arguments(write)) != 2 or not all(map(is_tensor, arguments(write))):
@@ -157,8 +158,8 @@ def _row_of(base: fx.Node, write: fx.Node, before: int, views: Set[fx.Node], kno
         node = stack.pop()
         if node is base or node in between:
             continue
-        if known.order[node] < known.order[base] or (node not in views and known.order[node] < before):
-            return None  # it was read before the rows above were there
+        if known.order[node] < max(known.order[base], before):
+            return None  # it was read, or may have been, before the rows above were there
         between.add(node)
         stack.extend(node.all_input_nodes)
     axes = tuple(Const(0) if d == Const(1) else Axis(f"x{k}", d) for k, d in enumerate(shape_of(target)))
