@@ -368,7 +368,9 @@ def _weighted(candidate: Candidate, facts: Facts, axes: Axes, lifter: Lifter, fo
     root, key, weights_node, weights_index, values = candidate.root, found.key, found.node, found.index, found.values
     lifter.query_axes = cut_axes([a for a in axes.flat() if a not in values.axes], weights_index, key)
     rows = [row.node for row in found.rescaled.rows] if found.rescaled is not None else []
-    lifter.tainted = _tainted_like([weights_node, *(n for n in rows if isinstance(n, fx.Node))], facts)
+    # Past a mixture of heads, the weights' own source is that mixture.
+    sources = [weights_node, *([candidate.normaliser] if candidate.mixes else [])]
+    lifter.tainted = _tainted_like([*sources, *(n for n in rows if isinstance(n, fx.Node))], facts)
     weights = without_choice(lifter.at(weights_node, weights_index), key, lifter.query_axes)
     if key not in weights.axes:
         return Declined("the weights do not depend on the key", op_name(root))

@@ -86,3 +86,25 @@ def test_one_query_of_heads_with_keys_of_their_own_and_one_value_head() -> None:
     k, v = torch.randn(2, 2, 2, 12, 8).unbind()
     (site,) = check(Decode(), (torch.randn(2, 4, 1, 8), k, v), lower=False, gradients=True).report.sites
     assert "k[b,h//2,j,d]" in site.notation
+
+
+@pytest.mark.parametrize("mixed", ["before", "after", "both"])
+def test_one_query_whose_heads_are_mixed(mixed: str) -> None:
+    """Without a query axis, what is a weight is told by what it is made of, through mixtures of heads too."""
+
+    class Summary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query = nn.Parameter(torch.randn(3, 1, 8))
+            self.blend = nn.Parameter(torch.randn(2, 3, 3))
+
+        def forward(self, k: Tensor, v: Tensor) -> Tensor:
+            weights = self.query @ k.mT
+            if mixed != "after":
+                weights = torch.einsum("bgij,hg->bhij", weights, self.blend[0])
+            weights = weights.softmax(-1)
+            if mixed != "before":
+                weights = torch.einsum("bgij,hg->bhij", weights, self.blend[1])
+            return weights @ v
+
+    check(Summary(), torch.randn(2, 2, 3, 14, 8).unbind(), sites=1, lower=False, gradients=True)
