@@ -323,24 +323,33 @@ def candidates(facts: Facts) -> list[list[Candidate]]:
 
 
 def given_scores(facts: Facts) -> list[fx.Node]:
-    """Softmaxes over scores that come into the graph ready-made: as large as one of its inputs, and made of no product
-    in it, neither by operations that can be followed nor by any others (the best of some, say)."""
+    """Softmaxes over scores that come into the graph ready-made: as large as one of its inputs, which pointwise
+    operations and views alone lead to."""
     found = []
     for node in facts.order:
         if node.op != "call_function" or not is_tensor(node) or "softmax" not in op_name(node) or node in facts.pure:
             continue
         if node.meta["val"].dim() < 3 or _of_one(node) or taint_of(node, facts):
             continue
-        above = nx.ancestors(facts.flow, node)
-        if any(op_name(n) in CONTRACTIONS and is_tensor(n) and _elements(n) >= _elements(node) for n in above):
-            continue
-        for source in above:
+        for source in _led_from(node, facts):
             value = source.meta.get("val")
             if source.op != "placeholder" or not is_tensor(source) or isinstance(value, torch.nn.Parameter):
                 continue
             if value.is_floating_point() and 0.5 < _elements(source) / max(1, _elements(node)) < 1.5:
                 found.append(node)
                 break
+    return found
+
+
+def _led_from(node: fx.Node, facts: Facts) -> set[fx.Node]:
+    """What a value is made of by operations of each element."""
+    found, stack = {node}, [node]
+    while stack:
+        n = stack.pop()
+        if n.op == "call_function" and (op_name(n) in MOVES or op_name(n) in OPERATIONS or op_name(n) in _SPLITS):
+            sources = [a for a in sources_of(n) if a not in found]
+            found.update(sources)
+            stack.extend(sources)
     return found
 
 

@@ -231,5 +231,10 @@ def test_a_graph_break_before_the_softmax_is_named() -> None:
         return x.mean(1).softmax(-1).unsqueeze(1) * x
 
     assert not refocus.explain(gates, tensors()[0]).notes
+
+    def features(x: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(x, 3, stride=1, padding=1).softmax(-1) * x
+
+    assert not refocus.explain(features, tensors()[0]).notes
     [site] = refocus.explain(Weights(), *tensors()).sites
     assert site.reason.endswith("and the graph returns them")
