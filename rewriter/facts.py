@@ -315,7 +315,7 @@ def candidates(facts: Facts) -> list[list[Candidate]]:
         name = op_name(node)
         if name in ATTENTION_OPS:
             groups.append([Candidate(node, -1, node)])
-        elif name in NORMALISERS and not _of_one(node) and taint_of(node, facts):
+        elif name in NORMALISERS and not is_of_one(node) and taint_of(node, facts):
             group = list(_reached(node, facts))
             if group:
                 groups.append(group)
@@ -329,16 +329,21 @@ def given_scores(facts: Facts) -> list[fx.Node]:
     for node in facts.order:
         if node.op != "call_function" or not is_tensor(node) or "softmax" not in op_name(node) or node in facts.pure:
             continue
-        if node.meta["val"].dim() < 3 or _of_one(node) or taint_of(node, facts):
+        if node.meta["val"].dim() < 3 or is_of_one(node) or taint_of(node, facts):
             continue
         for source in _led_from(node, facts):
-            value = source.meta.get("val")
-            if source.op != "placeholder" or not is_tensor(source) or isinstance(value, torch.nn.Parameter):
+            if source.op != "placeholder" or not is_tensor(source) or is_kept(source):
                 continue
-            if value.is_floating_point() and 0.5 < _elements(source) / max(1, _elements(node)) < 1.5:
+            if source.meta["val"].is_floating_point() and 0.5 < _elements(source) / max(1, _elements(node)) < 1.5:
                 found.append(node)
                 break
     return found
+
+
+def is_kept(node: fx.Node) -> bool:
+    """Whether an input of the graph is a parameter or buffer of the model."""
+    kept = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") is not None
+    return kept or isinstance(node.meta.get("example_value"), torch.nn.Parameter)
 
 
 def _led_from(node: fx.Node, facts: Facts) -> set[fx.Node]:
@@ -357,7 +362,7 @@ def _elements(node: fx.Node) -> int:
     return math.prod(hint(size) for size in node.meta["val"].shape)
 
 
-def _of_one(node: fx.Node) -> bool:
+def is_of_one(node: fx.Node) -> bool:
     """Whether a softmax runs over a single element: it is one, and nobody attends to anything."""
     source = arguments(node)[0]
     dim = arguments(node)[1] if len(arguments(node)) > 1 else node.kwargs.get("dim")

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from refocus.convolutions import CHANNEL_PRODUCT
-from refocus.facts import Facts, contraction_operands
+from refocus.facts import Facts, contraction_operands, is_kept
 from refocus.lift import arguments, is_tensor, op_name
 from refocus.lift_pointwise import POINTWISE
 from refocus.lift_reductions import CONTRACTIONS
@@ -73,7 +73,7 @@ def _chained(other: fx.Node, cores: frozenset[fx.Node], facts: Facts, data: set[
 
 def data_of(facts: Facts) -> set[fx.Node]:
     """The nodes that depend on what the model is called with, but for what may be weights."""
-    starts = [n for n in facts.order if n.op == "placeholder" and not _is_kept(n)]
+    starts = [n for n in facts.order if n.op == "placeholder" and not is_kept(n)]
     return set(starts).union(*(nx.descendants(facts.flow, n) for n in starts)) - _weights(facts)
 
 
@@ -83,7 +83,7 @@ def _weights(facts: Facts) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in facts.order:
         if node.op == "placeholder":
-            matrix = _is_float(node) and (_is_kept(node) or node.meta["val"].dim() <= 2)
+            matrix = _is_float(node) and (is_kept(node) or node.meta["val"].dim() <= 2)
             found.update((node,) if matrix else ())
         elif op_name(node) in _READS:
             sources = [n for n in node.all_input_nodes if _is_float(n)]
@@ -101,12 +101,6 @@ def _is_float(node: fx.Node) -> bool:
 # What a value is still that value after, or a multiple of it, where it is the only tensor.
 _ALONE = frozenset((*MOVES, *POINTWISE))
 _READS = frozenset((*MOVES, "to", "_to_copy")) - {"embedding"}
-
-
-def _is_kept(node: fx.Node) -> bool:
-    """Whether an input of the graph is a parameter or buffer of the model."""
-    kept = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") is not None
-    return kept or isinstance(node.meta.get("example_value"), torch.nn.Parameter)
 
 
 def product_operands(node: fx.Node, data: Set[fx.Node]) -> list[fx.Node] | None:

@@ -20,6 +20,7 @@ from torch import fx
 from refocus import simplify as s
 from refocus.attention import Left, Part, Readings, Site, closed_under_sharing
 from refocus.bands import Reading, Tensors, to_tokens
+from refocus.blocked import blocked
 from refocus.choices import without_choice
 from refocus.closure import check_no_writes, check_reads, interior_of, is_returned, reads_shape
 from refocus.facts import Candidate, Facts, candidates, contraction_operands, taint_of
@@ -97,6 +98,12 @@ def recognize(facts: Facts) -> list[Site | Left]:
         lefts[site.root] = unread.get(site.root, left)
     inner = {n for site in sites for n in (*site.interior, site.normaliser)}
     gone = done | inner
+    read = {group[0].normaliser for group in groups}
+    for mixture, left in blocked(facts):
+        if mixture is None and left.normaliser not in read:
+            lefts[left.root] = left
+        elif mixture is not None and lefts.pop(mixture, None) is not None:  # that was no product with values
+            lefts[left.root] = left
     kept = [x for root, x in lefts.items() if not {root, x.root} & gone and x.normaliser not in inner]
     return sorted([*sites, *kept], key=lambda x: facts.order[x.root])
 

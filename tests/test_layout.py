@@ -35,10 +35,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "recognize": (
         "attention", "bands", "choices", "closure", "empty_rows", "finite_rows", "joint", "lifted", "merge",
         "normal_form", "pieces", "piecewise", "products", "quotient", "recognize", "roles", "row_sums",
-        "running_softmax", "skews",
-        "equal_sizes", "expand", "linear_candidates", "recognize_linear", "loops", "recognize_loops",
-        "chunk_solutions", "close_linear", "factored", "held_values", "loop_steps", "recognize_chunk_loops",
-        "recognize_chunked", "recognize_decoding",
+        "running_softmax", "skews", "equal_sizes", "expand", "linear_candidates", "recognize_linear", "loops",
+        "recognize_loops", "chunk_solutions", "close_linear", "factored", "held_values", "loop_steps",
+        "recognize_chunk_loops", "recognize_chunked", "recognize_decoding", "blocked",
     ),
     "codegen": ("codegen", "codegen.*"),
     "pipeline": (

@@ -330,6 +330,44 @@ def test_left_alone(kind: type[Base]) -> None:
     assert not any(site.fused for site in forced.sites)
 
 
+class NormedHeads(Base):
+    """The probabilities of each pair are mixed over the heads, and standardised over them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blend = nn.Linear(HEADS, HEADS)
+
+    def weights(self, scores: Tensor) -> Tensor:
+        mixed = self.blend(super().weights(scores).permute(0, 2, 3, 1))
+        return F.layer_norm(mixed, (HEADS,)).permute(0, 3, 1, 2)
+
+
+class NormedResult(Base):
+    """The same operation after the values hides nothing."""
+
+    def weights(self, scores: Tensor) -> Tensor:
+        return super().weights(scores).sigmoid()
+
+    def weigh(self, weights: Tensor, v: Tensor) -> Tensor:
+        return F.layer_norm(weights @ v, (WIDTH,)) @ v.mT
+
+
+BLOCKED: dict[type[Base], str] = {
+    ConvolvedScores: "`conv2d` is not understood",
+    ConvolvedWeights: "`conv2d` is not understood",
+    NormedScores: "`layer_norm` is not understood",
+    NormedHeads: "`layer_norm` is not understood",
+    NormedResult: "the weights are not normalised over the keys",
+}
+
+
+@pytest.mark.parametrize("kind", BLOCKED, ids=lambda kind: kind.__name__)
+def test_what_stands_in_the_way_is_named(kind: type[Base]) -> None:
+    [site] = refocus.explain(kind().eval(), *tensors()).sites
+    assert not site.recognized
+    assert site.reason == BLOCKED[kind]
+
+
 @pytest.mark.parametrize("kind", POSITIVE, ids=lambda kind: kind.__name__)
 def test_fused(kind: type[Base]) -> None:
     check(kind().eval(), tensors(), family="softmax", sites=1, lower=False)
