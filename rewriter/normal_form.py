@@ -63,9 +63,10 @@ def finish(
     value = [a for a in draft.free if a in draft.values.axes and a not in weight_axes]
     rest = [a for a in all_axes if a not in value]
     query_like = [a for a in rest if a in weight_axes and a not in draft.values.axes]
-    if draft.one_query:
-        keyed = frozenset().union(*(n.key.axes for n in soft.logits.walk() if isinstance(n, Dot)))
-        query_like = [a for a in query_like if a not in keyed]
+    # Heads that are mixed are in the scores and not in the values, too; but keys have them.
+    keyed = frozenset().union(*(n.key.axes for n in soft.logits.walk() if isinstance(n, Dot)))
+    unkeyed = [a for a in query_like if a not in keyed]
+    query_like = unkeyed if unkeyed or draft.one_query else query_like
     query = _choose_query(query_like, mask, key)
     if query is None:
         query = Axis("one", Const(1))

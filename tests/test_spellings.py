@@ -108,3 +108,19 @@ def test_one_query_whose_heads_are_mixed(mixed: str) -> None:
             return weights @ v
 
     check(Summary(), torch.randn(2, 2, 3, 14, 8).unbind(), sites=1, lower=False, gradients=True)
+
+
+@pytest.mark.parametrize("heads", [3, 4, 6])
+def test_as_many_heads_are_mixed_as_there_are_queries(heads: int) -> None:
+    """What the weights have and the values have not are queries, and the heads before the mixture; keys have these."""
+
+    class Windows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blend = nn.Parameter(torch.randn(heads, heads))
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return torch.einsum("bhwij,hg->bgwij", (q @ k.mT).softmax(-1), self.blend) @ v
+
+    k, v = torch.randn(2, 2, heads, 5, 7, 8).unbind()
+    check(Windows(), (torch.randn(2, heads, 5, 4, 8), k, v), sites=1, lower=False, gradients=True)
