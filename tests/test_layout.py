@@ -29,7 +29,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "lift": (
         "blank", "bodies", "capture", "functional", "strokes", "fold", "sizes", "lift", "lift_*", "equal_values",
         "convolutions", "dead_code", "facts", "gathers", "native_layers", "held_numbers", "vmaps", "forwarded",
-        "widths",
+        "widths", "conversions",
     ),
     "patterns": ("patterns", "patterns.*"),
     "recognize": (
@@ -37,7 +37,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "normal_form", "pieces", "piecewise", "products", "quotient", "recognize", "roles", "row_sums",
         "running_softmax", "skews", "equal_sizes", "expand", "linear_candidates", "recognize_linear", "loops",
         "recognize_loops", "chunk_solutions", "close_linear", "factored", "held_values", "loop_steps",
-        "recognize_chunk_loops", "recognize_chunked", "recognize_decoding", "blocked",
+        "recognize_chunk_loops", "recognize_chunked", "recognize_decoding", "blocked", "decays", "inverses",
     ),
     "codegen": ("codegen", "codegen.*"),
     "pipeline": (
