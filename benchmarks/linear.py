@@ -68,13 +68,14 @@ KINDS: dict[str, Function] = {f.__name__: f for f in (normalised, retention, gat
 
 def build(task: Task) -> Subject:
     torch.manual_seed(0)
-    given = {name: torch.randn(1, task.heads, task.tokens, task.width) * task.width**-0.25 for name in ("q", "k", "v")}
-    given["gate"] = -0.1 * torch.rand(1, task.heads, task.tokens, task.width)
+    heads, tokens, width = task.heads or HEADS, task.tokens, task.width or WIDTH
+    given = {name: torch.randn(1, heads, tokens, width) * width**-0.25 for name in ("q", "k", "v")}
+    given["gate"] = -0.1 * torch.rand(1, heads, tokens, width)
     given = {name: x.requires_grad_(task.training) for name, x in given.items()}
     # Eager code keeps several of its largest tensors.
-    numbers = {"states": task.tokens * task.width**2, "channels": task.tokens**2 * task.width}
+    numbers = {"states": tokens * width**2, "channels": tokens**2 * width}
     kept = 6 if task.training else 3
-    fits = kept * 4 * task.heads * numbers.get(task.kind, task.tokens**2) <= task.limit * 2**30
+    fits = kept * 4 * heads * numbers.get(task.kind, tokens**2) <= task.limit * 2**30
     return Subject(KINDS[task.kind], given, list(given.values()), fits)
 
 

@@ -27,7 +27,7 @@ PEERS = (EAGER, COMPILE, REFOCUS)
 @dataclass(frozen=True)
 class Task:
     """One measurement. `engine`: what Refocus is asked for (None: it chooses). `limit`: GiB that eager code may take.
-    `training`: with the backward. `heads` and `width`: for the suites that vary them."""
+    `training`: with the backward. `heads` and `width`: for suites that vary them (0: as ever)."""
 
     kind: str
     tokens: int

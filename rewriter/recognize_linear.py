@@ -8,17 +8,18 @@ close       normalisers, operands, outputs                                      
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
 import networkx as nx
 from torch import fx
 
+from refocus.attention import Part
 from refocus.close_linear import LinearSite, Read, close, sources_of
 from refocus.expand import Expander, step_of, viewed
 from refocus.facts import Facts
-from refocus.ir import Axis, Const
+from refocus.ir import Axis, Const, Dot, Expr
 from refocus.lift import Unliftable
 from refocus.linear_candidates import LinearCandidate, data_of, linear_candidates, upstream
 from refocus.loop_steps import Rolled
@@ -47,8 +48,8 @@ def recognize_linear(facts: Facts, found: Sequence[Site | Left]) -> list[Site | 
     sites = [x for x in found if isinstance(x, Site)]
     kept = {x.root: x for x in found if isinstance(x, Left)}
     data = data_of(facts)
-    # A softmax over features that parameters name, not over positions, may be a feature map.
-    closed = {n for site in sites if not _keys_are_kept(site, data) for n in (site.root, *site.interior)}
+    # A softmax over features that parameters name, or over positions for each of these, may be a feature map.
+    closed = {n for site in sites if not _names_features(site, data) for n in (site.root, *site.interior)}
     linear: list[LinearSite] = []
     lefts: dict[fx.Node, Left] = {}
     for gather, loop in _loops(facts):
@@ -106,14 +107,19 @@ def _loops(facts: Facts) -> list[tuple[fx.Node, Loop]]:
     ]
 
 
-def _keys_are_kept(site: Site, data: set[fx.Node]) -> bool:
-    for part in site.parts:
-        bound = {o.name: b for o, b in zip(part.region.operands, part.bindings)}
-        for dot in part.region.dots:
-            for load in dot.key.loads:
-                if load.tensor in bound and (not isinstance(n := bound[load.tensor], fx.Node) or n in data):
-                    return False
-    return True
+def _names_features(site: Site, data: set[fx.Node]) -> bool:
+    """Whether parameters stand for the keys or for the queries: its probabilities are features, of each position or
+    over all of them."""
+    return all(
+        any(not _holds_data(part, side, data) for side in (lambda dot: dot.key, lambda dot: dot.query))
+        for part in site.parts
+    )
+
+
+def _holds_data(part: Part, side: Callable[[Dot], Expr], data: set[fx.Node]) -> bool:
+    bound = {o.name: b for o, b in zip(part.region.operands, part.bindings)}
+    loads = [load.tensor for dot in part.region.dots for load in side(dot).loads]
+    return any(not isinstance(n := bound[name], fx.Node) or n in data for name in loads if name in bound)
 
 
 def _first(root: fx.Node, facts: Facts, data: set[fx.Node], closed: set[fx.Node]) -> LinearSite | Left | None:

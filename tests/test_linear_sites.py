@@ -163,6 +163,34 @@ def test_weights_of_a_choice_are_no_keys() -> None:
     check(Experts(), inputs()[:1], fused=False, sites=0, lower=False)
 
 
+class Features(nn.Module):
+    """Features that parameters name: a softmax over them for each query, and one over all positions for each of them.
+    Each of the two might be an attention with parameters for keys, or for queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(16, 6), nn.Linear(16, 6), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.q(x).softmax(-1), self.k(x).softmax(1)
+        return q @ (k.mT @ self.v(x))
+
+
+def test_softmaxes_of_features_are_those_of_linear_attention() -> None:
+    check(Features(), (torch.randn(2, 40, 16),), family="linear", sites=1, lower=False, gradients=True)
+
+
+class Pooled(Features):
+    """Nothing is multiplied with it: an attention whose queries are parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.k(x).softmax(1).mT @ self.v(x)
+
+
+def test_queries_may_be_parameters() -> None:
+    check(Pooled(), (torch.randn(2, 40, 16),), family="softmax", sites=1, lower=False, gradients=True)
+
+
 def test_matrices_that_are_handed_in_may_be_weights() -> None:
     """The middle of a feed-forward, where the graph broke before and after it."""
     matrices = [torch.randn(n, 8) for n in (48, 32, 32)]
