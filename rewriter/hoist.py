@@ -1,7 +1,10 @@
-"""Move what is a function of the distance i - j out of the region.
+"""Move out of the region what is a function of the distance i - j, and sums without scores.
 
     before   + table[bucket(i - j), h]            bucket(r) = cast(log(r / 8) / log(16) * 8) ... for every pair
     after    + t0[h, i - j + Nk - 1]              t0[h, t] = table[bucket(t - Nk + 1), h], computed once outside
+
+    before   + sum_g w[h, g] * bias[g, i, j]      a bias whose heads are mixed with those of the scores
+    after    + t0[h, i, j]
 
 The rule of the cut, applied to the iteration space after a change of variables: it is one axis, not two. It also
 keeps bucket boundaries where the eager code has them, since the same operations compute them in the same dtype.
@@ -45,6 +48,27 @@ def hoist_distances(logits: Expr, query: Axis, key: Axis) -> tuple[Expr, dict[st
         name = f"hoisted {len(found)}"
         found[name] = Hoisted(value, (*rest, distance))
         return Load(name, (*rest, s.add(query, s.neg(key), shift)), node.dtype)
+
+    return rewrite(logits, visit, s.rebuild), found
+
+
+def hoist_sums(logits: Expr, query: Axis, key: Axis) -> tuple[Expr, dict[str, Hoisted]]:
+    """Replace sums of what is loaded by loads. What is summed for pairs is so of a tensor of pairs: none is made where
+    there was none."""
+    found: dict[str, Hoisted] = {}
+
+    def visit(node: Expr) -> Expr | None:
+        if isinstance(node, Dot):
+            return node
+        if not isinstance(node, Reduce) or node.op != "sum" or any(isinstance(n, Dot) for n in node.walk()):
+            return None
+        if not any(node.axes & {query, key} <= load.axes for load in node.loads):
+            return None
+        body, axes = node.body, tuple(sorted(node.axes, key=lambda a: (a == key, a == query, a.name)))
+        product = isinstance(body, Call) and body.op == "mul" and len(body.args) == 2
+        name = f"summed {len(found)}"
+        found[name] = Hoisted(Dot((node.axis,), *body.args, node.dtype) if product else node, axes)  # type: ignore[arg-type, attr-defined]
+        return Load(name, axes, node.dtype)
 
     return rewrite(logits, visit, s.rebuild), found
 

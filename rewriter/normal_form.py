@@ -6,7 +6,7 @@ Equal layers come out as equal regions, so that they share one kernel.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -14,7 +14,7 @@ from refocus import simplify as s
 from refocus.dropout import dropping
 from refocus.empty_rows import Rows
 from refocus.facts import Facts
-from refocus.hoist import Hoisted, hoist_distances
+from refocus.hoist import Hoisted, hoist_distances, hoist_sums
 from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Operand, Reduce, Region, rewrite
 from refocus.lift import dtype_of
 from refocus.patterns.declined import Declined, Stop
@@ -76,6 +76,8 @@ def finish(
     for dot in (n for n in soft.logits.walk() if isinstance(n, Dot)):
         if query in dot.key.axes:
             raise Stop(Declined("a key depends on the query", None))
+    logits, sums = hoist_sums(soft.logits, query, key)
+    soft = replace(soft, logits=logits)
     if any(isinstance(n, Reduce) for e in (soft.logits, soft.gate, *soft.extra) for n in e.walk()):
         raise Stop(Declined("a sum that is not a product of queries and keys stands in the scores"))
     if query in draft.values.axes:
@@ -88,7 +90,7 @@ def finish(
     score, mask = separate_mask(logits)
     rule = rows.rule(soft, logits, mask)
     gate = soft.gate if rule == "logits" else known_inside(soft.gate, mask)
-    builder = _Operands(facts, names, hoisted)
+    builder = _Operands(facts, names, {**sums, **hoisted})
     logits_, values_ = builder.canonical(logits), builder.values(draft.values, draft.in_place)
     score_, mask_, gate_ = (builder.canonical(e) for e in (score, mask, gate))
     extra_ = tuple(builder.canonical(e) for e in soft.extra)

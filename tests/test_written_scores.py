@@ -323,3 +323,32 @@ def between_by_tensors(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 def test_operators_of_three_tensors(combined: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
     rows, columns = torch.linspace(-1, 1, 24)[:, None], torch.linspace(-1, 1, 10)
     fuses(lambda q, k, v, a, b: combined(scores(q, k), a, b).softmax(-1) @ v, 10, more=(rows, columns))
+
+
+# ------------------------------------------------------------------------------------------------ biases of mixed heads
+
+MIXTURE = ((0.9, -0.3), (0.2, 0.7))
+
+
+def mixed_by_a_product(x: Tensor, w: Tensor) -> Tensor:
+    return torch.einsum("gh,bhij->bgij", w, x)
+
+
+def mixed_along_the_last_axis(x: Tensor, w: Tensor) -> Tensor:
+    return (x.permute(0, 2, 3, 1) @ w.T).permute(0, 3, 1, 2)
+
+
+def mixed_by_a_convolution(x: Tensor, w: Tensor) -> Tensor:
+    return torch.nn.functional.conv2d(x, w[..., None, None], w[0])
+
+
+@pytest.mark.parametrize("mixed", [mixed_by_a_product, mixed_along_the_last_axis, mixed_by_a_convolution])
+@pytest.mark.parametrize("shape", [(2, 24, 10), (2, 2, 24, 10), (2, 1, 10), (2, 24, 1)], ids=str)
+def test_a_bias_is_mixed_with_the_scores_of_its_heads(
+    mixed: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...]
+) -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, w: Tensor) -> Tensor:
+        return mixed(mixed(scores(q, k) + bias, w).softmax(-1), w) @ v
+
+    bias = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+    fuses(function, 10, more=(bias, torch.tensor(MIXTURE)))
