@@ -65,9 +65,12 @@ def hoist_sums(logits: Expr, query: Axis, key: Axis) -> tuple[Expr, dict[str, Ho
         if not any(node.axes & {query, key} <= load.axes for load in node.loads):
             return None
         body, axes = node.body, tuple(sorted(node.axes, key=lambda a: (a == key, a == query, a.name)))
-        product = isinstance(body, Call) and body.op == "mul" and len(body.args) == 2
+        total: Expr = node
+        if isinstance(body, Call) and body.op == "mul" and len(body.args) == 2:
+            left, right = body.args
+            total = Dot((node.axis,), left, right, node.dtype)
         name = f"summed {len(found)}"
-        found[name] = Hoisted(Dot((node.axis,), *body.args, node.dtype) if product else node, axes)  # type: ignore[arg-type, attr-defined]
+        found[name] = Hoisted(total, axes)
         return Load(name, axes, node.dtype)
 
     return rewrite(logits, visit, s.rebuild), found
