@@ -32,6 +32,18 @@ def without_choice(value: Expr, key: Axis, queries: Set[Axis]) -> Expr:
     return value if merged is None else merged
 
 
+def _renamed(product: Dot, other: Dot) -> dict[Expr, Expr] | None:
+    """The axes that a product sums over by the names of those of another: each product has axes of its own."""
+    if product.over == other.over:
+        return {}
+    theirs = set(other.over)
+    used = product.query.axes | product.key.axes
+    inner = {x for side in (product.query, product.key) for n in side.walk() if isinstance(n, Dot) for x in n.over}
+    if [x.size for x in product.over] != [x.size for x in other.over] or theirs & (used | inner):
+        return None
+    return dict(zip(product.over, other.over))
+
+
 @dataclass(frozen=True)
 class _Choice:
     """Two values, of which the first is taken where the condition holds."""
@@ -53,8 +65,11 @@ class _Choice:
             body = self.between(a.body, there) if same else None
             return None if body is None else Reduce(a.op, a.axis, body, a.dtype)
         if isinstance(a, Dot) and isinstance(b, Dot):
-            query, key = self.between(a.query, b.query), self.between(a.key, b.key)
-            if a.over != b.over or query is None or key is None or key.axes & self.queries:
+            names = _renamed(b, a)
+            if names is None:
+                return None
+            query, key = (self.between(x, s.substitute(y, names)) for x, y in ((a.query, b.query), (a.key, b.key)))
+            if query is None or key is None or key.axes & self.queries:
                 return None
             return Dot(a.over, query, key, a.dtype)
         if isinstance(a, Load) and isinstance(b, Load) and a.tensor == b.tensor:

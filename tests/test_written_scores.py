@@ -121,7 +121,7 @@ def weights_before_they_are_squared(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "function",
-    [one_head_as_it_is, weights_before_they_are_squared, a_bias_of_one_head, batches_with_keys_of_their_own],
+    [one_head_as_it_is, weights_before_they_are_squared, a_bias_of_one_head],
     ids=lambda f: f.__name__,
 )
 def test_weights_of_which_a_part_is_something_else(function: Callable[..., Tensor]) -> None:
@@ -352,3 +352,27 @@ def test_a_bias_is_mixed_with_the_scores_of_its_heads(
 
     bias = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
     fuses(function, 10, more=(bias, torch.tensor(MIXTURE)))
+
+
+# ------------------------------------------------------------------------------------------ products of each of a batch
+
+
+def of_each(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.stack([scores(x, y).softmax(-1) for x, y in zip(q, k)]) @ v
+
+
+def of_each_with_the_keys_of_the_other(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.cat([scores(q[n : n + 1], k[1 - n, None]).softmax(-1) for n in range(2)]) @ v
+
+
+@pytest.mark.parametrize("function", [of_each, of_each_with_the_keys_of_the_other, batches_with_keys_of_their_own])
+def test_products_of_each_of_a_batch_are_one(function: Callable[..., Tensor]) -> None:
+    fuses(function, 10)
+
+
+def test_products_over_other_channels_are_others() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = scores(q[0], k[0]).softmax(-1), scores(q[1, ..., :4], k[1, ..., 4:]).softmax(-1)
+        return torch.stack(weights) @ v
+
+    stays(function, "the weights are not normalised over the keys", 10)
