@@ -197,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
     where = {**machine(), "threads": options.threads}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, Any]] = []
-    for outcome in run_isolated(run, tasks(options), processes=1, timeout=options.timeout):
+    for outcome in run_isolated(run, tasks(options), timeout=options.timeout, lifetime=1):
         entries.append(record(outcome))
         print(progress(entries[-1]), flush=True)
         content = json.dumps({"machine": where, "results": entries}, indent=1) + "\n"

@@ -37,9 +37,17 @@ class Outcome:
 
 
 def run_isolated(
-    function: Callable[[Any], Any], tasks: Iterable[Any], *, processes: int = 1, timeout: float = 600.0
+    function: Callable[[Any], Any],
+    tasks: Iterable[Any],
+    *,
+    processes: int = 1,
+    timeout: float = 600.0,
+    lifetime: int = _LIFETIME,
 ) -> Iterator[Outcome]:
     """Outcomes in the order in which the tasks end. `function` must be importable and tasks and values picklable.
+
+    A process serves `lifetime` tasks. Where tasks measure memory on a CPU it must be one: that leaves the C allocator
+    in a state in which every large block is mapped anew (`benchmarks.measure.return_free_memory`), which takes longer.
 
     A task that runs longer than `timeout` seconds is ended together with its process; its error says where it was.
     Tasks are drawn as workers become free: what draws them up may stop when time is up.
@@ -48,7 +56,7 @@ def run_isolated(
     workers: list[_Worker] = []
     try:
         for task in itertools.islice(waiting, processes):
-            workers.append(_Worker(function, timeout))
+            workers.append(_Worker(function, timeout, lifetime))
             workers[-1].start(task)
         while busy := [worker for worker in workers if worker.busy]:
             wait([worker.pipe for worker in busy], timeout=min(worker.left for worker in busy))
@@ -66,9 +74,10 @@ def run_isolated(
 class _Worker:
     """One process at a time that serves tasks over a pipe; replaced when it dies, hangs or has served enough."""
 
-    def __init__(self, function: Callable[[Any], Any], timeout: float) -> None:
+    def __init__(self, function: Callable[[Any], Any], timeout: float, lifetime: int) -> None:
         self.function = function
         self.timeout = timeout
+        self.lifetime = lifetime
         self.busy = False
         self.task: Any = None
         self.began = 0.0
@@ -85,7 +94,7 @@ class _Worker:
         other.close()
 
     def start(self, task: Any) -> None:
-        if self.served >= _LIFETIME or not self.process.is_alive():
+        if self.served >= self.lifetime or not self.process.is_alive():
             self.stop()
             self._launch()
         self.task, self.busy, self.began = task, True, time.monotonic()

@@ -168,7 +168,7 @@ def drive(
     where = {**machine(), "threads": options.threads}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, Any]] = []
-    for outcome in run_isolated(run, list(tasks), timeout=900.0):
+    for outcome in run_isolated(run, list(tasks), timeout=900.0, lifetime=1):
         done: Task = outcome.task
         entry: dict[str, Any] = {
             "kind": done.kind, "tokens": done.tokens, "engine": done.engine, "training": done.training,

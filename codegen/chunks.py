@@ -9,6 +9,7 @@ at the middle, and each half is taken apart again (Yang et al. 2024 call it seco
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -308,11 +309,17 @@ def pairs_of(form: LinearForm, work: Work, strict: bool) -> Pairs | ChannelPairs
     if form.gate == "channel":
         assert work.gate is not None
         return ChannelPairs(work.chunked(work.gate).unsqueeze(1), strict)
-    kept = keeps(work.chunk, strict, work.k.device)
     if work.gate is None:
-        return Pairs(kept.to(work.k.dtype), strict)
+        return Pairs(keeps(work.chunk, strict, work.k.device).to(work.k.dtype), strict)
     steps = work.gate[:, : work.chunk] if work.steady else work.gate
     # In float64, the difference of two sums over one chunk is as good as the sum between them in float32.
     sums = _up_to(steps.unflatten(1, (-1, work.chunk)).double(), 2)
     between = (sums[..., :, None] - sums[..., None, :]).to(work.k.dtype)
-    return Pairs(between.masked_fill_(~kept, -torch.inf).exp_().unsqueeze(1), strict)
+    return Pairs(_exponentials(between).tril_(-int(strict)).unsqueeze(1), strict)
+
+
+def _exponentials(x: Tensor) -> Tensor:
+    """exp(x) in place, 0 where that is below the smallest normal number: exponentials at which the result is
+    denormal, or the operand infinite, take several times as long as others."""
+    tiny = torch.finfo(x.dtype).tiny
+    return F.threshold_(x.clamp_(min=math.log(tiny) + 0.5).exp_(), 2 * tiny, 0.0)

@@ -1,11 +1,12 @@
 """Which engine runs a linear attention, with which chunks, or whether to leave it as it is.
 
-The figures are of one core with AVX-512, float32, torch 2.13, d = e = 16 and 64, in nanoseconds; only their ratios
-matter. A quadratic spelling, compiled, costs each pair of positions 1.1 and 3.1 while the weights fit into the caches,
-2 more beyond, 0.8 more with a decay, 0.35 more for each channel that decays by itself. A running sum of outer products
+The figures are of a core with AVX-512, float32, torch 2.13, d = e = 16 and 64, in nanoseconds; only their ratios
+matter. A quadratic spelling, compiled, costs each pair of positions 1.0 and 2.2 while the weights fit into the caches,
+1 more beyond, 0.6 more with a decay, 0.35 more for each channel that decays by itself. A running sum of outer products
 costs 5 for each element of each state; a loop over the steps costs as much, and 20000 for each step. What a model does
 in chunks itself costs the pairs and the states of these. The chunked engine costs each position 150 and 520, or 700 and
-2700 with a decay for each channel, and each call a tenth of a millisecond, or four.
+2700 with a decay for each channel. All that is shared among the threads. Each call costs a quarter of a millisecond, or
+0.7 with decays, on top: many small operations, which other threads only wait for.
 
 On other devices the generated kernels run what they take: what is left to them is longer than a few chunks.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from refocus import debug
@@ -26,7 +28,7 @@ from refocus.codegen.plan import Chosen, Leave, Plan
 
 _GAIN = 0.9  # less than a tenth is noise
 _LEAST_GAIN = 0.1e6  # ns
-_LAUNCH, _LAUNCH_CHANNELS = 0.12e6, 0.4e6  # ns: the operations of one call, whatever the sizes
+_LAUNCH = {"none": 0.25e6, "head": 0.7e6, "channel": 0.7e6}  # ns: the operations of one call, whatever the sizes
 _STEP = 20e3  # ns: the operations of one step of a loop
 _CACHED_PAIRS = 1 << 21
 _FEW_CHUNKS = 2  # no state is worth carrying between so few: the pairs are as cheap, in fewer kernels
@@ -113,7 +115,7 @@ def choose_linear(work: LinearWork, sample: Sample, device: Any, engine: str | N
     reason = sample.unsupported("tiled")
     if reason is not None:
         return Leave(f"{reason}{declined}")
-    leave, cost = _left(work), _chunked(work)
+    leave, cost = _left(work), _chunked(work, torch.get_num_threads())
     if trained:
         leave, cost = 3 * leave, 3 * cost
     if cost > _GAIN * leave or leave - cost < _LEAST_GAIN:
@@ -174,8 +176,8 @@ def _left(work: LinearWork) -> float:
         return work.heads * work.queries * work.width * work.value_width * 5.0 + work.queries * _STEP
     chunks = work.spelled == "chunks"
     pairs = work.heads * work.queries * (work.rows if chunks else work.keys)
-    each = 0.4 + (work.width + work.value_width) / 48 + (2.0 if pairs > _CACHED_PAIRS else 0.0)
-    decays = {"none": 0.0, "head": 0.8, "channel": work.width * 0.35}[work.gate]
+    each = 0.6 + (work.width + work.value_width) / 80 + (1.0 if pairs > _CACHED_PAIRS else 0.0)
+    decays = {"none": 0.0, "head": 0.6, "channel": work.width * 0.35}[work.gate]
     if not chunks:
         return pairs * (each + decays)
     # Its pairs are those of chunks; states are written, decayed and read once for each.
@@ -183,10 +185,10 @@ def _left(work: LinearWork) -> float:
     return pairs * (each + decays) + between + work.queries // work.rows * _STEP
 
 
-def _chunked(work: LinearWork) -> float:
+def _chunked(work: LinearWork, threads: int) -> float:
+    """In nanoseconds of one thread: what only one of them does counts for all."""
     widths = work.width + work.value_width
     inside = linear_plan(work, "tiled").block_k * (0.4 + widths / 48)
     between = work.width * work.value_width / 25
-    channels = work.gate == "channel"
-    each = inside + between + widths * (18.0 if channels else 1.5)
-    return work.heads * work.queries * each + (_LAUNCH_CHANNELS if channels else _LAUNCH)
+    each = inside + between + widths * (18.0 if work.gate == "channel" else 1.5)
+    return work.heads * work.queries * each + _LAUNCH[work.gate] * threads

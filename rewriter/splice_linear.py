@@ -160,8 +160,8 @@ def _operand(
     """An operand as the operator takes it: all heads, positions, features."""
     value = _valued(binding.value, list(binding.axes), named, sizes).to(device=device, dtype=dtype)
     if name == "gate":
-        # What forgets all at once: its logarithm is kept finite, for sums of it are subtracted from one another.
-        value = torch.where(value == -math.inf, _GONE, value)
+        # What forgets all at once: its logarithm is kept small, for sums of it are subtracted from one another.
+        value = value.clamp(min=_GONE)
     lengths = [size_of(a.size, sizes) for a in binding.axes]
     heads = len(region.batch) + (len(region.share) if name == "q" else 0)
     if name == "initial":
