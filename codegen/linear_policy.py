@@ -3,10 +3,10 @@
 The figures are of a core with AVX-512, float32, torch 2.13, d = e = 16 and 64, in nanoseconds; only their ratios
 matter. A quadratic spelling, compiled, costs each pair of positions 1.0 and 2.2 while the weights fit into the caches,
 1 more beyond, 0.6 more with a decay, 0.35 more for each channel that decays by itself. A running sum of outer products
-costs 5 for each element of each state; a loop over the steps costs as much, and 20000 for each step. What a model does
-in chunks itself costs the pairs and the states of these. The chunked engine costs each position 150 and 520, or 700 and
-2700 with a decay for each channel. All that is shared among the threads. Each call costs a quarter of a millisecond, or
-0.7 with decays, on top: many small operations, which other threads only wait for.
+costs 2.5 for each element of each state, and twice that beyond the caches; a loop over the steps costs that, and 20000
+for each step. What a model does in chunks itself costs the pairs and the states of these. The chunked engine costs each
+position 150 and 520, or 700 and 2700 with a decay for each channel. All that is shared among the threads. Each call
+costs a quarter of a millisecond, or 0.7 with decays, on top: many small operations, which other threads only wait for.
 
 On other devices the generated kernels run what they take: what is left to them is longer than a few chunks.
 """
@@ -30,7 +30,7 @@ _GAIN = 0.9  # less than a tenth is noise
 _LEAST_GAIN = 0.1e6  # ns
 _LAUNCH = {"none": 0.25e6, "head": 0.7e6, "channel": 0.7e6}  # ns: the operations of one call, whatever the sizes
 _STEP = 20e3  # ns: the operations of one step of a loop
-_CACHED_PAIRS = 1 << 21
+_CACHED = 1 << 21  # pairs, or elements of states
 _FEW_CHUNKS = 2  # no state is worth carrying between so few: the pairs are as cheap, in fewer kernels
 
 
@@ -115,7 +115,7 @@ def choose_linear(work: LinearWork, sample: Sample, device: Any, engine: str | N
     reason = sample.unsupported("tiled")
     if reason is not None:
         return Leave(f"{reason}{declined}")
-    leave, cost = _left(work), _chunked(work, torch.get_num_threads())
+    leave, cost = _left(work), _chunked(work, torch.get_num_threads() if device.type == "cpu" else 1)
     if trained:
         leave, cost = 3 * leave, 3 * cost
     if cost > _GAIN * leave or leave - cost < _LEAST_GAIN:
@@ -170,18 +170,19 @@ def linear_plan(work: LinearWork, engine: str) -> Plan:
 
 
 def _left(work: LinearWork) -> float:
+    states = work.heads * work.queries * work.width * work.value_width
     if work.spelled == "states":  # a state for each position, written, summed up and read
-        return work.heads * work.queries * work.width * work.value_width * 5.0
+        return states * (5.0 if states > _CACHED else 2.5)
     if work.spelled == "steps":  # the same, one after the other
-        return work.heads * work.queries * work.width * work.value_width * 5.0 + work.queries * _STEP
+        return states * 5.0 + work.queries * _STEP
     chunks = work.spelled == "chunks"
     pairs = work.heads * work.queries * (work.rows if chunks else work.keys)
-    each = 0.6 + (work.width + work.value_width) / 80 + (1.0 if pairs > _CACHED_PAIRS else 0.0)
+    each = 0.6 + (work.width + work.value_width) / 80 + (1.0 if pairs > _CACHED else 0.0)
     decays = {"none": 0.0, "head": 0.6, "channel": work.width * 0.35}[work.gate]
     if not chunks:
         return pairs * (each + decays)
     # Its pairs are those of chunks; states are written, decayed and read once for each.
-    between = work.heads * work.queries * work.width * work.value_width * (1 / 25 + 5.0 / work.rows)
+    between = states * (1 / 25 + 5.0 / work.rows)
     return pairs * (each + decays) + between + work.queries // work.rows * _STEP
 
 

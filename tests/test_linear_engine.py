@@ -121,6 +121,16 @@ def test_few_pairs_stay() -> None:
     assert isinstance(outcome(128), Leave) and isinstance(outcome(129), Chosen)
 
 
+def test_pairs_are_cheap_where_many_threads_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call in chunks is many small operations, which more threads make no faster."""
+    work, sample = asked(512, torch.float32)
+    planned = []
+    for threads in (1, 64):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        planned.append(choose_linear(work, sample, torch.device("cpu"), None, trained=False))
+    assert isinstance(planned[0], Chosen) and isinstance(planned[1], Leave)
+
+
 @pytest.mark.parametrize(
     ("changed", "reason"), [({"causal": False}, "without an order"), ({"dtype": torch.float64}, "q is float64")]
 )
