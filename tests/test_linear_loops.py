@@ -377,7 +377,7 @@ def test_what_is_filled_in_another_way_stays_right(function: Function) -> None:
 
 def forgets(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     """Some steps forget everything: their decay is exactly zero."""
-    gate = (-g[..., 0]).masked_fill(g[..., 0] > 0.6, -1e30).masked_fill(g[..., 0] > 0.8, -math.inf)
+    gate = (-g[..., 0]).masked_fill(g[..., 0] > 0.6, torch.finfo(g.dtype).min).masked_fill(g[..., 0] > 0.8, -math.inf)
     state, rows = zero(q, v), []
     for t in range(q.shape[2]):
         state = gate[:, :, t].exp()[..., None, None] * state + outer(k[:, :, t], v[:, :, t])
