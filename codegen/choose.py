@@ -50,6 +50,10 @@ def plan_part(
         return _plan_training(region, numbers, device, engine, was_sdpa, trained, written)
     if engine is not None:
         return _forced(region, numbers, device, engine)
+    if device.type == "cpu" and region.row_sums:
+        from refocus.codegen.training_policy import choose_with_sums
+
+        return choose_with_sums(region, numbers, written) if not debug.disabled("tiled") else Leave(debug.off("tiled"))
     if device.type == "cpu":
         from refocus.codegen.policy import choose_cpu  # what it weighs up, FlexAttention among it, is slow to import
 

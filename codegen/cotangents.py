@@ -7,6 +7,8 @@ With w = gate * p the weights, p the probabilities and dO what flows back into t
     @score[b,i,j]   p * (gate * (dO . v) - delta)      ... into the score,        delta[b,i] = sum_e dO * O
     @extra[b,i]     - p_extra * delta                  ... into an extra logit
 
+What flows back into the log-sum-exp of a row, if that is a result too, is taken away from delta.
+
 From these on, `refocus.differentiate` follows the score, the gate and the extra logits to what they load. (The
 softmax's own derivative is that of FlashAttention-2, arXiv:2307.08691, with the gate and the extra logits added.)
 """

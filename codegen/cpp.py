@@ -38,6 +38,8 @@ _MOST_OPEN = 8
 
 def supports(region: Region) -> str | None:
     """Why this engine cannot run the region on this machine; None where it can."""
+    if region.row_sums:
+        return "Inductor's CPU attention template returns no log-sum-exp"
     fitted = fit(region)
     if isinstance(fitted, str):
         return fitted

@@ -3,13 +3,14 @@
     refocus::attend(Tensor[] operands, SymInt[] sizes, str region, str plan) -> Tensor
     refocus::attend_saving(the same) -> (Tensor, Tensor)              with the row sums that its backward needs
     refocus::attend_backward(Tensor grad, Tensor[] operands, Tensor out, Tensor sums, SymInt[] sizes,
-                             str region, str plan, bool[] needs) -> Tensor[]
+                             str region, str plan, bool[] needs, Tensor? grad_sums) -> Tensor[]
 
 `operands` are in the order of `region.operands`, `sizes` in that of `region.syms`. `region` and `plan` are the
 `repr` of a `Region` and a `Plan`: a graph that holds the call can be printed, hashed, saved and loaded. The result is
 contiguous, (*batch, query, *value) or what `region.output` says, of dtype `region.out_dtype`, and shares no memory with
-the operands; the row sums are (2, *batch, query), float32 or float64. Gradients come for operands that require one, and
-only for those.
+the operands; the row sums are (2, *batch, query), float32 or float64: the largest logit, and the logarithm of the sum
+of the exponentials beyond it. Gradients come for operands that require one, and only for those. Of `region.row_sums`,
+the sum of the two is a result like the other, and `grad_sums` what flows back into each of them.
 """
 
 from __future__ import annotations
@@ -163,8 +164,15 @@ attend.register_autograd(_no_backward, setup_context=lambda ctx, inputs, output:
 
 def call_saving(region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[int] = ()) -> Tensor:
     """Run a region by the operator that can be differentiated, as a graph would."""
+    return call_with_sums(region, plan, operands, sizes)[0]
+
+
+def call_with_sums(
+    region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """The same, with the row sums, which gradients flow back into if they are a result of the region's."""
     _know_dtensors()
-    result: Tensor = attend_saving(list(operands), list(sizes), repr(region), repr(plan))[0]
+    result: tuple[Tensor, Tensor] = attend_saving(list(operands), list(sizes), repr(region), repr(plan))
     return result
 
 
@@ -190,18 +198,21 @@ def attend_saving(operands: list[Tensor], sizes: list[int], region: str, plan: s
     "refocus::attend_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor[] operands, Tensor out, Tensor sums, SymInt[] sizes, str region, str plan, "
-    "bool[] needs) -> Tensor[]",
+    "bool[] needs, Tensor? grad_sums=None) -> Tensor[]",
 )
 def attend_backward(
     grad: Tensor, operands: list[Tensor], out: Tensor, sums: Tensor, sizes: list[int], region: str, plan: str,
-    needs: list[bool],
+    needs: list[bool], grad_sums: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of the operands for which `needs` holds."""
     (what, syms), how = parse_region(region), plans.parse(plan)
-    if not places(what, how.engine):
+    # What flows back into row sums lies as these do: row by row, wherever the result is put.
+    if not places(what, how.engine) or (what.output is not None and grad_sums is not None):
         grad, out = (placing.taken(what, t, dict(zip(syms, sizes))) for t in (grad, out))
         what = replace(what, output=None)
-    result: list[Tensor] = _trainer(how.engine)[1](what, how, grad, operands, out, sums, sizes, needs)
+    # One function of both is all that is read of them: either's gradient is that of their sum.
+    into_rows = None if grad_sums is None else grad_sums[1]
+    result: list[Tensor] = _trainer(how.engine)[1](what, how, grad, operands, out, sums, sizes, needs, into_rows)
     return result
 
 
@@ -227,7 +238,7 @@ def _fake_saving(operands: list[Tensor], sizes: list[int], region: str, plan: st
 @attend_backward.register_fake
 def _fake_backward(
     grad: Tensor, operands: list[Tensor], out: Tensor, sums: Tensor, sizes: list[int], region: str, plan: str,
-    needs: list[bool],
+    needs: list[bool], grad_sums: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     return [t.new_empty(t.shape) for t, need in zip(operands, needs, strict=True) if need]
 
@@ -235,15 +246,18 @@ def _fake_backward(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     operands, sizes, region, plan = inputs
     out, sums = output
-    ctx.mark_non_differentiable(sums)
+    ctx.of_rows = parse_region(region)[0].row_sums
+    if not ctx.of_rows:
+        ctx.mark_non_differentiable(sums)
     ctx.save_for_backward(*operands, out, sums)
     ctx.sizes, ctx.region, ctx.plan = sizes, region, plan
     ctx.needs = [bool(t.requires_grad) for t in operands]
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[list[Tensor | None], list[None] | None, None, None]:
+def _backward(ctx: Any, grad: Tensor, grad_sums: Tensor) -> tuple[list[Tensor | None], list[None] | None, None, None]:
     *operands, out, sums = ctx.saved_tensors
-    found = iter(attend_backward(grad, operands, out, sums, ctx.sizes, ctx.region, ctx.plan, ctx.needs))
+    more = (grad_sums,) if ctx.of_rows else ()
+    found = iter(attend_backward(grad, operands, out, sums, ctx.sizes, ctx.region, ctx.plan, ctx.needs, *more))
     # PyTorch takes an empty list for one of tensors, and wants a list of their gradients.
     return [next(found) if need else None for need in ctx.needs], None if ctx.sizes else [], None, None
 

@@ -24,6 +24,8 @@ from refocus.ir import TRUE, Axis, Call, Const, Dot, Expr, Reduce, Region, Sym
 
 def supports(region: Region) -> str | None:
     """Why this engine cannot run the region; None where it can."""
+    if region.row_sums:
+        return "PyTorch's attention returns no log-sum-exp"
     fitted = fit(region)
     if isinstance(fitted, str):
         return fitted

@@ -307,13 +307,14 @@ def register(attend: Any, attend_saving: Any, attend_backward: Any, parse: Any) 
         return call.whole(out) if isinstance(out, Tensor) else (call.whole(out[0]), call.whole(out[1], 1))
 
     def backward(mode: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: Any = None) -> Any:
-        grad, operands, out, sums, sizes, text, plan, needs = args
+        grad, operands, out, sums, sizes, text, plan, needs, *more = args
         region = parse(text)[0]
         call = _Call.of(region, operands, sizes, (grad, out, sums))
         results = [_laid(t, call.mesh, call.cut.result(n)) for t, n in ((grad, 0), (out, 0), (sums, 1))]
         grad, out, sums = results
+        into_rows = [None if t is None else _laid(t, call.mesh, call.cut.result(1)) for t in more]
         numbers, local = call.local.sizes(call.numbers), repr(call.local.region)
-        found = iter(op(grad, call.operands, out, sums, numbers, local, plan, needs))
+        found = iter(op(grad, call.operands, out, sums, numbers, local, plan, needs, *into_rows))
         gradients = []
         for operand, tensor, need in zip(region.operands, operands, needs, strict=True):
             if need:

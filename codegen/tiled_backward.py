@@ -38,14 +38,16 @@ def run_backward(
     sums: Tensor,
     sizes: Sequence[int],
     needs: Sequence[bool],
+    into_rows: Tensor | None = None,
 ) -> list[Tensor]:
     """The gradient of each operand for which `needs` holds, in order, in the operand's shape and dtype.
 
     `grad`: what flows back into the result `out`, both as the forward puts it. `sums`: from `tiled.run_saving`.
+    `into_rows`: what flows back into the log-sum-exp of each row, (*batch, query).
     """
     numbers = dict(zip(region.syms, sizes, strict=True))
     grad, out = (placing.taken(region, t, numbers) for t in (grad, out))
-    return _Backward(region, plan, operands, sizes, needs).gradients(grad, out, sums)
+    return _Backward(region, plan, operands, sizes, needs).gradients(grad, out, sums, into_rows)
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,12 @@ class _Backward:
             if o.name in self.wanted
         }
 
-    def gradients(self, grad: Tensor, out: Tensor, sums: Tensor) -> list[Tensor]:
+    def gradients(self, grad: Tensor, out: Tensor, sums: Tensor, into_rows: Tensor | None) -> list[Tensor]:
         tiles = self.tiles
         lead, rank = tiles.lead, len(self.region.batch) + 1
         if sums.numel() and tiles.keys:
-            whole = [t.reshape([*lead, tiles.queries, *t.shape[rank:]]) for t in (grad, out, *sums)]
+            rows = (*sums,) if into_rows is None else (*sums, into_rows)
+            whole = [t.reshape([*lead, tiles.queries, *t.shape[rank:]]) for t in (grad, out, *rows)]
             for scope, parts in tiles.chunks(*whole):
                 for run in tiles.runs(scope):
                     self._row(tiles.rows(scope, run), run.columns, *(tiles.part(t, run) for t in parts))
@@ -90,7 +93,14 @@ class _Backward:
     # ------------------------------------------------------------------------------------------------ rows
 
     def _row(
-        self, rows: Scope, columns: Sequence[Column], grad: Tensor, out: Tensor, top: Tensor, total: Tensor
+        self,
+        rows: Scope,
+        columns: Sequence[Column],
+        grad: Tensor,
+        out: Tensor,
+        top: Tensor,
+        total: Tensor,
+        into_rows: Tensor | None = None,
     ) -> None:
         """The queries of a run. Tensors are (*batch, tile, query, *value); here they get a key dimension of 1."""
         tiles, flows = self.tiles, self.flows
@@ -99,6 +109,8 @@ class _Backward:
         over = tuple(range(tiles.key_dim + 1, 0))
         product = grad * out.to(self.dtype).unsqueeze(tiles.key_dim)
         delta = product.sum(over, keepdim=True) if over else product
+        if into_rows is not None:  # a row's log-sum-exp has its probabilities as derivatives
+            delta = delta - into_rows.reshape([*into_rows.shape, *ones])
         row = Row(grad, delta, top.reshape([*top.shape, *ones]), total.reshape([*total.shape, *ones]))
         empty = self._empty(rows, columns)
         _give(rows, flows.out, grad)

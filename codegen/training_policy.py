@@ -22,6 +22,7 @@ from refocus.masks import Tiling, classify
 _TILES = (128, 64, 32)
 _MOST_TILES = 1 << 18  # of a map; beyond, looking at them costs more than they save
 _FEW_ROWS = 16  # products of fewer rows cost as much
+_EAGER = 5.0  # ns a pair, forward, compiled (see `refocus.codegen.policy`)
 _CALL = 1e6  # ns: what runs one column of a run, forward and backward
 
 
@@ -39,6 +40,20 @@ def choose_training(
     sizes = f"{batch} heads x {queries} queries x {keys} keys"
     if cost > GAIN * leave or leave - cost < LEAST_GAIN:
         return Leave(f"needs gradients, and no engine with a backward is faster at {sizes}; engine='tiled' trains it")
+    return Chosen(plan, f"about {leave / cost:.1f} times faster than leaving it, at {sizes}")
+
+
+def choose_with_sums(region: Region, numbers: Mapping[Sym, int], written: Region | None = None) -> Chosen | Leave:
+    """As `choose_cpu`, where the row sums are a result: only the tiled engine tells them on CPU. What it takes is no
+    more than with a backward."""
+    batch = math.prod(size_of(a.size, numbers) for a in region.batch)
+    queries, keys = (size_of(a.size, numbers) for a in (region.query, region.key))
+    plan = training_plan(region, numbers, written)
+    leave = batch * queries * keys * _EAGER if written is None else gathered_cost(written, numbers)
+    cost = _cost(region, plan.block_q, numbers, written) + LAUNCH
+    sizes = f"{batch} heads x {queries} queries x {keys} keys"
+    if cost > GAIN * leave or leave - cost < LEAST_GAIN:
+        return Leave(f"its log-sum-exp is read, and no engine that tells it is faster at {sizes}")
     return Chosen(plan, f"about {leave / cost:.1f} times faster than leaving it, at {sizes}")
 
 

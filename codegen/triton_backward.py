@@ -79,16 +79,22 @@ def run_backward(
     sums: Tensor,
     sizes: Sequence[int],
     needs: Sequence[bool],
+    into_rows: Tensor | None = None,
 ) -> list[Tensor]:
     """The gradient of each operand for which `needs` holds, in order, in the operand's shape and dtype.
 
     `grad`: what flows back into the result `out`, both as the forward puts it. `sums`: from `triton_engine.run_saving`.
+    `into_rows`: what flows back into the log-sum-exp of each row, (*batch, query), of a region without an `output`.
     """
     names = [o.name for o, need in zip(region.operands, needs, strict=True) if need]
     wanted = frozenset(names)
     numbers = dict(zip(region.syms, sizes, strict=True))
     results = _Results(dict(zip((o.name for o in region.operands), operands, strict=True)))
     whole = _part(region, numbers, grad, out, sums)
+    if into_rows is not None:
+        assert region.output is None
+        delta = whole.saved[2] - into_rows.to(torch.float32)  # its derivatives are the row's probabilities
+        whole = replace(whole, saved=(*whole.saved[:2], delta.contiguous()))
     if sums.numel() and whole.length(region.key) and names:
         for task in tasks(region, wanted):
             parts: Iterable[_Part] = (whole,)

@@ -15,7 +15,7 @@ people. Integer arithmetic must be built through `refocus.simplify`, which keeps
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from math import inf, nan
 from typing import Any
@@ -251,6 +251,7 @@ class Region:
     `gate` multiplies the normalised weight (Const 1.0 when there is none).
     `out_dtype`: dtype of the result; accumulation is always float32 (float64 for float64 inputs).
     The operator's result is contiguous with dimensions (*batch, query, *value), or what `output` says.
+    `row_sums`: the logarithm of a row's normaliser, log(sum_key exp(logits) + sum exp(extra)), is a result, too.
     """
 
     batch: tuple[Axis, ...]
@@ -268,6 +269,12 @@ class Region:
     gate: Expr = Const(1.0, "float32")
     empty_row: str = "logits"
     output: Output | None = None
+    row_sums: bool = False
+
+    def __repr__(self) -> str:
+        # What is rare is told only where it is there: kernels are known by this text.
+        shown = (f.name for f in fields(self) if f.name != "row_sums" or self.row_sums)
+        return f"Region({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     @property
     def dots(self) -> tuple[Dot, ...]:

@@ -62,6 +62,8 @@ def _region(region: Region) -> str:
         weight = f"({weight} * gate)"
     output = head("O", *region.batch, region.query, *region.value)
     lines.append((output, f"{weight} . {plain.at(region.values, NEG)}"))
+    if region.row_sums:
+        lines.append((head("L", *region.batch, region.query), f"logsumexp_{key}({inside})"))
     if region.output is not None:
         lines.append(("put at", f"[{', '.join(plain.at(e, OR) for e in region.output.index)}]"))
     if masked and region.empty_row == "zero":

@@ -43,6 +43,42 @@ def run(
     return (out.squeeze(key) if out.dim() >= -key else out).expand(*shape, *value).contiguous()
 
 
+def log_sums(
+    region: Region, tensors: Sequence[Tensor], sizes: Sequence[int] = (), dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """The logarithm of each row's normaliser, (*batch, query), as `run` does it."""
+    named = {o.name: t for o, t in zip(region.operands, tensors, strict=True)}
+    numbers = dict(zip(region.syms, sizes, strict=True))
+    env = arange_env((*region.batch, region.query, region.key, *region.value), numbers)
+    key, length = -1 - len(region.value), size_of(region.key.size, numbers)
+
+    def of(scope: Scope, logits: Tensor) -> Tensor:
+        columns = [scope.tensor(x).to(dtype) for x in region.extra]
+        every = [_spread(logits, key, length).to(dtype), *(_spread(x, key, 1) for x in columns)]
+        shape = torch.broadcast_shapes(*(t.narrow(key, 0, 0).shape for t in every))
+        whole = []
+        for part in every:
+            lengths = list(shape)
+            lengths[key] = part.shape[key]
+            whole.append(part.expand(lengths))
+        every_column = torch.cat(whole, key)
+        top = every_column.detach().amax(key, keepdim=True)
+        base = torch.where(top == -torch.inf, 0.0, top)
+        # Fills of finfo.min absorb the logarithm, but not its derivatives, which are the probabilities.
+        return (every_column - base).exp().sum(key, keepdim=True).log() + top
+
+    scope = Scope(env, named, numbers, dtype)
+    mask = scope.tensor(region.mask)
+    found = of(scope, torch.where(mask, scope.tensor(region.score), -torch.inf))
+    if region.empty_row == "logits":
+        narrow = any(t.is_floating_point() and t.dtype != torch.float64 for t in tensors)
+        faithful = Scope(env, named, numbers, torch.float32 if narrow else torch.float64)
+        kept = _spread(mask, key, length).any(key, keepdim=True)
+        found = torch.where(kept, found, of(faithful, faithful.tensor(region.logits)))
+    shape = [size_of(a.size, numbers) for a in (*region.batch, region.query)]
+    return found.reshape(found.shape[: key + found.dim()]).expand(shape)
+
+
 def weights(region: Region, scope: Scope, key: int) -> Tensor:
     """softmax of the score where the mask keeps a pair; rows without any are zero."""
     mask = scope.tensor(region.mask)
