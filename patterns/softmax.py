@@ -30,8 +30,8 @@ class Softmax:
     `cleaned`: where that is no number, for all logits are -inf, the model puts zeros. `selected`: the part of the gate
     outside of which it puts zeros, numbers or not: where(p, softmax(x), 0). `fills`: what becomes of a row that holds
     nothing but finite fills. It is the softmax of these ("kept"); 0 / 0, as they are so low that the exponential of
-    each is zero ("lost"); or either, or neither ("unclear"). `strict`: where all logits are -inf the model has no
-    number, whatever the extra ones are.
+    each is zero ("lost"); that softmax times what rounding makes of it ("rounded"); or any, or none ("unclear").
+    `strict`: where all logits are -inf the model has no number, whatever the extra ones are.
     """
 
     logits: Expr

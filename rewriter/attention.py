@@ -11,6 +11,7 @@ from refocus.lift import op_name
 from refocus.normal_form import Binding
 from refocus.notation import notation
 from refocus.patterns.declined import Declined
+from refocus.row_results import RowResult
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Site:
     family: str = "softmax"
     readings: Readings = field(default_factory=lambda: Readings())
     shared: tuple[tuple[fx.Node, fx.Node], ...] = ()  # scores that others read, and who: fine if these are fused, too
+    results: tuple[RowResult, ...] = ()  # what else the region's only part yields, of its rows
+    rows: tuple[Expr, ...] = ()  # where the site's axes read a row of the last part
 
     def __str__(self) -> str:
         return f"{self.root}:\n" + "\n".join(notation(part.region) for part in self.parts)

@@ -23,7 +23,7 @@ from refocus.ir import BOOL, TRUE, Axis, Call, Const, Dot, Expr, Load, rewrite
 from refocus.lift import Lifter, arguments, op_name
 from refocus.masks import MASK_FILL, never_empty
 from refocus.patterns.declined import Declined, Stop
-from refocus.patterns.fills import KEPT, UNCLEAR
+from refocus.patterns.fills import KEPT, ROUNDED, UNCLEAR
 from refocus.patterns.masking import separate_mask
 from refocus.patterns.softmax import Softmax
 from refocus.row_sums import opened, summed_dims
@@ -40,15 +40,25 @@ class Rows:
 
     def settled(self, soft: Softmax, logits: Expr) -> Expr:
         """Logits whose rows without keys are what the model makes of these. Raises Stop where that is not known."""
-        if soft.fills == KEPT or not any(_is_fill(n) for n in logits.walk()):
-            return logits
-        mask = separate_mask(logits)[1]
-        if self._never_empty(mask):
+        if soft.fills == KEPT or not self._may_be_filled(logits):
             return logits
         emptied = _with_infinite_fills(logits)
+        mask = separate_mask(logits)[1]
         if soft.fills == UNCLEAR or separate_mask(emptied)[1] != mask or any(_is_fill(n) for n in emptied.walk()):
-            raise Stop(Declined("a row may hold nothing but fills, and it is not plain what the model makes of these"))
-        return emptied
+            raise Stop(UNPLAIN_FILLS)
+        return logits if self.rounded(soft, logits) else emptied
+
+    def rounded(self, soft: Softmax, logits: Expr) -> bool:
+        """Whether the weights of a row of nothing but fills are what the rounding of its log-sum-exp leaves."""
+        if soft.fills != ROUNDED or not self._may_be_filled(logits):
+            return False
+        if soft.cleaned or soft.extra or soft.selected != TRUE:
+            raise Stop(UNPLAIN_FILLS)
+        return True
+
+    def _may_be_filled(self, logits: Expr) -> bool:
+        """Whether a row may hold nothing but finite fills."""
+        return any(_is_fill(n) for n in logits.walk()) and not self._never_empty(separate_mask(logits)[1])
 
     def rule(self, soft: Softmax, logits: Expr, mask: Expr) -> str:
         """`Region.empty_row`. Raises Stop where a condition makes zeros of some rows without keys, maybe not of all."""
@@ -108,6 +118,7 @@ class Rows:
                 yield s.not_(body) if negated else body
 
 
+UNPLAIN_FILLS = Declined("a row may hold nothing but fills, and it is not plain what the model makes of these")
 _UNPLAIN = Declined("rows without keys are no numbers, and it is not plain which of them become zeros")
 
 

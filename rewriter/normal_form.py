@@ -55,7 +55,8 @@ BATCH_NAMES = ("b", "h", "g", "r", "s", "t", "u", "w")
 def finish(
     draft: Draft, facts: Facts, out_dtype: str, zero_rows: bool
 ) -> tuple[Region, tuple[Binding, ...], tuple[Axis, ...]]:
-    """The region, what its operands are bound to, and the site's axes in the order of the region's result."""
+    """The region, what its operands are bound to, and the site's axes in the order of the region's result. It
+    yields row sums if its weights are to be multiplied with what the rounding of these leaves."""
     soft, key = draft.softmax, draft.key
     mask = separate_mask(soft.logits)[1]
     weight_axes = frozenset().union(soft.logits.axes, soft.gate.axes, *(e.axes for e in soft.extra))
@@ -108,13 +109,14 @@ def finish(
         extra=extra_,
         gate=gate_,
         empty_row="zero" if zero_rows and rule == "logits" else rule,
+        row_sums=rows.rounded(soft, logits),
     )
-    if soft.strict and not _has_number(soft.logits, rule == "never"):
+    if soft.strict and not has_number(soft.logits, rule == "never"):
         raise Stop(Declined("a row may have no keys: it is no number then, whatever its share"))
     return region, tuple(builder.bindings.values()), tuple(order)
 
 
-def _has_number(logits: Expr, never_empty: bool) -> bool:
+def has_number(logits: Expr, never_empty: bool) -> bool:
     """Whether no row has logits of -inf only: as a tensor that is added may have, or, if rows may be empty, a fill."""
     stack = [logits]
     while stack:

@@ -11,30 +11,31 @@ close       no value that holds scores may be read elsewhere, and nothing it rea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import networkx as nx
 from torch import fx
 
 from refocus import simplify as s
-from refocus.attention import Left, Part, Readings, Site, closed_under_sharing
+from refocus.attention import Left, Readings, Site, closed_under_sharing
 from refocus.bands import Reading, Tensors, to_tokens
 from refocus.blocked import blocked
 from refocus.choices import without_choice
-from refocus.closure import check_no_writes, check_reads, interior_of, is_returned, reads_shape
+from refocus.close_site import close_site
 from refocus.facts import Candidate, Facts, candidates, contraction_operands, taint_of
 from refocus.finite_rows import Open
 from refocus.gathers import distinct, gathered
-from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Reduce
+from refocus.ir import Axis, Const, Dot, Expr, Load
 from refocus.joint import NOTHING, Joint, joints, lift_joint
-from refocus.lift import Lifter, Unliftable, dtype_of, op_name
+from refocus.lift import Lifter, Unliftable, op_name
 from refocus.lift_reductions import CONTRACTIONS
 from refocus.lifted import Lifted, all_loads, split_axis, stands_in_pieces, untidy
 from refocus.merge import Merge, lift_merge, merges
-from refocus.normal_form import Draft, finish, in_pieces
+from refocus.normal_form import in_pieces
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.factors import holds_scores
+from refocus.patterns.fills import ROUNDED, UNCLEAR, by_rounded_sum
 from refocus.patterns.sdpa import lift_sdpa
 from refocus.patterns.shares import match_with_share
 from refocus.patterns.softmax import Softmax, terms_of
@@ -150,7 +151,7 @@ def _recognize(candidate: Candidate, facts: Facts, attempt: _Attempt) -> Site | 
             outcome, axes = again, split
         if isinstance(outcome, Declined):
             return left(outcome)
-        site = _close(candidate, facts, axes, outcome)
+        site = close_site(candidate, facts, axes, outcome)
         return replace(site, readings=_other_readings(candidate, facts, axes, outcome, attempt))
     except Unliftable as problem:
         return left(Declined(f"cannot be put in index notation: {problem}"))
@@ -168,7 +169,7 @@ def _other_readings(candidate: Candidate, facts: Facts, axes: Axes, near: Lifted
         far = attempt(axes, True)
         if isinstance(far, Declined):
             return Readings()
-        in_place = _close(candidate, facts, axes, far)
+        in_place = close_site(candidate, facts, axes, far)
         return Readings(in_place, _over_tokens(candidate, facts, axes, far, in_place) if copies else None, copies)
     except (Unliftable, Stop):
         return Readings()
@@ -187,7 +188,7 @@ def _over_tokens(candidate: Candidate, facts: Facts, axes: Axes, far: Lifted, in
     terms = [(mixed, factor, soft) for (mixed, factor, _), soft in zip(far.terms, over.softs)]
     banded = replace(far, key=over.key, values=over.values, terms=terms)
     try:
-        site = _close(candidate, facts, axes, banded, over.free, found.places)
+        site = close_site(candidate, facts, axes, banded, over.free, found.places, in_place.results)
     except Stop:
         return None
     # Distinct offsets are distinct tokens: a row that keeps an offset keeps a token.
@@ -405,6 +406,8 @@ def _weighted(candidate: Candidate, facts: Facts, axes: Axes, lifter: Lifter, fo
             if lifter.blame is not None:
                 return Declined(f"{read.reason} (`{op_name(lifter.blame)}` is not understood)", lifter.blame.name)
             return read
+        if read.fills == UNCLEAR and by_rounded_sum(part.core, key, _takes_maxima_away(lifter)):
+            read = replace(read, fills=ROUNDED)
         if holds_pieces(read.logits):
             read = replace(read, logits=whole(read.logits, key, lambda name: shape_of(facts.nodes[name])))
         cores.append((part.mixed, part.factor, read))
@@ -414,83 +417,6 @@ def _weighted(candidate: Candidate, facts: Facts, axes: Axes, lifter: Lifter, fo
     return Lifted(key, values, cores, rest, lifter, safe, added)
 
 
-# ---------------------------------------------------------------------------------------------------- closing a site
-
-
-def _close(
-    candidate: Candidate,
-    facts: Facts,
-    axes: Axes,
-    lifted: Lifted,
-    free: tuple[Axis, ...] = (),
-    places: Mapping[Axis, Expr] | None = None,
-) -> Site:
-    """The site of a lifted candidate. `free`: the axes of the result, where they are not those of the root; `places`:
-    where the root reads the result along those that are several of its own."""
-    root = candidate.root
-    interior = interior_of(candidate, facts, lifted.lifter.visited)
-    shared: list[tuple[fx.Node, fx.Node]] = []
-    for node in sorted(interior, key=facts.order.__getitem__):
-        for user in node.users:
-            if user in interior or user is root or reads_shape(user, node):
-                continue
-            if not facts.order[node] >= facts.order[candidate.normaliser]:
-                shared.append((node, user))
-            elif user not in facts.roots:  # the same weights applied to other values are a site of its own
-                reason = f"the probabilities are read elsewhere (by `{op_name(user)}`)"
-                raise Stop(Declined(reason + ", and the graph returns them" * is_returned(user), node.name))
-    check_no_writes(facts, interior | lifted.lifter.visited | {root}, root)
-    result, one_query = list(free) or axes.flat(), not lifted.lifter.query_axes
-    drafts = [
-        Draft(result, of_heads + lifted.heads, lifted.key, soft, lifted.values, lifted.uncopied, one_query)
-        for of_heads, _, soft in lifted.terms
-    ]
-    parts, orders = [], []
-    epilogue: Expr | None = None
-    dtype = dtype_of(root)
-    for k, (draft, (mixed, factor, _)) in enumerate(zip(drafts, lifted.terms)):
-        region, bindings, order = finish(draft, facts, dtype, lifted.zero_rows)
-        parts.append(Part(region, bindings))
-        check_reads(facts, interior, parts[-1])
-        orders.append(order)
-        read = Load(f"part{k}", tuple((places or {}).get(a, a) for a in order), dtype)
-        term: Expr = read
-        plain_factor = isinstance(factor, Const) and factor.value == 1.0
-        if not plain_factor:
-            term = s.call("mul", factor, term, dtype="float32")
-        for axis in reversed(mixed):
-            term = _sum(axis, factor, read, term)
-        epilogue = term if epilogue is None else s.call("add", epilogue, term, dtype="float32")
-    assert epilogue is not None
-    plain = isinstance(epilogue, Load) and not places
-    if not (isinstance(lifted.rest, Const) and lifted.rest.value == 0):
-        epilogue = s.call(
-            "add",
-            epilogue,
-            s.call("mul", lifted.rest, Reduce("sum", lifted.key, lifted.values, "float32"), dtype="float32"),
-            dtype="float32",
-        )
-        plain = False
-    if lifted.added != NOTHING:
-        epilogue, plain = s.call("add", epilogue, lifted.added, dtype="float32"), False
-    for axis in reversed(lifted.heads):
-        epilogue, plain = Reduce("sum", axis, epilogue, "float32"), False
-    return Site(
-        root,
-        candidate.normaliser,
-        tuple(parts),
-        epilogue,
-        plain,
-        tuple(tuple(g) for g in axes.dims),
-        tuple(orders),
-        frozenset(interior),
-        shared=tuple(shared),
-    )
-
-
-def _sum(axis: Axis, factor: Expr, part: Load, term: Expr) -> Expr:
-    return (
-        Dot((axis,), factor, part, "float32")
-        if axis in factor.axes and isinstance(term, Call)
-        else Reduce("sum", axis, term, "float32")
-    )
+def _takes_maxima_away(lifter: Lifter) -> bool:
+    """Whether what is read as log(sum(exp(x))) is `logsumexp`, for the only exponential is that of the weights."""
+    return sum(op_name(n) in EXPONENTIALS for n in lifter.visited) == 1

@@ -9,7 +9,7 @@ of the root are kept, so that every later view works as before.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,8 +26,10 @@ from refocus.dead_code import remove_dead_code
 from refocus.evaluate import arange_env, evaluate, size_of
 from refocus.facts import Facts
 from refocus.hoist import Hoisted
-from refocus.ir import Axis, Expr, Load, Sym
+from refocus.ir import Axis, Expr, Load, Region, Sym, rewrite
 from refocus.normal_form import Binding, Seed
+from refocus.patterns.log_sums import LOG_SUM
+from refocus.simplify import rebuild
 from refocus.sizes import hint, shape_of
 
 # Engines that are written into the graph, for Inductor to compile; the others are one operator call.
@@ -55,12 +57,19 @@ class Splicer:
         inputs = list(dict.fromkeys(n for p in site.parts for b in p.bindings for n in sources(b, self.facts)))
         inputs += [n for n in loads_of(site.epilogue, self.facts) if n not in inputs]
         syms = _syms_of(site)
-        sym_nodes = [self.sym_node(sym, site.root) for sym in syms]
+        # It stands where the first of its results is read.
+        readers = [u for r in site.results for u in r.node.users if u not in site.interior]
+        place = min([site.root, *readers])
+        moved = late(self.current(inputs), place)
+        sym_nodes = [self.sym_node(sym, place) for sym in syms]
         values = [n.meta["val"] for n in inputs]
         key = (_body_key(site, plans, inputs), trained)
         function = _function(site, plans, inputs, syms, trained)
         body = self.traced(key, function, values, [n.meta["val"] for n in sym_nodes])
-        return self.inline(body, [*(self._kept(n, site.root) for n in inputs), *sym_nodes], [site.root])
+        for node in moved:
+            place.prepend(node)
+        given = [*(self._kept(n, place) for n in inputs), *sym_nodes]
+        return self.inline(body, given, [site.root, *(r.node for r in site.results)], place, site.interior)
 
     def traced(
         self, key: Any, function: Callable[[list[Tensor], list[int]], Any], values: list[Tensor], sizes: list[Any]
@@ -126,16 +135,23 @@ class Splicer:
         """What stands in the graph for nodes: of a site before this one, the result that is fused."""
         return [self._replaced.get(n, n) for n in inputs]
 
-    def inline(self, body: fx.GraphModule, inputs: list[fx.Node], roots: Sequence[fx.Node]) -> list[fx.Node]:
-        """Put a body where the first of `roots` stands; its results replace them, in order. Returns the body's nodes
-        there."""
+    def inline(
+        self,
+        body: fx.GraphModule,
+        inputs: list[fx.Node],
+        roots: Sequence[fx.Node],
+        place: fx.Node | None = None,
+        inside: Set[fx.Node] = frozenset(),
+    ) -> list[fx.Node]:
+        """Put a body at `place`, or where the first of `roots` stands; its results replace them, in order, for all who
+        are not `inside` of what goes. Returns the body's nodes there."""
         root = roots[0]
         graph = self.gm.graph
         inputs = self.current(inputs)
         env: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
         trace = root.meta.get("stack_trace")
         results: list[fx.Node] = []
-        with graph.inserting_before(root):
+        with graph.inserting_before(place or root):
             for node in body.graph.nodes:
                 if node.op == "placeholder":
                     continue
@@ -152,7 +168,7 @@ class Splicer:
                     env[node].meta["stack_trace"] = trace
         for old, result in zip(roots, results, strict=True):
             result.meta["val"] = result.meta.get("val", old.meta["val"])
-            old.replace_all_uses_with(result)
+            old.replace_all_uses_with(result, delete_user_cb=lambda user: user not in inside)
             self._replaced[old] = result
         return [n for n in map(env.get, body.graph.nodes) if isinstance(n, fx.Node) and n not in inputs]
 
@@ -192,6 +208,23 @@ def _loads(value: Expr) -> tuple[Load, ...]:
     return (value,) if isinstance(value, Load) and not value.loads else value.loads
 
 
+def late(inputs: list[fx.Node], first: fx.Node) -> list[fx.Node]:
+    """What has to be computed earlier, so that all that is read is there before the first result."""
+    found: set[fx.Node] = set()
+    stack = [n for n in inputs if n >= first]
+    while stack:
+        node = stack.pop()
+        if node in found:
+            continue
+        target = node.target
+        known = isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable
+        if node is first or not known or torch.Tag.nondeterministic_seeded in target.tags:  # type: ignore[union-attr]
+            raise CannotSplice("what it is multiplied with comes after its first result")
+        found.add(node)
+        stack.extend(n for n in node.all_input_nodes if n >= first)
+    return sorted(found)
+
+
 def loads_of(value: Expr, facts: Facts) -> list[fx.Node]:
     """The nodes that an expression loads."""
     return [facts.nodes[x.tensor] for x in _loads(value) if x.tensor in facts.nodes]
@@ -209,6 +242,7 @@ def _syms_of(site: Site) -> list[Sym]:
     for part in site.parts:
         found.update(part.region.syms)
     exprs = [*shape_of(site.root), site.epilogue, *(a.size for g in site.dims for a in g)]
+    exprs += [size for r in site.results for size in shape_of(r.node)]
     for part in site.parts:
         exprs += [b.value for b in part.bindings if isinstance(b, Hoisted)]
     for e in exprs:
@@ -238,41 +272,64 @@ def _body_key(site: Site, plans: Sequence[Plan], inputs: list[fx.Node]) -> Any:
         return where[binding.name] if isinstance(binding, fx.Node) else text(binding.value)
 
     bindings = tuple(tuple(bound(b) for b in p.bindings) for p in site.parts)
-    metas = tuple(
-        (tuple(map(str, n.meta["val"].shape)), tuple(map(str, n.meta["val"].stride())), n.meta["val"].dtype)
-        for n in inputs
-    )
-    root = site.root.meta["val"]
-    layout = (tuple(map(str, root.shape)), tuple(map(str, root.stride())), root.dtype)
+    metas = tuple(map(_layout, inputs))
+    layouts = tuple(_layout(n) for n in (site.root, *(r.node for r in site.results)))
+    results = text([(r.value.value, r.dims) for r in site.results]), text(site.rows)
     regions = tuple(p.region for p in site.parts)
     # axes of the result carry the root's own position, not its name, so equal layers agree
-    return regions, tuple(plans), bindings, metas, layout, text(site.epilogue), site.dims, site.axes
+    return regions, tuple(plans), bindings, metas, layouts, results, text(site.epilogue), site.dims, site.axes
+
+
+def _layout(node: fx.Node) -> tuple[Any, ...]:
+    value = node.meta["val"]
+    return tuple(map(str, value.shape)), tuple(map(str, value.stride())), value.dtype
 
 
 def _function(
     site: Site, plans: Sequence[Plan], inputs: list[fx.Node], syms: list[Sym], trained: bool
-) -> Callable[[list[Tensor], list[int]], Tensor]:
-    """What stands in for the root, as a function of the tensors that it reads and the symbolic sizes."""
+) -> Callable[[list[Tensor], list[int]], list[Tensor]]:
+    """What stands in for the root, and for the results of rows, as a function of the tensors that are read and the
+    symbolic sizes."""
     root = site.root.meta["val"]
     flat = [a for group in site.dims for a in group]
 
-    def replacement(tensors: list[Tensor], numbers: list[int]) -> Tensor:
+    def replacement(tensors: list[Tensor], numbers: list[int]) -> list[Tensor]:
         named = {n.name: t for n, t in zip(inputs, tensors)}
         sizes = dict(zip(syms, numbers))
         results: dict[str, Tensor] = {}
         drawn = {b.site: _draw(root.device) for p in site.parts for b in p.bindings if isinstance(b, Seed)}
         for k, (part, plan, axes) in enumerate(zip(site.parts, plans, site.axes)):
             operands = [drawn[b.site] if isinstance(b, Seed) else _operand(b, named, sizes) for b in part.bindings]
-            out = _attend(part.region, plan, operands, [sizes[x] for x in part.region.syms], trained)
+            out, sums = _attend(part.region, plan, operands, [sizes[x] for x in part.region.syms], trained)
             results[f"part{k}"] = out if any(a.name == "one" for a in axes) else _without_dummy(out, part.region, axes)
+            if sums is not None:
+                rows = len(axes) - len(part.region.value)
+                sums = sums if sums.dim() == rows + 1 else sums.squeeze(-1)
+                results[_LOG_SUM], results[f"rounding{k}"] = _of_rows(*sums)
         if site.plain:
             value = results["part0"].permute([site.axes[0].index(a) for a in flat])
         else:
             value = evaluate(site.epilogue, arange_env(flat, sizes), {**named, **results}, sizes)
             value = value.expand([size_of(a.size, sizes) for a in flat])
-        return laid_out(value, site.root, sizes)
+        found = [laid_out(value, site.root, sizes)]
+        for result in site.results:
+            own = [a for group in result.dims for a in group]
+            told = rewrite(result.value.value, {LOG_SUM: Load(_LOG_SUM, site.rows, LOG_SUM.dtype)}.get, rebuild)
+            value = evaluate(told, arange_env(own, sizes), results, sizes).expand([size_of(a.size, sizes) for a in own])
+            found.append(laid_out(value, result.node, sizes))
+        return found
 
     return replacement
+
+
+_LOG_SUM = "log_sum"
+
+
+def _of_rows(top: Tensor, log_total: Tensor) -> tuple[Tensor, Tensor]:
+    """The log-sum-exp of rows, from their largest logits and the logarithms of the sums beyond these; and by what
+    exponentials of logits less that are too large, as it is rounded: -1e9 + log(64) is -1e9."""
+    log_sum = top + log_total
+    return log_sum, (log_total - (log_sum - top)).detach().exp()
 
 
 def laid_out(value: Tensor, root: fx.Node, sizes: dict[Sym, int]) -> Tensor:
@@ -309,12 +366,18 @@ def _dtype(binding: Hoisted) -> torch.dtype:
     return found
 
 
-def _attend(region: Any, plan: Plan, operands: list[Tensor], sizes: list[int], trained: bool) -> Tensor:
+def _attend(
+    region: Region, plan: Plan, operands: list[Tensor], sizes: list[int], trained: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The result, and the row sums, if these are one."""
     if trained:
         flows = flows_into(region)
         operands = [t if o.name in flows else t.detach() for o, t in zip(region.operands, operands)]
-        return operator.call_saving(region, plan, operands, sizes)
+    if region.row_sums:
+        return operator.call_with_sums(region, plan, operands, sizes)
+    if trained:
+        return operator.call_saving(region, plan, operands, sizes), None
     if plan.engine in IN_GRAPH:
         result: Tensor = importlib.import_module(IN_GRAPH[plan.engine]).attend(region, plan, operands, sizes)
-        return result
-    return operator.call(region, plan, operands, sizes)
+        return result, None
+    return operator.call(region, plan, operands, sizes), None

@@ -23,7 +23,7 @@ from refocus.hoist import Hoisted
 from refocus.ir import Axis, Expr, Load, Sym
 from refocus.linear_ir import LinearRegion
 from refocus.sizes import shape_of
-from refocus.splice import CannotSplice, Splicer, laid_out
+from refocus.splice import Splicer, laid_out, late
 
 _GONE = -1.0e4  # exp of it is 0 in every dtype
 
@@ -44,28 +44,11 @@ def replace_linear(splicer: Splicer, site: LinearSite, plan: Plan) -> None:
     sym_nodes = [splicer.sym_node(sym, first) for sym in syms]
     function = _function(site, plan, inputs, syms)
     values = [_like(n, splicer.mode) for n in inputs]
-    moved = _late(splicer.current(inputs), first)
+    moved = late(splicer.current(inputs), first)
     body = splicer.traced(_key(site, plan, inputs), function, values, [n.meta["val"] for n in sym_nodes])
     for node in moved:
         first.prepend(node)
     splicer.inline(body, [*inputs, *sym_nodes], [o.node for o in site.outputs])
-
-
-def _late(inputs: list[fx.Node], first: fx.Node) -> list[fx.Node]:
-    """What has to be computed earlier, so that all that is read is there before the first result."""
-    found: set[fx.Node] = set()
-    stack = [n for n in inputs if n >= first]
-    while stack:
-        node = stack.pop()
-        if node in found:
-            continue
-        target = node.target
-        known = isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable
-        if node is first or not known or torch.Tag.nondeterministic_seeded in target.tags:  # type: ignore[union-attr]
-            raise CannotSplice("what it is multiplied with comes after its first result")
-        found.add(node)
-        stack.extend(n for n in node.all_input_nodes if n >= first)
-    return sorted(found)
 
 
 def _like(node: fx.Node, mode: Any) -> Tensor:

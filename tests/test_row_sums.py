@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from refocus import oracle
 from refocus.codegen import cpp, operator, schedules, sdpa
-from refocus.codegen.operator import result_shape
 from refocus.codegen.plan import Plan
 from refocus.ir import Const, Output, Region, parse
 from refocus.notation import notation

@@ -1,0 +1,124 @@
+"""Close a lifted candidate: its regions, what is read of it elsewhere, and what stands for its root."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from torch import fx
+
+from refocus import simplify as s
+from refocus.attention import Part, Site
+from refocus.closure import check_no_writes, check_reads, interior_of, is_returned, reads_shape
+from refocus.empty_rows import UNPLAIN_FILLS
+from refocus.facts import Candidate, Facts
+from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Reduce
+from refocus.joint import NOTHING
+from refocus.lift import dtype_of, op_name
+from refocus.lifted import Lifted
+from refocus.normal_form import Draft, finish
+from refocus.patterns.declined import Declined, Stop
+from refocus.roles import Axes
+from refocus.row_results import RowReader, RowResult, settled
+
+
+def _escapes(interior: set[fx.Node], root: fx.Node, facts: Facts) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Values inside that are read elsewhere, and who reads them."""
+    for node in sorted(interior, key=facts.order.__getitem__):
+        for user in node.users:
+            if user not in interior and user is not root and not reads_shape(user, node):
+                yield node, user
+
+
+def close_site(
+    candidate: Candidate,
+    facts: Facts,
+    axes: Axes,
+    lifted: Lifted,
+    free: tuple[Axis, ...] = (),
+    places: Mapping[Axis, Expr] | None = None,
+    told: tuple[RowResult, ...] = (),
+) -> Site:
+    """The site of a lifted candidate. `free`: the axes of the result, where they are not those of the root; `places`:
+    where the root reads the result along those that are several of its own. `told`: results of its rows that are known
+    already, of another reading."""
+    root = candidate.root
+    interior = interior_of(candidate, facts, lifted.lifter.visited)
+    reader = RowReader(facts, lifted, axes, {result.node: result for result in told})
+    shared: list[tuple[fx.Node, fx.Node]] = []
+    for node, user in _escapes(interior, root, facts):
+        if reader.follows(node, user):
+            continue
+        if not facts.order[node] >= facts.order[candidate.normaliser]:
+            shared.append((node, user))
+        elif user not in facts.roots:  # the same weights applied to other values are a site of its own
+            reason = f"the probabilities are read elsewhere (by `{op_name(user)}`)"
+            raise Stop(Declined(reason + ", and the graph returns them" * is_returned(user), node.name))
+    check_no_writes(facts, interior | lifted.lifter.visited | {root}, root)
+    result, one_query = list(free) or axes.flat(), not lifted.lifter.query_axes
+    drafts = [
+        Draft(result, of_heads + lifted.heads, lifted.key, soft, lifted.values, lifted.uncopied, one_query)
+        for of_heads, _, soft in lifted.terms
+    ]
+    parts, orders = [], []
+    results: tuple[RowResult, ...] = ()
+    row_index: tuple[Expr, ...] = ()
+    epilogue: Expr | None = None
+    dtype = dtype_of(root)
+    for k, (draft, (mixed, factor, _)) in enumerate(zip(drafts, lifted.terms)):
+        region, bindings, order = finish(draft, facts, dtype, lifted.zero_rows)
+        results = tuple(settled(r, draft.softmax, region) for r in reader.results.values())
+        rounded = region.row_sums
+        region = replace(region, row_sums=rounded or bool(results))
+        parts.append(Part(region, bindings))
+        check_reads(facts, interior, parts[-1])
+        orders.append(order)
+        index = tuple((places or {}).get(a, a) for a in order)
+        row_index = index[: len(index) - len(region.value)]
+        read = Load(f"part{k}", index, dtype)
+        term: Expr = read
+        if rounded:
+            if mixed:
+                raise Stop(UNPLAIN_FILLS)
+            term = s.call("mul", Load(f"rounding{k}", row_index, "float32"), term, dtype="float32")
+        plain_factor = isinstance(factor, Const) and factor.value == 1.0
+        if not plain_factor:
+            term = s.call("mul", factor, term, dtype="float32")
+        for axis in reversed(mixed):
+            term = _sum(axis, factor, read, term)
+        epilogue = term if epilogue is None else s.call("add", epilogue, term, dtype="float32")
+    assert epilogue is not None
+    plain = isinstance(epilogue, Load) and not places
+    if not (isinstance(lifted.rest, Const) and lifted.rest.value == 0):
+        epilogue = s.call(
+            "add",
+            epilogue,
+            s.call("mul", lifted.rest, Reduce("sum", lifted.key, lifted.values, "float32"), dtype="float32"),
+            dtype="float32",
+        )
+        plain = False
+    if lifted.added != NOTHING:
+        epilogue, plain = s.call("add", epilogue, lifted.added, dtype="float32"), False
+    for axis in reversed(lifted.heads):
+        epilogue, plain = Reduce("sum", axis, epilogue, "float32"), False
+    return Site(
+        root,
+        candidate.normaliser,
+        tuple(parts),
+        epilogue,
+        plain,
+        tuple(tuple(g) for g in axes.dims),
+        tuple(orders),
+        frozenset(interior),
+        shared=tuple(shared),
+        results=results,
+        rows=row_index,
+    )
+
+
+def _sum(axis: Axis, factor: Expr, part: Load, term: Expr) -> Expr:
+    return (
+        Dot((axis,), factor, part, "float32")
+        if axis in factor.axes and isinstance(term, Call)
+        else Reduce("sum", axis, term, "float32")
+    )
