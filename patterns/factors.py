@@ -76,7 +76,7 @@ def factored(e: Expr) -> Factored:
             )
             out = Factored([], [], [], [])
             for sign, term in additive(scale, 1):
-                term = _but_for_base(term)
+                term = but_for_base(term)
                 if isinstance(term, Call) and term.op == "log" and not _is_read(term.args[0]):
                     part = factored(term.args[0])
                     out = out.times(part if sign > 0 else replace(_inverse(term.args[0]), logged=True))
@@ -109,7 +109,7 @@ def _is_read(weight: Expr) -> bool:
     return any(isinstance(n, Load) and n.is_float for n in weight.walk())
 
 
-def _but_for_base(e: Expr) -> Expr:
+def but_for_base(e: Expr) -> Expr:
     """x out of x * log2(e) * log(2)."""
     inner, factor = e, 1.0
     while isinstance(inner, Call) and inner.op == "mul" and any(isinstance(a, Const) for a in inner.args):

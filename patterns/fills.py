@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 
 from refocus import simplify as s
 from refocus.ir import Axis, Call, Const, Expr, Reduce
+from refocus.patterns.factors import but_for_base
 from refocus.patterns.guards import unguarded
 
 KEPT, LOST, ROUNDED, UNCLEAR = "kept", "lost", "rounded", "unclear"
@@ -43,7 +44,7 @@ def _is_maximum(shift: Expr, logits: Expr, key: Axis) -> bool:
     largest = s.substitute(shift.body, {shift.axis: key})
     for factor in reversed(factors):
         largest = s.call("mul", largest, factor, dtype=logits.dtype)
-    return largest == logits
+    return but_for_base(largest) == logits
 
 
 def by_rounded_sum(weights: Expr, key: Axis, stable: bool) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from refocus import simplify as s
 from refocus.ir import TRUE, Axis, Call, Const, Dot, Expr, Load, Reduce, rewrite
 from refocus.patterns.declined import Declined
-from refocus.patterns.factors import Signed, additive, factored, holds_scores, summed
+from refocus.patterns.factors import Signed, additive, but_for_base, factored, holds_scores, summed
 from refocus.patterns.fills import UNCLEAR
 from refocus.patterns.guards import unguarded
 from refocus.patterns.softmax import Softmax, by_key, match
@@ -104,7 +104,7 @@ def _without_opposites(terms: list[Signed]) -> list[Signed]:
     """Terms without pairs of one and its opposite. A maximum is what it is under a guard, too: where it is -inf, so is
     the log-sum-exp that it is added to."""
     rest: list[Signed] = []
-    for sign, e in terms:
+    for sign, e in ((sign, but_for_base(e)) for sign, e in terms):
         opposite = next((k for k, (way, other) in enumerate(rest) if way == -sign and _bare(other) == _bare(e)), None)
         if opposite is None:
             rest.append((sign, e))

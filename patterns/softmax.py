@@ -268,9 +268,10 @@ def _match_at(
     for column in (*range(offset), *range(offset, surplus)):
         at: Expr = Const(column) if column < offset else s.add(key.size, column)
         part = factored(s.substitute(total.body, {total.axis: at}))
-        if part.divisors or part.factors or part.conditions:
+        numbers = [f for f in part.factors if isinstance(f, Const) and f.value > 0]  # exp(0.3), which is known
+        if part.divisors or len(numbers) < len(part.factors) or part.conditions:
             return None
-        columns.append(part.exponents)
+        columns.append([*part.exponents, *((1, Const(math.log(f.value), dtype)) for f in numbers)])
     for exponents in columns:
         # What the keys' logits were rid of, for all of them have it, is taken from a column that lacks it.
         rows = Counter(their_rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -84,3 +84,26 @@ def closed_under_sharing(sites: list[Site]) -> tuple[list[Site], list[tuple[Site
             reason = Declined(f"a score is read elsewhere (by `{op_name(user)}`)", node.name)
             gone.append((site, Left(site.root, site.normaliser, reason)))
             sites = [x for x in sites if x is not site]
+
+
+def each_told_once(sites: list[Site]) -> list[Site]:
+    """The sites, of which those over the same scores do not all yield the same log-sum-exps."""
+    told: set[fx.Node] = set()
+    found = []
+    for site in sites:
+        results = tuple(r for r in site.results if r.node not in told)
+        told.update(r.node for r in results)
+        found.append(site if len(results) == len(site.results) else _with_results(site, results))
+    return found
+
+
+def _with_results(site: Site, results: tuple[RowResult, ...]) -> Site:
+    """The same, and what its readings yield: row sums where these, or the epilogue, ask for them."""
+    rounded = any(x.tensor.startswith("rounding") for x in site.epilogue.loads)
+    parts = tuple(replace(p, region=replace(p.region, row_sums=rounded or bool(results))) for p in site.parts)
+    readings = replace(
+        site.readings,
+        in_place=site.readings.in_place and _with_results(site.readings.in_place, results),
+        over_tokens=site.readings.over_tokens and _with_results(site.readings.over_tokens, results),
+    )
+    return replace(site, parts=parts, results=results, readings=readings)

@@ -39,8 +39,8 @@ def place_results(gm: fx.GraphModule) -> dict[fx.Node, Region]:
         if node.target is torch.ops.refocus.attend.default:
             found[node] = _place(gm.graph, node, node)
         elif node.target is torch.ops.refocus.attend_saving.default:
-            results = [user for user in node.users if op_name(user) == "getitem"]
-            if len(results) == 1 == len(node.users) and results[0].args[1] == 0:
+            results = {user.args[1]: user for user in node.users if op_name(user) == "getitem"}
+            if len(results) == len(node.users) and 0 in results:
                 found[node] = _place(gm.graph, node, results[0])
     return {call: region for call, region in found.items() if region is not None}
 
@@ -78,6 +78,8 @@ def _place(graph: fx.Graph, call: fx.Node, result: fx.Node) -> Region | None:
         new.meta.update(call.meta)
         if result is not call:
             new.meta["val"] = (target.meta["val"], *call.meta["val"][1:])
+            for other in [user for user in call.users if user is not result]:
+                other.replace_input_with(call, new)  # the row sums stay as they are
             new = graph.call_function(result.target, (new, 0))
             new.meta.update(result.meta)
         new.meta["val"] = target.meta["val"]

@@ -18,7 +18,7 @@ import networkx as nx
 from torch import fx
 
 from refocus import simplify as s
-from refocus.attention import Left, Readings, Site, closed_under_sharing
+from refocus.attention import Left, Readings, Site, closed_under_sharing, each_told_once
 from refocus.bands import Reading, Tensors, to_tokens
 from refocus.blocked import blocked
 from refocus.choices import without_choice
@@ -94,6 +94,7 @@ def recognize(facts: Facts) -> list[Site | Left]:
             elif level is None:
                 lefts.setdefault(group[0].root, unread.get(candidate.root, outcome))
     sites, read_elsewhere = closed_under_sharing(sites)
+    sites = each_told_once(sites)
     for site, left in read_elsewhere:
         done.discard(site.root)
         lefts[site.root] = unread.get(site.root, left)
@@ -106,6 +107,11 @@ def recognize(facts: Facts) -> list[Site | Left]:
         elif mixture is not None and lefts.pop(mixture, None) is not None:  # that was no product with values
             lefts[left.root] = left
     kept = [x for root, x in lefts.items() if not {root, x.root} & gone and x.normaliser not in inner]
+    if any(site.results for site in sites):
+        # Softmaxes of log-sum-exps weigh the results of attentions, which may be rounds or chunks of one.
+        yielded = {n for site in sites for n in (site.root, *(r.node for r in site.results))}
+        flow = facts.flow.subgraph(facts.order.keys() - yielded)
+        kept = [x for x in kept if any(nx.has_path(flow, n, x.normaliser) for n in taint_of(x.normaliser, facts))]
     return sorted([*sites, *kept], key=lambda x: facts.order[x.root])
 
 

@@ -61,6 +61,8 @@ class Splicer:
         readers = [u for r in site.results for u in r.node.users if u not in site.interior]
         place = min([site.root, *readers])
         moved = late(self.current(inputs), place)
+        if moved and any(_writes(n) for n in self.gm.graph.nodes if place <= n < moved[-1]):
+            raise CannotSplice("its log-sum-exp is read before all that it reads is computed")
         sym_nodes = [self.sym_node(sym, place) for sym in syms]
         values = [n.meta["val"] for n in inputs]
         key = (_body_key(site, plans, inputs), trained)
@@ -206,6 +208,10 @@ def _drop_grad_switches(body: fx.GraphModule) -> None:
 
 def _loads(value: Expr) -> tuple[Load, ...]:
     return (value,) if isinstance(value, Load) and not value.loads else value.loads
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def late(inputs: list[fx.Node], first: fx.Node) -> list[fx.Node]:
