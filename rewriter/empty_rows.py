@@ -52,7 +52,9 @@ class Rows:
         """Whether the weights of a row of nothing but fills are what the rounding of its log-sum-exp leaves."""
         if soft.fills != ROUNDED or not self._may_be_filled(logits):
             return False
-        if soft.cleaned or soft.extra or soft.selected != TRUE:
+        # Fills that are added let gradients through, and those of rounded weights are no softmax's.
+        added = any(map(_is_fill, _but_for_chosen_fills(logits).walk()))
+        if added or soft.cleaned or soft.extra or soft.selected != TRUE:
             raise Stop(UNPLAIN_FILLS)
         return True
 
@@ -150,6 +152,13 @@ def _ends(e: Expr) -> tuple[float, float]:
 
 def _is_fill(e: Expr) -> bool:
     return isinstance(e, Const) and e.is_float and -math.inf < e.value <= MASK_FILL
+
+
+def _but_for_chosen_fills(logits: Expr) -> Expr:
+    """Logits with -inf for the fills that stand in their place, and are not added to them."""
+    if isinstance(logits, Call) and logits.op == "where":
+        return s.where(logits.args[0], *map(_but_for_chosen_fills, logits.args[1:]))
+    return Const(-math.inf, logits.dtype) if _is_fill(logits) else logits
 
 
 def _with_infinite_fills(logits: Expr) -> Expr:

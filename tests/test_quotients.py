@@ -439,10 +439,6 @@ NOT_YET = "a row may have no keys in the first chunks, and is no number then"
             share_of_other_scores,
             "the result is multiplied with a share that is not that of its own log-sum-exp",
         ),
-        (
-            share_of_rows_without_keys,
-            "a row may have no keys: it is no number then, whatever its share",
-        ),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )
@@ -450,6 +446,12 @@ def test_is_left_alone(function: Function, reason: str) -> None:
     report = refocus.explain(Attention(function), *inputs(), engine="tiled")
     assert report.sites and not any(site.fused for site in report.sites)
     assert reason in {site.reason for site in report.sites}
+
+
+def test_a_share_of_rows_without_keys_is_applied_outside() -> None:
+    """A sink would make numbers of rows that are none."""
+    (site,) = check(Attention(share_of_rows_without_keys), inputs(), lower=False, gradients=True).report.sites
+    assert site.fused and "extra" not in site.notation and "logsumexp_j(" in site.notation
 
 
 def test_a_mask_of_the_values_alone_is_a_gate() -> None:
