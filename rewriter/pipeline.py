@@ -96,17 +96,7 @@ def _rewrite_outer(gm: fx.GraphModule, options: Options, inputs: Sequence[Any]) 
         facts = gather_facts(traced, buffers)
         found = recognize_linear(facts, recognize(facts))
     debug.dump("recognize", found)
-    splicer = Splicer(traced, facts, _mode(traced))
-    rows = []
-    calls: dict[str, _Calls] = {}
-    for k, site in enumerate(found):
-        name = f"attention{k}"
-        if isinstance(site, Left):
-            rows.append(describe_left(name, site))
-        elif isinstance(site, LinearSite):
-            rows.append(_replace_linear(name, site, splicer, facts, options))
-        else:
-            rows.append(_replace(name, site, splicer, facts, options, calls))
+    rows, calls = _replace_all(found, traced, facts, options)
     fused = any(row.fused for row in rows)
     notes = [
         f"{location_of(node)}: a softmax over what came into its graph; attention is fused only where the product of "
@@ -149,6 +139,26 @@ class _Calls:
         """The generated file of the first call. `placed`: calls that others took the place of."""
         region = next((placed[n] for n in self.nodes[:1] if n in placed), self.region)
         return kernel_path(region, self.plan)
+
+
+def _replace_all(
+    found: Sequence[Site | Left | LinearSite], traced: fx.GraphModule, facts: Facts, options: Options
+) -> tuple[list[Row], dict[str, _Calls]]:
+    """The rows of the report, and by name what stands now for the sites that were fused with a softmax."""
+    rows: list[Row] = []
+    calls: dict[str, _Calls] = {}
+    if not found:  # a graph may not even hold a tensor: one that was cut before a break, and only checked numbers
+        return rows, calls
+    splicer = Splicer(traced, facts, _mode(traced))
+    for k, site in enumerate(found):
+        name = f"attention{k}"
+        if isinstance(site, Left):
+            rows.append(describe_left(name, site))
+        elif isinstance(site, LinearSite):
+            rows.append(_replace_linear(name, site, splicer, facts, options))
+        else:
+            rows.append(_replace(name, site, splicer, facts, options, calls))
+    return rows, calls
 
 
 def _replace(name: str, site: Site, splicer: Splicer, facts: Facts, options: Options, calls: dict[str, _Calls]) -> Row:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import refocus
 from refocus.native_layers import expansion_of
+from refocus.options import Options
+from refocus.pipeline import rewrite
 from refocus.testing import check, rewritten
 from refocus.tolerances import agree as close
 
@@ -93,3 +96,18 @@ def test_a_graph_without_tensors_among_its_inputs() -> None:
     found: list[refocus.Report] = []
     assert torch.equal(rewritten(function, engine="tiled", report=found.append)(6), function(6))
     assert found and not any(report.notes for report in found)
+
+
+def test_a_graph_of_which_nothing_is_left() -> None:
+    """What is computed before a graph break may be asked for by nobody: no tensor is left in such a graph."""
+    graphs: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(gm)
+        return gm.forward
+
+    torch.compile(lambda steps: torch.arange(steps * 4.0).sin(), backend=backend)(6)
+    (gm,) = graphs
+    gm.graph.output_node().args = ((),)
+    done = rewrite(gm, Options())
+    assert done.gm is gm and not done.report.sites and not done.report.notes
