@@ -53,6 +53,11 @@ def closed_attentions(gm: fx.GraphModule) -> Iterator[fx.Node]:
                 yield node
 
 
+def fused_attentions(gm: fx.GraphModule) -> Iterator[fx.Node]:
+    """The operations that are a fused attention as the model calls them; their bodies say what is done to a score."""
+    return (n for n in gm.graph.nodes if is_higher_order(n) and n.target.name() == "flex_attention")
+
+
 _NORMALISERS = ("softmax", "exp", "exp_", "exp2", "_softmax")
 _PRODUCTS = ("matmul", "einsum", "bmm", "baddbmm")
 

@@ -24,7 +24,7 @@ from torch import fx
 from refocus import debug
 from refocus.assumptions import Assumption, model_buffers
 from refocus.attention import Left, Site
-from refocus.bodies import closed_attentions, with_bodies
+from refocus.bodies import closed_attentions, fused_attentions, with_bodies
 from refocus.capture import CaptureFailed, capture
 from refocus.close_linear import LinearSite
 from refocus.codegen.choose import plan_part
@@ -107,6 +107,10 @@ def _rewrite_outer(gm: fx.GraphModule, options: Options, inputs: Sequence[Any]) 
         f"{location_of(node)}: `{op_name(node)}` holds an attention in a graph of its own, which is not looked into "
         "(a torch.autograd.Function, say, has a backward of its own)"
         for node in closed_attentions(traced)
+    ]
+    notes += [
+        f"{location_of(node)}: `{op_name(node)}` is a fused attention already, and runs as it is"
+        for node in fused_attentions(traced)
     ]
     if fused:
         remove_dead_code(traced.graph)

@@ -1,4 +1,5 @@
-"""Code without a reader that is not dead: writes in the bodies of operations that hold graphs of their own."""
+"""Code without a reader that is not dead: writes in the bodies of operations that hold graphs of their own; and what
+else is not looked into."""
 
 from __future__ import annotations
 
@@ -8,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from refocus.report import Report
 from refocus.testing import rewritten
 
 pytestmark = pytest.mark.filterwarnings("error::refocus.backend.FallbackWarning")
@@ -73,3 +76,17 @@ def test_what_writes_is_kept(function: Callable[..., Tensor]) -> None:
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
     notes = [note for report in reports for note in report.notes if "not looked into" in note]
     assert bool(notes) == (function is not recomputed)
+
+
+def test_an_attention_that_is_fused_already_runs_as_it_is() -> None:
+    def banded(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return torch.where((i - j).abs() < 3, score, -torch.inf)
+
+    torch._dynamo.reset()
+    q, k, v = torch.randn(3, 1, 2, 128, 16, generator=torch.Generator().manual_seed(0)).unbind()
+    reports: list[Report] = []
+    ours = rewritten(lambda q, k, v: flex_attention(q, k, v, score_mod=banded), report=reports.append)(q, k, v)
+    position = torch.arange(128)
+    bias = torch.where((position[:, None] - position).abs() < 3, 0.0, -torch.inf)
+    torch.testing.assert_close(ours, torch.nn.functional.scaled_dot_product_attention(q, k, v, bias))
+    assert [note for report in reports for note in report.notes if "fused attention already" in note]
