@@ -158,7 +158,7 @@ class _Laid:
 
     @property
     def fits(self) -> bool:
-        return not self.missing and bool(self.starts)
+        return not self.missing and bool(self.starts) and _ends(self.follows)
 
     def joined(self, facts: Facts) -> _Laid:
         """What a loop starts from may be made like a state (zeros plus what is handed in). Several values of the first
@@ -172,6 +172,12 @@ class _Laid:
                 if again.fits and state in again.starts and (not found.fits or len(again.starts) < len(found.starts)):
                     found = again
         return found
+
+
+def _ends(follows: dict[fx.Node, fx.Node]) -> bool:
+    """Whether every chain of values ends. Those of two results that are made crosswise (`a @ b.T` beside `b @ a.T`)
+    follow on one another for ever."""
+    return nx.is_directed_acyclic_graph(nx.DiGraph(list(follows.items())))
 
 
 def _same_kind(a: fx.Node, b: fx.Node) -> bool:
@@ -212,7 +218,7 @@ def _after(chain: list[fx.Node], follows: dict[fx.Node, fx.Node]) -> list[fx.Nod
             seen.add(user)
             queue.append(user)
             trial, starts = dict(follows), list[fx.Node]()
-            if _alike(last, user) and _aligned(last, user, trial, starts) and not starts:
+            if _alike(last, user) and _aligned(last, user, trial, starts) and not starts and _ends(trial):
                 follows.update(trial)
                 return [user]
     return []

@@ -375,6 +375,21 @@ def test_what_is_filled_in_another_way_stays_right(function: Function) -> None:
     check(Module(beside), inputs(3), lower=False)
 
 
+def crosswise(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Each of two results is made of the other's operands: neither is the step after the other."""
+    return torch.stack([q @ k.mT, k @ q.mT]).softmax(-1) @ v
+
+
+def crosswise_features(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    q, k = torch.cat([q * g + k, k * g + q], -1), torch.cat([k * g + q, q * g + k], -1)
+    return (q @ k.mT).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("function", [crosswise, crosswise_features])
+def test_two_results_that_are_made_crosswise_are_no_loop(function: Function) -> None:
+    check(Module(function), inputs(4), family="softmax", sites=1, lower=False)
+
+
 def forgets(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     """Some steps forget everything: their decay is exactly zero."""
     gate = (-g[..., 0]).masked_fill(g[..., 0] > 0.6, torch.finfo(g.dtype).min).masked_fill(g[..., 0] > 0.8, -math.inf)
