@@ -209,7 +209,7 @@ class Call:
         grad_gate = (self.by_channel if form.gate == "channel" else self.by_head)(setting, buffers)
         if grad_gate is not None:
             grad_gate = grad_gate.to(t["gate"].dtype)
-        return (*results.values(), grad_gate, None, grad_initial)
+        return (*results.values(), grad_gate, None, grad_initial, None)
 
     def by_head(self, setting: Setting, buffers: dict[str, Tensor], inflow: bool = True) -> Tensor | None:
         """The gradients of queries and keys go into their buffers, that of gates is returned. `inflow`: something flows

@@ -95,7 +95,9 @@ def notation(form: LinearForm, share: int) -> list[str]:
     decay = {"none": "", "head": "exp(gate[c,t]) * ", "channel": "exp(gate[c,t,d]) * "}[form.gate]
     new = "k[c,t,d] * v[c,t,e]"
     lines = []
-    if form.erase:
+    if form.lookup:
+        new += " - erase[c,t,d] * sum_d lookup[c,t,d] * S[c,t-1,d,e]"
+    elif form.erase:
         new = "k[c,t,d] * u[c,t,e]"
         lines.append(f"u[c,t,e]   = erase[c,t] * (v[c,t,e] - sum_d k[c,t,d] * {decay}S[c,t-1,d,e])")
     lines.append(f"S[c,t,d,e] = {decay}S[c,t-1,d,e] + {new}")

@@ -24,7 +24,10 @@ def step(setting: Setting) -> ChunkKernel:
         w.operand(name, 3)
     if w.gated:
         w.operand("gate", 3 if w.by_channel else 2)
-    if form.erase:
+    if form.lookup and form.initial:  # of no state, nothing is found
+        w.operand("erase", 3)
+        w.operand("lookup", 3)
+    elif form.erase and not form.lookup:
         w.operand("erase", 2)
     for wanted, name in ((form.initial, "initial"), (form.final, "final"), (form.sums, "sums")):
         if wanted:
@@ -39,7 +42,10 @@ def step(setting: Setting) -> ChunkKernel:
     _decayed(w)
     if form.strict:
         _read(w)
-    if form.erase:
+    if form.lookup and form.initial:
+        _vector(w, body, "erase", "erase", "d", w.key_head)
+        body.line("state -= erase[:, None] * found[None, :]")
+    elif form.erase and not form.lookup:
         body.line(f"erase = tl.load(erase_ptr + {w.key_head} * erase_stride_0).to(tl.float32)")
         kept = " - tl.sum(key[:, None] * state, 0)" if form.initial else ""
         body.line(f"value = erase * (value{kept})" if kept else "value = erase * value")
@@ -59,6 +65,9 @@ def _decayed(w: ChunkWriter) -> None:
             body.line("state = tl.zeros([BLOCK_D, BLOCK_E], tl.float32)")
         return
     w.state(body, "state", "initial", w.key_head)
+    if w.form.lookup:
+        _vector(w, body, "lookup", "lookup", "d", w.key_head)
+        body.line("found = tl.sum(lookup[:, None] * state, 0)")
     if w.by_channel:
         _vector(w, body, "gate", "gate", "d", w.key_head)
         body.line("state = state * tl.exp(gate)[:, None]")

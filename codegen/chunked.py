@@ -13,15 +13,18 @@ from __future__ import annotations
 from torch import Tensor
 
 from refocus.codegen import delta
+from refocus.codegen import lookup as lookups
 from refocus.codegen.chunks import GateFlows, flow_into, flow_of_states, gate_flow, pairs_of, prepare, results, states
 from refocus.codegen.linear_form import Grads, LinearForm
 
 
 def forward(
     form: LinearForm, chunk: int, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None = None,
-    erase: Tensor | None = None, initial: Tensor | None = None,
+    erase: Tensor | None = None, initial: Tensor | None = None, lookup: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """`linear_form.forward` in chunks of `chunk` (a power of two) steps."""
+    if form.lookup:
+        return lookups.forward(form, chunk, q, k, v, gate, erase, initial, lookup)
     if form.erase:
         return delta.forward(form, chunk, q, k, v, gate, erase, initial)
     work = prepare(form, chunk, q, k, v, gate, initial)
@@ -44,9 +47,11 @@ def forward(
 
 def backward(
     form: LinearForm, chunk: int, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, erase: Tensor | None,
-    initial: Tensor | None, grads: Grads,
+    initial: Tensor | None, lookup: Tensor | None, grads: Grads,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of (q, k, v, gate, erase, initial), in the dtypes of these; None where there is none."""
+    """Gradients of (q, k, v, gate, erase, initial, lookup), in the dtypes of these; None where there is none."""
+    if form.lookup:
+        return lookups.backward(form, chunk, q, k, v, gate, erase, initial, lookup, grads)
     if form.erase:
         return delta.backward(form, chunk, q, k, v, gate, erase, initial, grads)
     work = prepare(form, chunk, q, k, v, gate, initial)

@@ -173,7 +173,7 @@ def results(
         dinitial = dinitial[..., :-1].contiguous()
     dq = dq[:, :, : q.shape[1]].flatten(0, 1).to(q.dtype)
     dk, dv = dk[:, : k.shape[1]].to(k.dtype), dv[:, : k.shape[1], : v.shape[2]].to(v.dtype)
-    return dq.contiguous(), dk.contiguous(), dv.contiguous(), dgate, None, dinitial
+    return dq.contiguous(), dk.contiguous(), dv.contiguous(), dgate, None, dinitial, None
 
 
 # ---------------------------------------------------------------------------------------------------- states
@@ -273,7 +273,7 @@ class ChannelPairs:
             after, before = queries[..., 1, :, :] * later, keys[..., 0, :, :] * earlier
             block = _blocks(grad, 2 * half)[..., half:, :half]
             found[..., 1, :, :] += ((block @ before) * after).sum(1).flip(3).cumsum(3).flip(3)
-            written = ((block.mT @ after).sum(1) * before.squeeze(1))
+            written = (block.mT @ after).sum(1) * before.squeeze(1)
             found[..., 0, :, :] += written.cumsum(3) - written
         queries, keys, decays = self._near(q, k)
         near = torch.einsum("cgtmij,cgtmid,cztmjd,cztmijd->ctmijd", _blocks(grad, _NEAR), queries, keys, decays)

@@ -130,7 +130,7 @@ def backward(
         dgate = gate_flow(form, work, GateFlows(inside, reads, keys * written, passing), gate)
     dq, dk, dv = (dq + read).flatten(2, 3), dk.flatten(1, 2), (chunks.erase * back_v).flatten(1, 2)
     found = results(form, work, (q, k, v), (dq, dk, dv, dgate, first if initial is not None else None))
-    return (*found[:4], derase.to(erase.dtype).contiguous(), found[5])
+    return (*found[:4], derase.to(erase.dtype).contiguous(), *found[5:])
 
 
 def _flow_of_states(

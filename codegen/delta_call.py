@@ -29,7 +29,7 @@ def forward(call: Call, final: Tensor | None) -> Tensor:
 
 
 def gradients(call: Call) -> tuple[Tensor | None, ...]:
-    """Those of q, k, v, gate, erase and the initial state; `call` has received what flows back."""
+    """Those of q, k, v, gate, erase, the initial state and what is looked up; `call` has received what flows back."""
     t, setting = call.tensors, call.setting()
     buffers = _written(call, call.setting(replace(call.form, final=False)), None)
     plain = _plain(call, buffers["u"])
@@ -50,7 +50,7 @@ def gradients(call: Call) -> tuple[Tensor | None, ...]:
     if grad_gate is not None:
         assert grad_gate_within is not None
         grad_gate = grad_gate.add_(grad_gate_within).to(t["gate"].dtype)
-    return buffers["grad_q"], grad_k.to(t["k"].dtype), grad_v, grad_gate, grad_erase, grad_initial
+    return buffers["grad_q"], grad_k.to(t["k"].dtype), grad_v, grad_gate, grad_erase, grad_initial, None
 
 
 def _plain(call: Call, u: Tensor) -> Call:

@@ -1,7 +1,7 @@
 """The operators that stand in a graph for one linear attention.
 
-    refocus::linear(Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? erase, Tensor? initial, str form, str plan)
-        -> (Tensor out, Tensor sums, Tensor final)
+    refocus::linear(Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? erase, Tensor? initial, Tensor? lookup,
+                    str form, str plan) -> (Tensor out, Tensor sums, Tensor final)
     refocus::linear_backward(the same, Tensor? out, Tensor? sums, Tensor? final, bool[] needs) -> Tensor[]
 
 The tensors are those of `linear_form`; `form` and `plan` are the `repr` of a `LinearForm` and a `Plan`. A result that
@@ -25,10 +25,13 @@ from refocus.codegen.plan import Plan
 from refocus.codegen.second_order import refuse_second_order
 from refocus.errors import BadRegion, EngineUnavailable
 
+NAMES = ("q", "k", "v", "gate", "erase", "initial", "lookup")
+
 # engine -> module with `forward` and `backward` as `linear_form` describes them
 ENGINES: dict[str, str] = {"tiled": "refocus.codegen.chunked", "triton": "refocus.codegen.linear_triton"}
 
-_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? erase, Tensor? initial, str form, str plan"
+_OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? erase, Tensor? initial, Tensor? lookup"
+_TENSORS = f"{_OPERANDS}, str form, str plan"
 
 
 @lru_cache(maxsize=512)
@@ -52,20 +55,23 @@ def engine_named(name: str) -> ModuleType:
 
 
 def call(form: LinearForm, plan: Plan, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
-    """Run by the operator, as a graph would. `tensors`: q, k, v, gate, erase, initial."""
-    result: tuple[Tensor, Tensor, Tensor] = linear(*tensors, repr(form), repr(plan))
+    """Run by the operator, as a graph would. `tensors`: q, k, v, gate, erase, initial, lookup, of which the last
+    may be left out."""
+    given = (*tensors, *(None,) * (len(NAMES) - len(tensors)))
+    result: tuple[Tensor, Tensor, Tensor] = linear(*given, repr(form), repr(plan))
     return result
 
 
 @torch.library.custom_op("refocus::linear", mutates_args=(), schema=f"({_TENSORS}) -> (Tensor, Tensor, Tensor)")
 def linear(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, erase: Tensor | None, initial: Tensor | None,
-    form: str, plan: str,
+    lookup: Tensor | None, form: str, plan: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Dispatch to the plan's engine. Raises `BadRegion` for tensors that the form does not describe."""
     what, how = parse_form(form), plans.parse(plan)
-    _check(what, q, k, v, gate, erase, initial)
-    out, sums, final = engine_named(how.engine).forward(what, how.block_k, q, k, v, gate, erase, initial)
+    tensors = (q, k, v, gate, erase, initial, lookup)
+    _check(what, *tensors)
+    out, sums, final = engine_named(how.engine).forward(what, how.block_k, *tensors)
     return out, _none(q) if sums is None else sums, _none(q) if final is None or not what.final else final
 
 
@@ -80,7 +86,7 @@ def _wide(*tensors: Tensor) -> torch.dtype:
 @linear.register_fake
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, erase: Tensor | None, initial: Tensor | None,
-    form: str, plan: str,
+    lookup: Tensor | None, form: str, plan: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     what, wide = parse_form(form), _wide(q, k, v)
     out = v.new_empty(q.shape[0], q.shape[1], v.shape[2])
@@ -96,11 +102,12 @@ def _fake(
 )
 def linear_backward(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, erase: Tensor | None, initial: Tensor | None,
-    form: str, plan: str, out: Tensor | None, sums: Tensor | None, final: Tensor | None, needs: list[bool],
+    lookup: Tensor | None, form: str, plan: str, out: Tensor | None, sums: Tensor | None, final: Tensor | None,
+    needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients of those of (q, k, v, gate, erase, initial) for which `needs` holds."""
+    """The gradients of those of the operands for which `needs` holds."""
     what, how = parse_form(form), plans.parse(plan)
-    tensors = (q, k, v, gate, erase, initial)
+    tensors = (q, k, v, gate, erase, initial, lookup)
     found = engine_named(how.engine).backward(what, how.block_k, *tensors, (out, sums, final))
     return [g for g, need in zip(found, needs, strict=True) if need]
 
@@ -108,9 +115,10 @@ def linear_backward(
 @linear_backward.register_fake
 def _fake_backward(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, erase: Tensor | None, initial: Tensor | None,
-    form: str, plan: str, out: Tensor | None, sums: Tensor | None, final: Tensor | None, needs: list[bool],
+    lookup: Tensor | None, form: str, plan: str, out: Tensor | None, sums: Tensor | None, final: Tensor | None,
+    needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    tensors = (q, k, v, gate, erase, initial)
+    tensors = (q, k, v, gate, erase, initial, lookup)
     return [t.new_empty(t.shape) for t, need in zip(tensors, needs, strict=True) if need and t is not None]
 
 
@@ -128,7 +136,7 @@ def _backward(ctx: Any, out: Tensor | None, sums: Tensor | None, final: Tensor |
     what = parse_form(ctx.form)
     grads = (out, sums if what.sums else None, final if what.final else None)
     if all(g is None for g in grads):
-        return (None,) * 8
+        return (None,) * (len(NAMES) + 2)
     found = iter(linear_backward(*ctx.saved_tensors, ctx.form, ctx.plan, *grads, ctx.needs))
     return (*(next(found) if need else None for need in ctx.needs), None, None)
 
@@ -138,13 +146,15 @@ refuse_second_order(linear_backward)
 
 
 def _check(form: LinearForm, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> None:
-    gate, erase, initial = rest
+    gate, erase, initial, lookup = rest
     heads, length, width = k.shape
+    steps = (heads, length, width) if form.lookup else (heads, length)
     wanted = {
         "q": (q, (q.shape[0], length if form.causal else q.shape[1], width)),
         "v": (v, (heads, length, v.shape[2])),
         "gate": (gate, {"none": None, "head": (heads, length), "channel": (heads, length, width)}[form.gate]),
-        "erase": (erase, (heads, length) if form.erase else None),
+        "erase": (erase, steps if form.erase else None),
+        "lookup": (lookup, steps if form.lookup else None),
         "initial": (initial, (heads, width, v.shape[2]) if form.initial else None),
     }
     for name, (tensor, shape) in wanted.items():

@@ -45,20 +45,22 @@ class Sample:
     gate: Tensor | None
     erase: Tensor | None = None
     initial: Tensor | None = None
+    lookup: Tensor | None = None
 
-    def unsupported(self, engine: str) -> str | None:
-        """Why an engine cannot run it; None where it can. `tiled` runs every form."""
+    def unsupported(self, engine: str, trained: bool = False) -> str | None:
+        """Why an engine cannot run it, and its gradients where it is `trained`; None where it can. `tiled` runs every
+        form."""
         if debug.disabled(engine):
             return debug.off(engine)
         if engine != "triton":
             return None
-        return linear_triton.supports(self.form, self.q, self.k, self.v, self.gate)
+        return linear_triton.supports(self.form, self.q, self.k, self.v, self.gate, trained)
 
     def kernel_path(self, plan: Plan) -> str | None:
         """Where the generated source of the kernel that writes the results is kept, for engines that generate it."""
         if plan.engine != "triton":
             return None
-        given = self.q, self.k, self.v, self.gate, self.erase, self.initial
+        given = self.q, self.k, self.v, self.gate, self.erase, self.initial, self.lookup
         return str(linear_triton.kernel_path(self.form, plan.block_k, *given))
 
 
@@ -97,18 +99,18 @@ def choose_linear(work: LinearWork, sample: Sample, device: Any, engine: str | N
     if trained and debug.disabled("training"):
         return Leave(f"needs gradients, and {debug.off('training')}")
     if engine is not None:
-        return _forced(work, sample, device, engine)
+        return _forced(work, sample, device, engine, trained)
     if not sample.form.causal and not sample.form.sums and work.width >= work.keys:
         return Leave(
             f"a product of three matrices, with no fewer features than keys: no order of them is cheaper, at {work}"
         )
     if work.passes is not None:
-        return _single_step(work, work.passes, sample, device)
+        return _single_step(work, work.passes, sample, device, trained)
     if work.spelled == "linear":
         return Leave(f"its cost is linear in the length already, at {work}")
     declined = ""
     if device.type != "cpu":
-        reason = sample.unsupported("triton")
+        reason = sample.unsupported("triton", trained)
         if reason is None:
             return _on_device(work, sample)
         declined = f"; the triton engine does not take it: {reason}"
@@ -125,19 +127,19 @@ def choose_linear(work: LinearWork, sample: Sample, device: Any, engine: str | N
     return Chosen(plan, f"about {leave / cost:.1f} times faster in chunks of {plan.block_k}, at {work}{declined}")
 
 
-def _forced(work: LinearWork, sample: Sample, device: Any, engine: str) -> Chosen | Leave:
+def _forced(work: LinearWork, sample: Sample, device: Any, engine: str, trained: bool) -> Chosen | Leave:
     if engine not in ENGINES:
         return Leave(f"the {engine} engine has no linear attention; engine='tiled' has")
     must_run(engine, device)
-    reason = sample.unsupported(engine)
+    reason = sample.unsupported(engine, trained)
     if reason is not None:
         return Leave(f"the {engine} engine does not take it: {reason}")
     return Chosen(_plan_of(work, sample, engine), f"engine={engine!r} was asked for")
 
 
-def _single_step(work: LinearWork, passes: Passes, sample: Sample, device: Any) -> Chosen | Leave:
+def _single_step(work: LinearWork, passes: Passes, sample: Sample, device: Any, trained: bool) -> Chosen | Leave:
     """What a step costs is the way of its state through memory."""
-    reason = sample.unsupported("triton") if device.type != "cpu" else "on a CPU a state stays in the caches"
+    reason = sample.unsupported("triton", trained) if device.type != "cpu" else "on a CPU a state stays in the caches"
     if reason is not None:
         return Leave(f"a single step, which is no slower as it is spelled: {reason}; engine='tiled' runs it")
     told = f"a single step: the state goes through memory {passes.spelled} times as it is spelled, fused {passes.fused}"

@@ -27,17 +27,21 @@ from refocus.errors import EngineUnavailable
 
 WIDEST = 256  # features or values that a kernel holds
 MOST_STEPS = 128  # steps of a chunk; for the delta rule half of that
-NAMES = ("q", "k", "v", "gate", "erase", "initial")
+NAMES = ("q", "k", "v", "gate", "erase", "initial", "lookup")
 Result = tuple[Tensor, Tensor | None, Tensor | None]
 Gradients = tuple[Tensor | None, ...]
 R = TypeVar("R")
 
 
-def supports(form: LinearForm, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None = None) -> str | None:
-    """Why there are no kernels for this call; None where there are."""
+def supports(
+    form: LinearForm, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None = None, trained: bool = False
+) -> str | None:  # fmt: skip
+    """Why there are no kernels for this call, or for its gradients where it is `trained`; None where there are."""
     if not form.causal:
         return "without an order the form is two products of matrices"
-    if form.erase and form.gate == "channel":
+    if form.lookup and (trained or k.shape[1] > 1):
+        return "there are no kernels of states that are looked up by other keys than are written, but for single steps"
+    if form.erase and not form.lookup and form.gate == "channel":
         return "there are no kernels of the delta rule with gates for each channel"
     for name, x in (("q", q), ("k", k), ("v", v), ("gate", gate)):
         if x is not None and dtype_name(x) not in OUT_DTYPES:
@@ -55,31 +59,31 @@ def default_chunk(q: Tensor, k: Tensor, v: Tensor) -> int:
 
 def kernel_path(
     form: LinearForm, chunk: int, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, erase: Tensor | None,
-    initial: Tensor | None,
+    initial: Tensor | None, lookup: Tensor | None = None,
 ) -> Path:  # fmt: skip
     """The file of the kernel that writes the results of such a call."""
     step = k.shape[1] == 1
-    given = (q, k, v, gate, *((erase, initial) if step else ()))
+    given = (q, k, v, gate, *((erase, initial, lookup) if step else ()))
     setting = Call(form, chunk, {name: x for name, x in zip(NAMES, given) if x is not None}).setting(out=v.dtype)
     return (chunk_step.step if step else chunk_forward.outputs)(setting).path
 
 
 def forward(
     form: LinearForm, chunk: int, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None = None,
-    erase: Tensor | None = None, initial: Tensor | None = None,
+    erase: Tensor | None = None, initial: Tensor | None = None, lookup: Tensor | None = None,
 ) -> Result:  # fmt: skip
     """See `refocus.codegen.linear_form`. Chunks are smaller where the device has not the memory for them. Raises
     `EngineUnavailable`."""
-    given = q, k, v, gate, erase, initial
+    given = q, k, v, gate, erase, initial, lookup
     return _fitted("forward", form, chunk, given, lambda smaller: _forward(_call(form, smaller, *given)))
 
 
 def backward(
     form: LinearForm, chunk: int, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, erase: Tensor | None,
-    initial: Tensor | None, grads: Grads,
+    initial: Tensor | None, lookup: Tensor | None, grads: Grads,
 ) -> Gradients:  # fmt: skip
     """See `refocus.codegen.linear_form`. Each gradient has its tensor's dtype. Raises `EngineUnavailable`."""
-    given = q, k, v, gate, erase, initial
+    given = q, k, v, gate, erase, initial, lookup
     return _fitted("backward", form, chunk, given, lambda smaller: _backward(_call(form, smaller, *given), grads))
 
 
@@ -106,7 +110,7 @@ def _backward(call: Call, grads: Grads) -> Gradients:
 
 def _call(form: LinearForm, chunk: int, *given: Tensor | None) -> Call:
     tensors = {name: x for name, x in zip(NAMES, given) if x is not None}
-    assert [name in tensors for name in NAMES[3:]] == [form.gate != "none", form.erase, form.initial]
+    assert [name in tensors for name in NAMES[3:]] == [form.gate != "none", form.erase, form.initial, form.lookup]
     if "initial" in tensors:
         tensors["initial"] = tensors["initial"].to(torch.float32).contiguous()
     return Call(form, chunk, tensors)
@@ -118,7 +122,7 @@ def _fitted(
     """`attempt` with this chunk, or with a smaller one."""
     q, k, v, gate, *_ = given
     assert q is not None and k is not None and v is not None
-    reason = supports(form, q, k, v, gate)
+    reason = supports(form, q, k, v, gate, what == "backward")
     largest = MOST_STEPS // 2 if form.erase else MOST_STEPS
     if not SMALLEST <= chunk <= largest or chunk & (chunk - 1):
         reason = f"chunks of {chunk}, which must be a power of two from {SMALLEST} to {largest}"

@@ -1,7 +1,8 @@
 """One step of a recurrence, read as an update that is linear in the state.
 
     S'[d, e] = keep * S[d, e]  +  write[d, e]                                         a sum that decays
-             - keep * erase * k[d] * (sum over d' of k[d'] * S[d', e])                 and the delta rule
+             - keep * erase * k[d] * (sum over d' of k[d'] * S[d', e])                 and the delta rule,
+             - erase[d] * (sum over d' of lookup[d'] * S[d', e])                       or any change of rank one
 
 `keep` is a product of decays, with a logarithm for each, or a number that is the same at every step.
 """
@@ -21,16 +22,29 @@ from refocus.patterns.linear import Product, product_of, terms_of
 
 
 @dataclass(frozen=True)
+class Lookup:
+    """What is looked up in the state before a step: `key`, in sums `over` axes of the state."""
+
+    key: Expr
+    over: tuple[Expr, ...]
+
+    def at(self, here: dict[Expr, Expr]) -> Lookup:
+        return Lookup(s.substitute(self.key, here), tuple(s.substitute(x, here) for x in self.over))
+
+
+@dataclass(frozen=True)
 class Update:
     """What a step does to a state, over the state's own axes and the step. `gates` are logarithms of decays, `bases`
     decays that do not depend on the step, `write` what is added. With the delta rule, `erase` is what it takes away,
-    `keys` are the factors of the keys that it looks up."""
+    `keys` are the factors of the keys that it looks up. With a `lookup`, `erase` is what is taken away for what that
+    finds."""
 
     gates: tuple[Expr, ...]
     bases: tuple[Expr, ...]
     write: Expr
     erase: Expr | None = None
     keys: tuple[Expr, ...] = ()
+    lookup: Lookup | None = None
 
 
 def read_update(
@@ -69,32 +83,51 @@ def read_update(
         write = s.call("add", write, more, dtype=write.dtype)
     if not erases:
         return Update(tuple(gates), tuple(bases), write)
-    erase, keys, values = _erased(erases[0], keep, own, write)
-    return Update(tuple(gates), tuple(bases), values, erase, keys)
+    found, load = erases[0]
+    moved = [(a, x) for a, x in zip(own, load.index) if a != x]
+    if not moved or len(moved) != len(found.summed) or {x for _, x in moved} != set(found.summed):
+        raise Stop(Declined("what a loop takes from its state is not looked up there by a key"))
+    delta = _erased(found, moved, keep, write)
+    if delta is not None:
+        erase, keys, values = delta
+        return Update(tuple(gates), tuple(bases), values, erase, keys)
+    erase, lookup = _looked_up(found, moved, write.dtype)
+    return Update(tuple(gates), tuple(bases), write, erase, (), lookup)
+
+
+Moved = list[tuple[Expr, Expr]]  # axes of the state, and over which it is summed instead
+
+
+def _looked_up(found: Product, moved: Moved, dtype: str) -> tuple[Expr, Lookup]:
+    """What is taken away for what a key finds, and that key."""
+    mine, theirs = frozenset(a for a, _ in moved), set(found.summed)
+    if any(f.axes & mine and f.axes & theirs for f in found.factors):
+        raise Stop(Declined("what a loop takes from its state is not looked up there by a key"))
+    keys = [f for f in found.factors if f.axes & theirs]
+    rest = [f for f in found.factors if not f.axes & theirs]
+    here: dict[Expr, Expr] = {x: a for a, x in moved}
+    key = s.substitute(_times(keys, dtype), here)
+    return _minus(_times(rest, dtype)), Lookup(key, tuple(a for a, _ in moved))
 
 
 def _erased(
-    term: tuple[Product, Load], keep: tuple[Expr, ...], own: tuple[Expr, ...], write: Expr
-) -> tuple[Expr, tuple[Expr, ...], Expr]:
-    """What the delta rule takes away, the keys' factors, and what is written without what is taken away."""
-    stop = Stop(Declined("what a loop takes from its state is not what the delta rule does"))
-    found, load = term
-    moved = [(a, x) for a, x in zip(own, load.index) if a != x]
-    if not moved or len(moved) != len(found.summed) or {x for _, x in moved} != set(found.summed):
-        raise stop
+    found: Product, moved: Moved, keep: tuple[Expr, ...], write: Expr
+) -> tuple[Expr, tuple[Expr, ...], Expr] | None:
+    """What the delta rule takes away, the keys' factors, and what is written without what is taken away. None where it
+    is another rule."""
     here: dict[Expr, Expr] = {x: a for a, x in moved}
     mine = {a for a, _ in moved}
     # What is looked up has decayed already, each channel of it in its own way.
     left = Counter(found.factors)
     left.subtract(Counter(s.substitute(f, dict(moved)) for f in keep))
     if any(count < 0 for count in left.values()):
-        raise stop
+        return None
     factors = list(left.elements())
     looked_up = [s.substitute(f, here) for f in factors if f.axes & set(found.summed)]
     keys = [f for f in factors if f.axes & mine]
     others = [f for f in factors if not f.axes & (mine | set(found.summed))]
     if Counter(looked_up) != Counter(keys) or any(f.axes & mine and f.axes & set(found.summed) for f in factors):
-        raise stop
+        return None
     sign = 1.0
     scalars = []
     for f in others:
@@ -103,16 +136,16 @@ def _erased(
         else:
             scalars.append(f)
     if sign >= 0.0:
-        raise stop
+        return None
     written = product_of(write)
     number = math.prod(float(f.value) for f in written.factors if isinstance(f, Const)) / -sign
     rest = Counter(f for f in written.factors if not isinstance(f, Const))
     rest.subtract(Counter([*keys, *scalars]))
     if written.summed or written.divisors or written.conditions or any(count < 0 for count in rest.values()):
-        raise stop
+        return None
     values = list(rest.elements())
     if any(f.axes & mine for f in values):
-        raise stop
+        return None
     values += [Const(number, write.dtype)] if number != 1.0 else []
     scalars += [Const(-sign, write.dtype)] if sign != -1.0 else []
     return _times(scalars, write.dtype), tuple(keys), _times([*keys, *values], write.dtype)

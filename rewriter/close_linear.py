@@ -83,6 +83,28 @@ class Read:
     visited: Set[fx.Node]
 
 
+# What is float32, whatever the dtype of the tensors.
+_WIDE = ("gate", "erase", "initial", "lookup")
+
+
+@dataclass(frozen=True)
+class _Erased:
+    """What is taken from the state, and what is looked up for that where it is not the keys."""
+
+    erase: Expr | None
+    lookup: Expr | None
+
+    @staticmethod
+    def of(roll: Rolled | None) -> _Erased:
+        if roll is None:
+            return _Erased(None, None)
+        return _Erased(roll.erase, None if roll.lookup is None else roll.lookup.key)
+
+    @property
+    def axes(self) -> frozenset[Axis]:
+        return frozenset().union(*(x.axes for x in (self.erase, self.lookup) if x is not None))
+
+
 @dataclass(frozen=True)
 class _Parts:
     """The factors of each operand, and what whole rows are multiplied with afterwards."""
@@ -113,7 +135,10 @@ def close(
         shared, besides[total] = common, rest
     parts = _parts(read.product, roles, shared)
     erase = None if roll is None else roll.erase
-    if roll is not None and erase is not None:
+    lookup = None if roll is None else roll.lookup
+    if lookup is not None and (read_sums or {*lookup.over} != {*roles.dot}):
+        raise Stop(Declined("what a loop looks up in its state is not what its queries read"))
+    if roll is not None and erase is not None and lookup is None:
         parts = _looked_up(parts, roll.keys, read_sums)
     dtype = _widest(
         [dtype_of(root), *(x.dtype for f in (*parts.queries, *parts.keys, *parts.values) for x in _loads(f))]
@@ -123,7 +148,7 @@ def close(
     ends = None if roll is None else roll.ends
     if ends is not None:
         parts = _stateful(ends, parts, read_sums)
-    names, region, bindings = _region(read, roles, weight, parts, dtype, bool(read_sums), erase, ends)
+    names, region, bindings = _region(read, roles, weight, parts, dtype, bool(read_sums), _Erased.of(roll), ends)
     back: dict[Axis, Expr] = {new: old for old, new in names.items()}
     if roll is not None:
         back[region.query] = roll.place
@@ -265,17 +290,17 @@ def _region(
     parts: _Parts,
     dtype: str,
     sums: bool,
-    erase: Expr | None,
+    erased: _Erased,
     ends: Ends | None,
 ) -> tuple[dict[Axis, Axis], LinearRegion, tuple[Hoisted, ...]]:
     """The axes' names, the region, and its operands."""
     q, k, v = (_product(f, read, dtype) for f in (parts.queries, parts.keys, parts.values))
     rows = [a for a in read.free if a != roles.query and a not in roles.value]
     gate_axes = frozenset() if weight.gate is None else weight.gate.axes
-    erase_axes = frozenset() if erase is None else erase.axes
+    erase, erase_axes = erased.erase, erased.axes
     if (gate_axes | erase_axes) & set(roles.value):
         raise Stop(Declined("a decay for each value channel"))
-    if erase_axes & set(roles.dot):
+    if erase_axes & set(roles.dot) and erased.lookup is None:
         raise Stop(Declined("the delta rule with a share for each channel"))
     batch = [a for a in rows if a in k.axes | v.axes | gate_axes | erase_axes]
     share = [a for a in rows if a not in batch]
@@ -294,14 +319,16 @@ def _region(
     if weight.gate is not None:
         values["gate"] = (weight.gate, (*batch, roles.key, *(roles.dot if channel else ())))
     if erase is not None:
-        values["erase"] = (erase, (*batch, roles.key))
+        values["erase"] = (erase, (*batch, roles.key, *(roles.dot if erased.lookup is not None else ())))
     if ends is not None and {x for x in ends.index if isinstance(x, Axis)} != {*batch, *roles.dot, *roles.value}:
         raise Stop(Declined("a loop's state has other axes than its keys and values"))
     if ends is not None and ends.initial is not None:
         values["initial"] = (ends.initial, (*batch, *roles.dot, *roles.value))
+    if erased.lookup is not None:
+        values["lookup"] = (erased.lookup, (*batch, roles.key, *roles.dot))
     wide = "float64" if dtype == "float64" else "float32"
     operands = tuple(
-        Operand(name, wide if name in ("gate", "erase", "initial") else dtype, tuple(a.size for a in axes))
+        Operand(name, wide if name in _WIDE else dtype, tuple(a.size for a in axes))
         for name, (_, axes) in values.items()
     )
     region = LinearRegion(

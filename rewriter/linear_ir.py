@@ -9,6 +9,11 @@ With `erase`, the delta rule: what a key finds in the sums is taken away before 
 
     S[t] = exp(gate[t]) * (S[t-1] - erase[t] * k[t] (k[t]^T S[t-1])) + erase[t] * k[t] v[t]^T,     out[t] = q[t]^T S[t]
 
+and with `lookup`, any change of rank one: what another key finds in the sums, before the step, is taken away times
+`erase`,
+
+    S[t] = exp(gate[t]) * S[t-1] - erase[t] (lookup[t]^T S[t-1]) + k[t] v[t]^T
+
 Unlike those of a softmax region, its operands are plain: what has no query and key axes together stays outside, feature
 maps, gates and all, and keeps its own gradient. What is done with `out` and `sums` afterwards stays outside as well.
 """
@@ -25,10 +30,10 @@ from refocus.ir import Axis, Expr, Operand, Sym
 
 @dataclass(frozen=True)
 class LinearRegion:
-    """One linear attention. `operands` are "q", "k", "v" and, where there are, "gate", "erase" and "initial", the state
-    before the first step, in this order; their dimensions are the axes above. `batch` are the axes that keys, values or
-    gates have, `share` those that only queries have. `strict`: a position does not see itself. `gate` is "none", "head"
-    or "channel". `sums`: they are asked for. `final`: so is the state after the last step.
+    """One linear attention. `operands` are "q", "k", "v" and, where there are, "gate", "erase", "initial" (the state
+    before the first step) and "lookup", in this order; their dimensions are the axes above. `batch` are the axes that
+    keys, values or gates have, `share` those that only queries have. `strict`: a position does not see itself. `gate`
+    is "none", "head" or "channel". `sums`: they are asked for. `final`: so is the state after the last step.
     """
 
     batch: tuple[Axis, ...]
@@ -50,6 +55,10 @@ class LinearRegion:
     def initial(self) -> bool:
         return any(o.name == "initial" for o in self.operands)
 
+    @property
+    def lookup(self) -> bool:
+        return any(o.name == "lookup" for o in self.operands)
+
     def axes_of(self, operand: str) -> tuple[Axis, ...]:
         """The axes of an operand's dimensions."""
         return {
@@ -57,7 +66,8 @@ class LinearRegion:
             "k": (*self.batch, self.key, *self.dot),
             "v": (*self.batch, self.key, *self.value),
             "gate": (*self.batch, self.key, *(self.dot if self.gate == "channel" else ())),
-            "erase": (*self.batch, self.key),
+            "erase": (*self.batch, self.key, *(self.dot if self.lookup else ())),
+            "lookup": (*self.batch, self.key, *self.dot),
             "initial": self.state_axes,
         }[operand]
 
@@ -135,12 +145,16 @@ def _delta_rule(region: LinearRegion, load: Callable[[str], str]) -> str:
     before = f"exp({gate}) * S[t-1]" if gate else "S[t-1]"
     out = f"O[{','.join(a.name for a in region.out_axes)}]".replace(f",{region.query.name}", ",t")
     read = "R[t-1]" if region.strict else "S[t]"
+    written = f"{erase} * {k} * ({v} - sum_{dot} {k} * R[t-1])"
+    if region.lookup:
+        lookup = load("lookup").replace(f",{region.key.name}", ",t")
+        written = f"{k} * {v} - {erase} * (sum_{dot} {lookup} * S[t-1])"
     first = (f"S[-1] = {load('initial')}",) if region.initial else ()
     last = (f"S[{','.join(a.name for a in region.state_axes)}] = S after the last t",) if region.final else ()
     return "\n".join((
         *first,
         f"R[t-1] = {before}",
-        f"S[t] = R[t-1] + {erase} * {k} * ({v} - sum_{dot} {k} * R[t-1])",
+        f"S[t] = R[t-1] + {written}",
         f"{out} = sum_{dot} {q.replace(f',{region.query.name}', ',t')} * {read}",
         *last,
     ))  # fmt: skip

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from refocus import debug
 from refocus import notation as notes
 from refocus.close_linear import LinearSite, sources_of
+from refocus.codegen.linear_operator import NAMES
 from refocus.codegen.linear_policy import LinearWork, Passes, Sample, choose_linear
 from refocus.codegen.plan import Chosen, Leave, Plan
 from refocus.evaluate import size_of
@@ -43,7 +44,8 @@ def sample_of(site: LinearSite, facts: Facts) -> Sample:
         "k": (*steps, work.width),
         "v": (*steps, work.value_width),
         "gate": (*steps, *([work.width] if region.gate == "channel" else [])),
-        "erase": steps,
+        "erase": (*steps, work.width) if region.lookup else steps,
+        "lookup": (*steps, work.width),
         "initial": (work.key_heads, work.width, work.value_width),
     }
     device = site.root.meta["val"].device
@@ -51,7 +53,7 @@ def sample_of(site: LinearSite, facts: Facts) -> Sample:
         given = {
             o.name: torch.empty(shapes[o.name], dtype=getattr(torch, o.dtype), device=device) for o in region.operands
         }
-    return Sample(form_of(region), *(given.get(name) for name in ("q", "k", "v", "gate", "erase", "initial")))  # type: ignore[arg-type]
+    return Sample(form_of(region), *(given.get(name) for name in NAMES))  # type: ignore[arg-type]
 
 
 def numbers_of(site: LinearSite, facts: Facts) -> dict[Sym, int]:

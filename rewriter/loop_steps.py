@@ -20,6 +20,7 @@ from refocus.lift import Index, Lifter, dtype_of
 from refocus.loops import Loop
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.linear import Product, Weight
+from refocus.patterns.recurrence import Lookup
 from refocus.sizes import shape_of
 
 BEFORE, AFTER = "state {} before", "state {} after"
@@ -83,8 +84,9 @@ class Ends:
 class Rolled:
     """A loop as one function: what it gives out at `query`, as a sum over `key`; the weight of a pair, where it is read
     already. `dims` are those of what it gives out, at the position `place`, over the axes `free` and the query.
-    `erase`: what the delta rule takes away at each key, of which `keys` are the factors of what is looked up. `rows`:
-    how many positions are in a chunk; 1 where there are none."""
+    `erase`: what the delta rule takes away at each key, of which `keys` are the factors of what is looked up; or what
+    is taken away for what another key, `lookup`, finds. `rows`: how many positions are in a chunk; 1 where there are
+    none."""
 
     product: Product
     weight: Weight | None
@@ -95,6 +97,7 @@ class Rolled:
     visited: frozenset[fx.Node]
     erase: Expr | None = None
     keys: tuple[Expr, ...] = ()
+    lookup: Lookup | None = None
     rows: Expr = ONE
     ends: Ends | None = None
 

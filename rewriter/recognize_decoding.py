@@ -28,7 +28,7 @@ from refocus.lift_reductions import CONTRACTIONS
 from refocus.lift_tables import MOVES
 from refocus.linear_candidates import LinearCandidate, elements, product_operands
 from refocus.loop_steps import AFTER, Ends, Rolled, Step
-from refocus.patterns.declined import Stop
+from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.linear import Product, Weight, product_of
 from refocus.patterns.recurrence import Update, read_update
 from refocus.patterns.single_step import gate_of, roles_of_step
@@ -158,15 +158,20 @@ def _site(root: fx.Node, state: _NewState, facts: Facts, data: Set[fx.Node]) -> 
         return None
     query, key = Axis("step", ONE), Axis(f"{root.name}.key", ONE)
     keep = [without(s.substitute(x, at), {*axes}, facts) for x in state.keep]
-    erase = None if state.update.erase is None else without(s.substitute(state.update.erase, at), {*axes}, facts)
+    lookup = None if state.update.lookup is None else state.update.lookup.at(at)
+    erase = None if state.update.erase is None else s.substitute(state.update.erase, at)
+    if erase is not None:
+        erase = without(erase, {*axes} if lookup is None else axes - {*dot}, facts)
     gate, initial = gate_of(keep, lambda x: log_of(x, facts)), s.substitute(state.old, at)
-    by_head = frozenset() if erase is None else erase.axes
+    by_head = (frozenset() if erase is None else erase.axes) | (frozenset() if lookup is None else lookup.key.axes)
     try:
         decays = frozenset() if gate is None else gate.axes - {*dot}
         roles = roles_of_step(query, key, dot, axes, rest, written.factors, by_head | decays)
     except Stop:  # it decays otherwise for each value
         gate, roles = None, roles_of_step(query, key, dot, axes, rest, written.factors, by_head)
-    if gate is None or (erase is not None and gate.axes & {*dot}):
+    if gate is None and keep and lookup is not None:
+        raise Stop(Declined("a loop's state is multiplied with what is not known to be a positive decay"))
+    if gate is None or (erase is not None and lookup is None and gate.axes & {*dot}):
         for factor in keep:  # what is no decay of whole channels is multiplied with what the state starts from
             initial = s.call("mul", initial, factor, dtype="float64" if initial.dtype == "float64" else "float32")
         gate = None
@@ -176,7 +181,7 @@ def _site(root: fx.Node, state: _NewState, facts: Facts, data: Set[fx.Node]) -> 
     weight = Weight(True, False, gate)
     roll = Rolled(
         whole, weight, dims, query, key, ZERO, visited,
-        erase, tuple(s.substitute(x, at) for x in state.update.keys),
+        erase, tuple(s.substitute(x, at) for x in state.update.keys), lookup,
         ends=Ends(initial, state.node, index, None),
     )  # fmt: skip
     inside = inside_of(root, visited, facts) | inside_of(state.node, visited, facts)

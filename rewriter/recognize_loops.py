@@ -5,7 +5,7 @@
     then           out[t] is a sum over pairs of steps, and read like any other         (refocus.recognize_linear)
 
 With the delta rule, S[t+1] = decay(t) * (S[t] - erase(t) k(t) (k(t)^T S[t])) + erase(t) k(t) v(t)^T, there is no such
-sum; what is erased is read apart, and goes with the form of the rest.
+sum; what is erased is read apart, and goes with the form of the rest. So is what another key looks up.
 """
 
 from __future__ import annotations
@@ -72,17 +72,16 @@ def _step_by_step(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
         return None
 
     value = s.substitute(rewrite(out, visit, s.rebuild), {step: query})
-    erase: Expr | None = None
-    keys: tuple[Expr, ...] = ()
-    if erasing:
-        erase, keys = _at_root(erasing[0], own[0], out, step, key)
+    there = _at_root(erasing[0], own[0], out, step, key) if erasing else Update((), (), out)
     product = settled(product_of(value, (query, key)), (query, key))
     ends = ends_of(loop, facts, out, None)
     if ends is not None:
         here: dict[Expr, Expr] = {a: x for a, x in zip(own[0], ends.index) if isinstance(a, Axis)}
         here[step] = key
         ends = replace(ends, written=product_of(s.substitute(read[0].write, here)).factors)
-    return Rolled(product, None, dims, query, key, query, steps.visited, erase, keys, ends=ends)
+    return Rolled(
+        product, None, dims, query, key, query, steps.visited, there.erase, there.keys, there.lookup, ends=ends
+    )
 
 
 def _at(axes: Axes, loop: Loop, facts: Facts, data: Set[fx.Node], step: Axis) -> Steps:
@@ -91,11 +90,16 @@ def _at(axes: Axes, loop: Loop, facts: Facts, data: Set[fx.Node], step: Axis) ->
     return lifted(loop, facts, data, part, step, Step)
 
 
-def _at_root(update: Update, own: Index, out: Expr, step: Axis, key: Axis) -> tuple[Expr, tuple[Expr, ...]]:
-    """What is erased, over the axes at which the result reads the state."""
+def _at_root(update: Update, own: Index, out: Expr, step: Axis, key: Axis) -> Update:
+    """What is erased and looked up, over the axes at which the result reads the state."""
     reads = [x for x in out.loads if x.tensor in (BEFORE.format(0), AFTER.format(0))]
     if len(reads) != 1 or update.erase is None:
         raise Stop(Declined("a loop with the delta rule reads its state more than once"))
     here: dict[Expr, Expr] = {a: x for a, x in zip(own, reads[0].index) if isinstance(a, Axis)}
     here[step] = key
-    return s.substitute(update.erase, here), tuple(s.substitute(x, here) for x in update.keys)
+    return replace(
+        update,
+        erase=s.substitute(update.erase, here),
+        keys=tuple(s.substitute(x, here) for x in update.keys),
+        lookup=None if update.lookup is None else update.lookup.at(here),
+    )

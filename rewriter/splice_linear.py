@@ -32,7 +32,7 @@ def form_of(region: LinearRegion) -> LinearForm:
     """What the kernels are asked for."""
     return LinearForm(
         causal=region.causal, strict=region.strict, gate=region.gate, erase=region.erase, sums=region.sums,
-        initial=region.initial, final=region.final,
+        initial=region.initial, final=region.final, lookup=region.lookup,
     )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def _function(
             o.name: _operand(region, o.name, getattr(torch, o.dtype), b, named, sizes, device)
             for o, b in zip(region.operands, site.bindings)
         }
-        given = [operands.get(name) for name in ("q", "k", "v", "gate", "erase", "initial")]
+        given = [operands.get(name) for name in linear_operator.NAMES]
         out, sums, final = linear_operator.call(form, plan, given)
         results = {"out": out.reshape([size_of(a.size, sizes) for a in region.out_axes])}
         if form.sums:
@@ -155,7 +155,7 @@ def _operand(
     steady = name == "gate" and value.shape[heads] == 1 and lengths[heads] != 1
     given = [*lengths[:heads], 1 if steady else lengths[heads], *lengths[heads + 1 :]]
     shape = [math.prod(lengths[:heads]), given[heads]]
-    plain = name == "erase" or (name == "gate" and region.gate == "head")
+    plain = (name == "erase" and not region.lookup) or (name == "gate" and region.gate == "head")
     shape += [] if plain else [math.prod(lengths[heads + 1 :])]
     value = value.expand(given).reshape(shape)
     return value.expand(shape[0], lengths[heads], *shape[2:]) if steady else value

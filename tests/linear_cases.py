@@ -42,6 +42,14 @@ def forms() -> list[LinearForm]:
     return out
 
 
+def steps() -> list[LinearForm]:
+    """Forms of which there are kernels for a single step only, and not for its gradients."""
+    return [
+        LinearForm(strict=strict, gate=gate, erase=True, lookup=True, initial=full, final=full)
+        for gate, strict, full in product(("none", "head", "channel"), (False, True), (False, True))
+    ]
+
+
 def tensors(
     form: LinearForm,
     heads: int = 2,
@@ -53,25 +61,28 @@ def tensors(
     low: float = 0.5,
     high: float = 1 - 1e-5,
 ) -> list[Tensor | None]:
-    """q, k, v, gate, erase, initial. Decays lie between `low` and `high`; keys are of unit length, as the delta rule
-    wants them."""
+    """q, k, v, gate, erase, initial, lookup. Decays lie between `low` and `high`; keys are of unit length, as the delta
+    rule wants them."""
     generator = torch.Generator().manual_seed(length + d)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
     q, k, v = random(heads * share, length, d), random(heads, length, d), random(heads, length, e)
-    gate = erase = initial = None
+    gate = erase = initial = lookup = None
     if form.gate != "none":
         shape = (heads, length, d) if form.gate == "channel" else (heads, length)
         gate = (torch.rand(shape, generator=generator) * (high - low) + low).log()
-    if form.erase:
+    if form.lookup:
+        erase, lookup = (0.3 * random(heads, length, d) for _ in range(2))
+    elif form.erase:
         erase = torch.rand(heads, length, generator=generator)
     if form.initial:
         initial = random(heads, d, e)
     k = torch.nn.functional.normalize(k, dim=-1)
-    given: list[Any] = [q, k, v, gate, erase]
-    return [*(None if x is None else x.to(dtype) for x in given), initial]
+    given: list[Any] = [q, k, v, gate, erase, lookup]
+    *given, lookup = (None if x is None else x.to(dtype) for x in given)
+    return [*given, initial, lookup]
 
 
 def recorded(form: LinearForm, chunk: int, given: Sequence[Tensor | None]) -> list[ChunkKernel]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,16 +20,22 @@ from refocus.tolerances import allowed_error
 
 PLAN = Plan("tiled", schedule="chunked", block_q=16, block_k=16)
 Tensors = list[Tensor | None]
+KINDS = ("sums", "erase", "lookup")
+
+
+def form_of(kind: str, **more: Any) -> LinearForm:
+    """Running sums with a normaliser, the delta rule, or a lookup by other keys."""
+    return LinearForm(**{"sums": kind == "sums", "erase": kind != "sums", "lookup": kind == "lookup", **more})
 
 
 def forms() -> list[LinearForm]:
     """Every form that there is."""
     found = []
-    for causal, strict, gate, erase, sums, initial, final in itertools.product(
-        (True, False), (False, True), GATES, *((False, True),) * 4
+    for causal, strict, gate, erase, sums, initial, final, lookup in itertools.product(
+        (True, False), (False, True), GATES, *((False, True),) * 5
     ):
-        if (causal or not (strict or erase or gate != "none")) and not (erase and sums):
-            found.append(LinearForm(causal, strict, gate, erase, sums, initial, final))
+        if (causal or not (strict or erase or gate != "none")) and not (erase and sums) and (erase or not lookup):
+            found.append(LinearForm(causal, strict, gate, erase, sums, initial, final, lookup))
     return found
 
 
@@ -49,6 +56,9 @@ def tensors(
     keys = length if form.causal else length + 3
     k = normal(heads, keys, width)
     k = torch.nn.functional.normalize(k, dim=-1) if form.erase else k
+    erase, lookup = uniform(heads, keys), None
+    if form.lookup:
+        erase, lookup = 0.6 * torch.nn.functional.normalize(normal(2, heads, keys, width), dim=-1)
     gate = None
     if form.gate != "none":
         gate = log_decay * uniform(heads, keys, *((width,) if form.gate == "channel" else ()))
@@ -57,8 +67,9 @@ def tensors(
         k,
         normal(heads, keys, value_width),
         gate,
-        uniform(heads, keys) if form.erase else None,
+        erase if form.erase else None,
         normal(heads, width, value_width) if form.initial else None,
+        lookup,
     ]
 
 
@@ -89,9 +100,9 @@ def test_forward_and_backward_are_those_of_the_definition(form: LinearForm) -> N
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("erase", [False, True], ids=["", "erase"])
-def test_gradcheck(gate: str, erase: bool) -> None:
-    form = LinearForm(gate=gate, erase=erase, sums=not erase, initial=True, final=True)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(gate: str, kind: str) -> None:
+    form = form_of(kind, gate=gate, initial=True, final=True)
     given = [x if x is None else x.requires_grad_() for x in tensors(form, 9, heads=2, widths=(3, 2), log_decay=-1.0)]
     plan = replace(PLAN, block_q=4, block_k=4)
 
@@ -102,9 +113,7 @@ def test_gradcheck(gate: str, erase: bool) -> None:
     assert torch.autograd.gradcheck(run, [x for x in given if x is not None], fast_mode=True)
 
 
-@pytest.mark.parametrize(
-    "form", [LinearForm(gate=g, erase=e, sums=not e) for g in GATES for e in (False, True)], ids=str
-)
+@pytest.mark.parametrize("form", [form_of(kind, gate=g) for g in GATES for kind in KINDS], ids=str)
 def test_operator_is_well_formed(form: LinearForm) -> None:
     given = tensors(form, 20, 2)
     torch.library.opcheck(linear_operator.linear, (*given, repr(form), repr(PLAN)))
@@ -140,9 +149,10 @@ def test_no_worse_than_all_pairs(gate: str, decay: float) -> None:
 
 
 @pytest.mark.parametrize("gate", ["head", "channel"])
-def test_gates_that_forget_at_once(gate: str) -> None:
+@pytest.mark.parametrize("kind", ["plain", "lookup"])
+def test_gates_that_forget_at_once(gate: str, kind: str) -> None:
     """exp(-60) a step: products of decays vanish within two steps, and nothing may be divided by them."""
-    form = LinearForm(gate=gate, initial=True, final=True)
+    form = form_of(kind, gate=gate, erase=kind == "lookup", initial=True, final=True)
     given = tensors(form, 70, log_decay=-60.0, dtype=torch.float32)
     for mine, theirs in zip(chunked.forward(form, 16, *given), linear_form.forward(form, *given)):
         if theirs is not None:
@@ -151,9 +161,9 @@ def test_gates_that_forget_at_once(gate: str) -> None:
     assert all(bool(g.isfinite().all()) for g in found if g is not None)
 
 
-@pytest.mark.parametrize("erase", [False, True], ids=["", "erase"])
-def test_thousands_of_steps(erase: bool) -> None:
-    form = LinearForm(gate="head", erase=erase, sums=not erase)
+@pytest.mark.parametrize("kind", KINDS)
+def test_thousands_of_steps(kind: str) -> None:
+    form = form_of(kind, gate="head")
     given = tensors(form, 3000, heads=2, widths=(8, 8), log_decay=-0.02, dtype=torch.float32)
     for mine, theirs in zip(chunked.forward(form, 64, *given)[:2], linear_form.forward(form, *given)[:2]):
         if theirs is not None:
@@ -192,10 +202,10 @@ def largest_allocation(run: Callable[[], None]) -> int:
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("erase", [False, True], ids=["", "erase"])
-def test_no_tensor_of_all_pairs(gate: str, erase: bool) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_tensor_of_all_pairs(gate: str, kind: str) -> None:
     """Forward and backward: at 4096 steps, nothing is larger than a few times the operands."""
-    form = LinearForm(gate=gate, erase=erase)
+    form = form_of(kind, gate=gate, sums=False)
     length, width = 4096, 16
     given = [x if x is None else x.requires_grad_() for x in tensors(
         form, length, heads=1, widths=(width, width), log_decay=-0.1, dtype=torch.float32

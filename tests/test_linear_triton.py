@@ -22,7 +22,7 @@ from refocus.codegen.linear_form import LinearForm
 from refocus.errors import EngineUnavailable
 from refocus.tolerances import difference, magnitude
 from tests.children import interpreted, settle
-from tests.linear_cases import forms, recorded, tensors
+from tests.linear_cases import forms, recorded, steps, tensors
 
 # Relative to the largest number of each tensor; narrow ones round operands of products once more than results.
 BOUND = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
@@ -51,6 +51,8 @@ def errors(
     dtype = given[2].dtype  # type: ignore[union-attr]
     assert got[0].dtype == dtype and got[0].is_contiguous()
     generator = torch.Generator().manual_seed(5)
+    if form.lookup:
+        return {name: _compared(name, *pair, bound) for name, pair in named.items() if pair[0] is not None}
     grads = [
         None if x is None or n in missing else torch.randn(x.shape, generator=generator) for n, x in enumerate(expected)
     ]
@@ -65,12 +67,13 @@ def errors(
         if like is not None:
             assert mine is not None and mine.dtype == like.dtype and mine.shape == like.shape
             named[f"grad of {name}"] = (mine, next(found))
-    out = {}
-    for name, (mine, theirs) in named.items():
-        assert (mine is None) == (theirs is None), name
-        if mine is not None and theirs is not None:
-            out[name] = [difference(mine.cpu(), theirs), bound * max(magnitude(theirs), 0.01)]
-    return out
+    pairs = {name: pair for name, pair in named.items() if pair != (None, None)}
+    return {name: _compared(name, *pair, bound) for name, pair in pairs.items()}
+
+
+def _compared(name: str, mine: Tensor | None, theirs: Tensor | None, bound: float) -> list[float]:
+    assert mine is not None and theirs is not None, name
+    return [difference(mine.cpu(), theirs), bound * max(magnitude(theirs), 0.01)]
 
 
 def _cases() -> dict[str, Any]:
@@ -78,6 +81,8 @@ def _cases() -> dict[str, Any]:
     for form in forms():
         size: dict[str, Any] = {"share": 2, "length": 50, "d": 20, "e": 40} if form.final else {}
         out[f"{form}"] = errors(form, 32 if form.final else 16, tensors(form, **size))
+        out[f"{form} one step"] = errors(form, 16, tensors(form, share=2, length=1, d=20, e=5))
+    for form in steps():
         out[f"{form} one step"] = errors(form, 16, tensors(form, share=2, length=1, d=20, e=5))
     for name, form in THREE.items():
         chunk = 32 if form is CHANNEL else 64  # which is slow to interpret
@@ -107,13 +112,13 @@ def _mixed() -> list[Tensor | None]:
 
 def _strided(form: LinearForm) -> list[Tensor | None]:
     """A decay that is the same at every step, and operands in other orders of their dimensions."""
-    q, k, v, gate, erase, initial = tensors(form, share=2, length=36, d=16, e=24)
+    q, k, v, gate, erase, initial, lookup = tensors(form, share=2, length=36, d=16, e=24)
     assert q is not None and k is not None and v is not None and gate is not None and initial is not None
     q = q.transpose(0, 1).contiguous().transpose(0, 1)
     k, v = k.mT.contiguous().mT, torch.stack([v, v], 3)[..., 1]
     gate = gate[:, :1].expand(gate.shape)
     erase = None if erase is None else erase[:1, :1].expand(erase.shape)
-    return [q, k, v, gate, erase, initial.mT.contiguous().mT]
+    return [q, k, v, gate, erase, initial.mT.contiguous().mT, lookup]
 
 
 def _others() -> dict[str, Any]:
@@ -157,6 +162,7 @@ WHAT = (
 )  # fmt: skip
 NAMES = [
     *(f"{form}{more}" for form in forms() for more in ("", " one step")),
+    *(f"{form} one step" for form in steps()),
     *(f"{name} {what}" for name in THREE for what in WHAT),
     "mixed dtypes",
     *(f"segments {name}" for name in ("none", "bare", "head", "channel")),
@@ -167,7 +173,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_against_the_definition(results: dict[str, Any], name: str) -> None:
     found = results[name]
-    assert len(found) >= 4
+    assert len(found) >= 4 or "lookup=True" in name
     for what, (error, allowed) in found.items():
         assert error <= allowed, what
 
@@ -293,6 +299,7 @@ def test_exponents_are_differences_that_are_masked_first() -> None:
     [
         (LinearForm(causal=False), 16, {}, "two products of matrices"),
         (LinearForm(gate="channel", erase=True), 16, {}, "delta rule with gates for each channel"),
+        (LinearForm(erase=True, lookup=True), 16, {}, "looked up by other keys"),
         (LinearForm(), 24, {}, "chunks of 24"),
         (LinearForm(erase=True), 128, {}, "power of two from 16 to 64"),
         (LinearForm(), 16, {"d": 300}, "300 by 16"),
