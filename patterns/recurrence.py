@@ -67,7 +67,7 @@ def read_update(
             keeps.append(plain)
         else:
             erases.append((plain, loads[0]))
-    if len(keeps) != 1 or len(erases) > 1 or not writes:
+    if len(keeps) != 1 or not writes:
         raise Stop(Declined("a loop's state is no running sum, with or without a decay"))
     keep = keeps[0].factors
     gates, bases = [], []
@@ -78,36 +78,53 @@ def read_update(
             gates.append(gate)
         else:
             raise Stop(Declined("a loop's state is multiplied with what is not known to be a positive decay"))
-    write = writes[0]
-    for more in writes[1:]:
-        write = s.call("add", write, more, dtype=write.dtype)
+    write = _sum(writes)
     if not erases:
         return Update(tuple(gates), tuple(bases), write)
-    found, load = erases[0]
-    moved = [(a, x) for a, x in zip(own, load.index) if a != x]
-    if not moved or len(moved) != len(found.summed) or {x for _, x in moved} != set(found.summed):
-        raise Stop(Declined("what a loop takes from its state is not looked up there by a key"))
-    delta = _erased(found, moved, keep, write)
+    changes = [_change(found, load, own) for found, load in erases]
+    delta = _erased(*changes[0], keep, write) if len(changes) == 1 else None
     if delta is not None:
         erase, keys, values = delta
         return Update(tuple(gates), tuple(bases), values, erase, keys)
-    erase, lookup = _looked_up(found, moved, write.dtype)
+    erase, lookup = _looked_up(changes, write.dtype)
     return Update(tuple(gates), tuple(bases), write, erase, (), lookup)
 
 
 Moved = list[tuple[Expr, Expr]]  # axes of the state, and over which it is summed instead
 
 
-def _looked_up(found: Product, moved: Moved, dtype: str) -> tuple[Expr, Lookup]:
-    """What is taken away for what a key finds, and that key."""
-    mine, theirs = frozenset(a for a, _ in moved), set(found.summed)
-    if any(f.axes & mine and f.axes & theirs for f in found.factors):
+def _change(found: Product, load: Load, own: tuple[Expr, ...]) -> tuple[Product, Moved]:
+    moved = [(a, x) for a, x in zip(own, load.index) if a != x]
+    if not moved or len(moved) != len(found.summed) or {x for _, x in moved} != set(found.summed):
         raise Stop(Declined("what a loop takes from its state is not looked up there by a key"))
-    keys = [f for f in found.factors if f.axes & theirs]
-    rest = [f for f in found.factors if not f.axes & theirs]
-    here: dict[Expr, Expr] = {x: a for a, x in moved}
-    key = s.substitute(_times(keys, dtype), here)
-    return _minus(_times(rest, dtype)), Lookup(key, tuple(a for a, _ in moved))
+    return found, moved
+
+
+def _looked_up(changes: Sequence[tuple[Product, Moved]], dtype: str) -> tuple[Expr, Lookup]:
+    """What is taken away for what a key finds, and that key: of several changes, if they have one of the two in common."""
+    keys: list[list[Expr]] = []
+    rests: list[list[Expr]] = []
+    for found, moved in changes:
+        mine, theirs = frozenset(a for a, _ in moved), set(found.summed)
+        if any(f.axes & mine and f.axes & theirs for f in found.factors):
+            raise Stop(Declined("what a loop takes from its state is not looked up there by a key"))
+        here: dict[Expr, Expr] = {x: a for a, x in moved}
+        keys.append([s.substitute(f, here) for f in found.factors if f.axes & theirs])
+        rests.append([f for f in found.factors if not f.axes & theirs])
+    overs = {frozenset(a for a, _ in moved) for _, moved in changes}
+    one_key, one_rest = (all(Counter(x) == Counter(side[0]) for x in side) for side in (keys, rests))
+    if len(overs) > 1 or not (one_key or one_rest):
+        raise Stop(Declined("a step of a loop changes its state by more than a decay and one key that is looked up"))
+    key = _sum([_times(x, dtype) for x in (keys[:1] if one_key else keys)])
+    erase = _sum([_times(x, dtype) for x in (rests if one_key else rests[:1])])
+    return _minus(erase), Lookup(key, tuple(a for a, _ in changes[0][1]))
+
+
+def _sum(values: Sequence[Expr]) -> Expr:
+    out = values[0]
+    for value in values[1:]:
+        out = s.call("add", out, value, dtype=out.dtype)
+    return out
 
 
 def _erased(

@@ -287,7 +287,7 @@ _COPIES = frozenset(
     (
         "cat", "concat", "concatenate", "stack", "repeat", "tile", "repeat_interleave",
         "index", "index_select", "gather", "take_along_dim", "embedding", "flip", "roll",
-        "pad", "constant_pad_nd", "clone", "_to_copy", "lift_fresh_copy", "block_diag",
+        "pad", "constant_pad_nd", "clone", "_to_copy", "lift_fresh_copy", "block_diag", "diag_embed",
         "slice_scatter", "select_scatter", "copy",
     )
 )  # fmt: skip
