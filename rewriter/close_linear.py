@@ -17,8 +17,10 @@ import networkx as nx
 from torch import fx
 
 from refocus import simplify as s
+from refocus.decay_tables import written_out
 from refocus.expand import Expander
 from refocus.facts import Facts
+from refocus.held_values import HeldValues
 from refocus.hoist import Hoisted
 from refocus.ir import ONE, Axis, Const, Expr, Load, Operand, Reduce
 from refocus.lift import dtype_of, is_tensor, op_name
@@ -116,13 +118,14 @@ class _Parts:
 
 
 def close(
-    candidate: LinearCandidate, facts: Facts, read: Read, roles: Roles, weight: Weight, roll: Rolled | None = None
-) -> LinearSite:
-    """`roll`: the loop that this was."""
+    candidate: LinearCandidate, facts: Facts, read: Read, roles: Roles, weight: Weight, roll: Rolled | None = None,
+    values: HeldValues | None = None,
+) -> LinearSite:  # fmt: skip
+    """`roll`: the loop that this was. `values`: of what the model keeps."""
     root = candidate.root
     inner = [*(t for d in (*read.product.divisors, *roles.rows) for t in sums_in(d, roles.query))]
     ended = None if roll is None or roll.ends is None else roll.ends.final
-    beside = _sums_beside(candidate, facts, read, roles, ended)
+    beside = _sums_beside(candidate, facts, read, roles, ended, values)
     read_sums = [*inner, *(total for _, _, total in beside)]
     shared: Shared | None = None
     besides: dict[Reduce, tuple[Expr, ...]] = {}
@@ -216,8 +219,9 @@ def _times(factors: tuple[Expr, ...], value: Expr) -> Expr:
 
 
 def _sums_beside(
-    candidate: LinearCandidate, facts: Facts, read: Read, roles: Roles, ended: fx.Node | None
-) -> list[tuple[fx.Node, tuple[Axis | None, ...], Reduce]]:
+    candidate: LinearCandidate, facts: Facts, read: Read, roles: Roles, ended: fx.Node | None,
+    values: HeldValues | None,
+) -> list[tuple[fx.Node, tuple[Axis | None, ...], Reduce]]:  # fmt: skip
     """Sums of the weights over the keys that the model takes besides the root. Raises Stop where it reads a weight in
     any other way. `ended`: a loop's last state, which may be read."""
     found = []
@@ -225,7 +229,7 @@ def _sums_beside(
         for user in node.users:
             if user in candidate.interior or user is ended or op_name(user) in ("sym_size", "sym_numel", "sym_stride"):
                 continue
-            total = _total_at(candidate, facts, user, read, roles) if op_name(user) == "sum" else None
+            total = _total_at(candidate, facts, user, read, roles, values) if op_name(user) == "sum" else None
             if total is None:
                 raise Stop(Declined(f"a score is read elsewhere (by `{op_name(user)}`)", node.name))
             found.append((user, *total))
@@ -233,7 +237,7 @@ def _sums_beside(
 
 
 def _total_at(
-    candidate: LinearCandidate, facts: Facts, node: fx.Node, read: Read, roles: Roles
+    candidate: LinearCandidate, facts: Facts, node: fx.Node, read: Read, roles: Roles, values: HeldValues | None
 ) -> tuple[tuple[Axis | None, ...], Reduce] | None:
     """A sum beside the root, at the positions of the root's own axes. Which axis each of its dimensions is, sizes alone
     do not tell (heads before or after positions): it is the order in which it is a sum of the weights."""
@@ -244,6 +248,7 @@ def _total_at(
     for dims in _orders(shape_of(node), rows):
         lifter = Expander(facts, interior=candidate.interior | {node}, query_axes={roles.query}, key_axes={roles.key})
         value = lifter.at(node, [Const(0) if a is None else a for a in dims])
+        value = value if values is None else written_out(value, values)
         if not isinstance(value, Reduce) or roles.query not in value.axes:
             continue
         first = first or (dims, value)

@@ -41,15 +41,25 @@ class HeldValues:
             return evaluate(e, arange_env(list(axes), {}), tensors, {}, torch.float64), dtype
 
     def _value(self, load: Load) -> Tensor | None:
+        value = self.kept(load)
+        if value is not None:
+            self.take(load)
+        return value
+
+    def kept(self, load: Load) -> Tensor | None:
+        """The tensor that is loaded from, if it is one of floats that the model keeps."""
         node = self.facts.nodes.get(load.tensor)
         if node is None or node in self.facts.opaque:
             return None
         value = self.facts.buffers.get(node)
-        if value is None:
-            value = self.facts.constant(node)
-        elif value.is_floating_point():
-            self.read.add(node)
+        value = self.facts.constant(node) if value is None else value
         return value if value is not None and value.is_floating_point() else None
+
+    def take(self, load: Load) -> None:
+        """What is loaded is made use of."""
+        node = self.facts.nodes[load.tensor]
+        if node in self.facts.buffers:
+            self.read.add(node)
 
     def assume(self) -> None:
         """From now on, what was read stays. No form describes it: after any write to it, the graph is compiled anew."""

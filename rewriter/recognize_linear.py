@@ -17,8 +17,10 @@ from torch import fx
 
 from refocus.attention import Part
 from refocus.close_linear import LinearSite, Read, close, sources_of
+from refocus.decay_tables import written_out
 from refocus.expand import Expander, step_of, viewed
 from refocus.facts import Facts
+from refocus.held_values import HeldValues
 from refocus.ir import Axis, Const, Dot, Expr
 from refocus.lift import Unliftable
 from refocus.linear_candidates import LinearCandidate, data_of, linear_candidates, upstream
@@ -139,13 +141,16 @@ def _first(root: fx.Node, facts: Facts, data: set[fx.Node], closed: set[fx.Node]
     return declined
 
 
-def _expand(candidate: LinearCandidate, facts: Facts, node: fx.Node, pair: Pair | None) -> Read:
+def _expand(
+    candidate: LinearCandidate, facts: Facts, node: fx.Node, pair: Pair | None, values: HeldValues | None = None
+) -> Read:  # fmt: skip
     dims = tuple(None if d == Const(1) else Axis(f"o{k}", d) for k, d in enumerate(shape_of(node)))
     lifter = Expander(facts, interior=candidate.interior | {node}, root=node)
     if pair is not None:
         lifter.query_axes.add(pair[0])
         lifter.key_axes.add(pair[1])
     value = lifter.at(node, [Const(0) if a is None else a for a in dims])
+    value = value if values is None else written_out(value, values)
     product = product_of(value, pair)
     product = product if pair is None else settled(product, pair)
     return Read(tuple(a for a in dims if a is not None), dims, product, lifter.visited)
@@ -160,7 +165,8 @@ def _attempt(candidate: LinearCandidate, facts: Facts) -> LinearSite | None:
         if reason is not None:
             raise Stop(reason)
         return None
-    read = _expand(candidate, facts, candidate.root, pair)
+    values = HeldValues(facts)
+    read = _expand(candidate, facts, candidate.root, pair, values)
     roles = sort(read.product, read.free, *pair)
     if roles is None:
         return None
@@ -170,7 +176,9 @@ def _attempt(candidate: LinearCandidate, facts: Facts) -> LinearSite | None:
         raise Stop(Declined("the mask is causal, and there are not as many keys as queries", equal=sizes))
     if any(holds_sum(side) for side in (*roles.queries, *roles.keys, *roles.values)):
         return None  # a chain of more than three products (an inverse by iteration): none of them is an attention
-    return close(candidate, facts, read, roles, weight)
+    site = close(candidate, facts, read, roles, weight, values=values)
+    values.assume()
+    return site
 
 
 def _weight(product: Product, pair: Pair, facts: Facts) -> Weight:
