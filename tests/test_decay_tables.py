@@ -72,7 +72,7 @@ def test_spelling(name: str) -> None:
 
 def test_long_memories_are_as_exact_as_the_table() -> None:
     """Told from pairs at a distance: the decay of one step alone is rounded, and would be off by as much each step."""
-    check(Kept(table(700)), inputs(700), family="linear", sites=1, lower=False)
+    check(Kept(table(256)), inputs(256), family="linear", sites=1, lower=False)
 
 
 def test_float64() -> None:
