@@ -255,8 +255,9 @@ class Roles:
     pairs: tuple[Expr, ...]
 
 
-def sort(product: Product, free: tuple[Axis, ...], query: Axis, key: Axis) -> Roles | None:
-    """The roles of a product's parts, or None where these are no query and key axes of it."""
+def sort(product: Product, free: tuple[Axis, ...], query: Axis, key: Axis, of_numbers: bool = False) -> Roles | None:
+    """The roles of a product's parts, or None where these are no query and key axes of it. `of_numbers`: the values may
+    be single numbers, without an axis of their own, where queries have all that is left."""
     dot = tuple(a for a in product.summed if a != key)
     items = [*product.factors, *(as_number(c) for c in product.conditions)]
     pairs = tuple(x for x in items if {query, key} <= x.axes)
@@ -269,7 +270,8 @@ def sort(product: Product, free: tuple[Axis, ...], query: Axis, key: Axis) -> Ro
     keys = tuple(x for x in keyed if not x.axes & set(value))
     queries = tuple(x for x in others if x.axes & set(dot))
     rows = tuple(x for x in others if not x.axes & set(dot))
-    if not dot or not value or any(x.axes & set(dot) for x in values):
+    of_heads = of_numbers and {*free} <= {query}.union(*(x.axes for x in queries))
+    if not dot or not (value or of_heads) or any(x.axes & set(dot) for x in values):
         return None
     if any(not any(a in x.axes for x in queries) or not any(a in x.axes for x in keys) for a in dot):
         return None

@@ -101,7 +101,7 @@ def _change(found: Product, load: Load, own: tuple[Expr, ...]) -> tuple[Product,
 
 
 def _looked_up(changes: Sequence[tuple[Product, Moved]], dtype: str) -> tuple[Expr, Lookup]:
-    """What is taken away for what a key finds, and that key: of several changes, if they have one of the two in common."""
+    """What is taken away for what a key finds, and that key. Several changes are one if they share one of the two."""
     keys: list[list[Expr]] = []
     rests: list[list[Expr]] = []
     for found, moved in changes:

@@ -15,7 +15,7 @@ from refocus import simplify as s
 from refocus.expand import Expander
 from refocus.factored import Factored
 from refocus.facts import Facts
-from refocus.ir import BOOL, ONE, ZERO, Axis, Call, Const, Expr, Load, Reduce
+from refocus.ir import BOOL, ONE, ZERO, Axis, Call, Const, Expr, Load, Reduce, rewrite
 from refocus.lift import Index, Lifter, dtype_of
 from refocus.loops import Loop
 from refocus.patterns.declined import Declined, Stop
@@ -139,16 +139,21 @@ def lifted(
     updates: list[list[Expr]] = [[] for _ in loop.states]
     visited: set[fx.Node] = set()
     own = own_axes(loop)
+    late = int(loop.from_nothing)
     for t in range(loop.steps):
         mine = held[t] if held else {}
-        before = {states[t]: (BEFORE.format(n), ()) for n, states in enumerate(loop.states)}
-        after = {states[t + 1]: (AFTER.format(n), ()) for n, states in enumerate(loop.states) if t + 1 < len(states)}
+        before = {states[t - late]: (BEFORE.format(n), ()) for n, states in enumerate(loop.states) if t >= late}
+        after = {
+            states[t + 1 - late]: (AFTER.format(n), ())
+            for n, states in enumerate(loop.states)
+            if t + 1 - late < len(states)
+        }
         both = kind(facts, interior=loop.body, held={**mine, **before, **after}, firsts=loop.firsts, data=data)
         outs.append(both.at(loop.parts[t], part))
         earlier = kind(facts, interior=loop.body, held={**mine, **before}, firsts=loop.firsts, data=data)
         for n, states in enumerate(loop.states):
-            if t + 1 < len(states):
-                updates[n].append(earlier.at(states[t + 1], own[n]))
+            if t + 1 - late < len(states):
+                updates[n].append(earlier.at(states[t + 1 - late], own[n]))
         visited |= both.visited | earlier.visited
     out = as_one(outs, step)
     shortened: set[str] = set()
@@ -166,7 +171,37 @@ def lifted(
         if not _shortened(*found, shortened, rows):
             raise Stop(Declined("the last step of a loop is not the same function of what it reads"))
         visited |= last.visited
-    return Steps(out, tuple(as_one(x, step) for x in updates), frozenset(visited), frozenset(shortened))
+    if loop.from_nothing:
+        whole = tuple(_after_nothing(x, step) for x in updates)
+    else:
+        whole = tuple(as_one(x, step) for x in updates)
+    return Steps(out, whole, frozenset(visited), frozenset(shortened))
+
+
+def reaches_beyond(update: Expr, step: Axis, facts: Facts) -> bool:
+    """Whether what no step asks for, the update of the last one, would read what is not there."""
+    assert isinstance(step.size, Const)
+    last: dict[Expr, Expr] = {step: Const(step.size.value - 1)}
+    for load in (x for x in update.walk() if isinstance(x, Load) and x.tensor in facts.nodes):
+        for place, size in zip(load.index, shape_of(facts.nodes[load.tensor])):
+            end = s.substitute(place, last)
+            if isinstance(end, Const) and isinstance(size, Const) and not 0 <= end.value < size.value:
+                return True
+    return False
+
+
+def _after_nothing(updates: list[Expr], step: Axis) -> Expr:
+    """The updates of all steps as one, of which the first adds to nothing. Raises Stop."""
+    first, *others = updates
+    one = s.substitute(as_one(others, step), {step: s.sub(step, 1)})
+
+    def nothing(node: Expr) -> Expr | None:
+        return Const(0.0, node.dtype) if isinstance(node, Load) and node.tensor.startswith("state ") else None
+
+    begun = rewrite(s.substitute(one, {step: Const(0)}), nothing, s.rebuild)
+    if len(others) < 2 or begun != first:
+        raise Stop(Declined("a loop starts from a state that is not zero"))
+    return one
 
 
 def _no_longer(loop: Loop) -> bool:
@@ -200,6 +235,8 @@ def _shortened(whole: Expr, part: Expr, names: set[str], rows: tuple[Expr, Expr]
 
 
 def starts_at_zero(loop: Loop, facts: Facts) -> bool:
+    if loop.from_nothing:
+        return True
     starts = (Lifter(facts).at(states[0], axes) for states, axes in zip(loop.states, own_axes(loop)))
     return all(isinstance(x, Const) and x.value == 0 for x in starts)
 

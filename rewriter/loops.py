@@ -33,7 +33,8 @@ _NEAR = 64  # how far from the last state the state after it is looked for
 class Loop:
     """An unrolled loop. Each state has one value more than there are steps, or as many, where nobody reads the last.
     `firsts`: the counterpart of each node of the body in the earliest step that has one. `tail`: a last part that has
-    fewer rows than the others."""
+    fewer rows than the others. `from_nothing`: the first value of each state is the one after the first step, which
+    adds to nothing."""
 
     gather: fx.Node
     dim: int
@@ -43,6 +44,7 @@ class Loop:
     body: frozenset[fx.Node]
     firsts: dict[fx.Node, fx.Node]
     tail: fx.Node | None = None
+    from_nothing: bool = False
 
     @property
     def steps(self) -> int:
@@ -57,7 +59,8 @@ class Loop:
     def final(self) -> fx.Node | None:
         """The state after the last step, where it is read."""
         last = self.states[0][-1]
-        known = len(self.states) == 1 and len(self.states[0]) == self.steps + 1 and self.tail is None
+        values = self.steps + (not self.from_nothing)
+        known = len(self.states) == 1 and len(self.states[0]) == values and self.tail is None
         return last if known and any(user not in self.body for user in last.users) else None
 
 
@@ -93,6 +96,19 @@ def loop_at(gather: fx.Node, facts: Facts) -> Loop | None:
     rank = gather.meta["val"].dim()
     loop = Loop(gather, dim % rank, op_name(gather) == "stack", parts, tuple(states), body, firsts)
     return loop if tail is None else _with_tail(loop, tail, facts)
+
+
+def beginning(loop: Loop, facts: Facts) -> Loop | None:
+    """The loop, if it may be one that begins with nothing (`state = 0` before it): with what only the first step's
+    states are made of."""
+    if loop.tail is not None or any(len(states) != loop.steps for states in loop.states):
+        return None
+    own = {states[0] for states in loop.states}
+    above = set().union(*(nx.ancestors(facts.flow, n) for n in own)) - loop.body
+    for node in sorted(above, key=facts.order.__getitem__, reverse=True):
+        if node.op == "call_function" and all(user in own or user in loop.body for user in node.users):
+            own.add(node)
+    return replace(loop, body=loop.body | own, from_nothing=True)
 
 
 def _with_tail(loop: Loop, tail: fx.Node, facts: Facts) -> Loop:

@@ -25,7 +25,7 @@ from refocus.ir import Axis, Const, Dot, Expr
 from refocus.lift import Unliftable
 from refocus.linear_candidates import LinearCandidate, data_of, linear_candidates, upstream
 from refocus.loop_steps import Rolled
-from refocus.loops import Loop, depends, loop_at
+from refocus.loops import Loop, beginning, depends, loop_at
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.linear import (
     Pair,
@@ -188,6 +188,14 @@ def _weight(product: Product, pair: Pair, facts: Facts) -> Weight:
 
 def _of_loop(loop: Loop, facts: Facts, data: set[fx.Node]) -> LinearSite:
     """The site that a loop spells step by step. Raises Stop with what it lacks."""
+    begun = beginning(loop, facts)
+    if begun is not None:
+        with suppress(Stop):
+            return _of_steps(begun, facts, data)
+    return _of_steps(loop, facts, data)
+
+
+def _of_steps(loop: Loop, facts: Facts, data: set[fx.Node]) -> LinearSite:
     outside = loop.read_elsewhere()
     if outside is not None:
         raise Stop(Declined("a value inside a loop is read after it", outside.name))
@@ -200,8 +208,11 @@ def _rolled_site(root: fx.Node, roll: Rolled, interior: frozenset[fx.Node], fact
     """The site of what is an attention over all positions. Raises Stop with what it lacks."""
     pair = roll.query, roll.key
     read = Read(roll.free, roll.dims, roll.product, roll.visited)
-    roles = sort(read.product, read.free, *pair)
+    # The state of a loop may be a vector: sums of keys, say, that a normaliser reads.
+    roles = sort(read.product, read.free, *pair, of_numbers=True)
     if roles is None:
+        if sort(replace(read.product, exponents=()), read.free, *pair) is not None:
+            raise Stop(Declined("a decay for each value channel"))
         raise Stop(Declined("the results are no products of queries with a state"))
     weight = roll.weight or _weight(read.product, pair, facts)
     candidate = LinearCandidate(root, frozenset(), interior)

@@ -21,14 +21,16 @@ from refocus.decays import log_of
 from refocus.facts import Facts
 from refocus.ir import Axis, Const, Expr, Load, rewrite
 from refocus.lift import Index
-from refocus.loop_steps import AFTER, BEFORE, Rolled, Step, Steps, ends_of, lifted, own_axes
+from refocus.loop_steps import AFTER, BEFORE, Rolled, Step, Steps, ends_of, lifted, own_axes, reaches_beyond
 from refocus.loops import Loop
 from refocus.patterns.declined import Declined, Stop
-from refocus.patterns.linear import product_of, settled
+from refocus.patterns.linear import blamed, product_of, settled
 from refocus.patterns.recurrence import Update, closed_form, read_update
 from refocus.recognize_chunk_loops import in_chunks
 from refocus.roles import Axes
 from refocus.sizes import shape_of
+
+_STATE = BEFORE.split("{")[0]
 
 
 def rolled(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
@@ -55,6 +57,9 @@ def _step_by_step(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
         axes, steps = split, _at(split, loop, facts, data, step)
     dims = tuple(a for group in axes.dims for a in group or (None,))
     key, out = Axis(f"{gather.name}.key", query.size), steps.out
+    if any(reaches_beyond(update, step, facts) for update in steps.updates):
+        raise Stop(Declined("the first step of a loop is not the same function of what it reads"))
+    _read_apart(out)
     read = [
         read_update(update, BEFORE.format(n), own[n], step, lambda x: log_of(x, facts))
         for n, update in enumerate(steps.updates)
@@ -82,6 +87,16 @@ def _step_by_step(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
     return Rolled(
         product, None, dims, query, key, query, steps.visited, there.erase, there.keys, there.lookup, ends=ends
     )
+
+
+def _read_apart(out: Expr) -> None:
+    """Raises Stop where what reads a state, feature by feature, was itself read from one, and is no sum of it any more.
+    """
+    product = product_of(out)
+    for factor in product.factors:
+        within = [x for x in factor.loads if x.tensor.startswith(_STATE)]
+        if within and not isinstance(factor, Load) and factor.axes & {*product.summed}:
+            raise Stop(Declined("what reads a state of a loop is itself a function of a state", blamed(factor)))
 
 
 def _at(axes: Axes, loop: Loop, facts: Facts, data: Set[fx.Node], step: Axis) -> Steps:

@@ -1,0 +1,111 @@
+"""Loops whose states begin with the number 0, are vectors, or are read with what another state gave."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import refocus
+from refocus.testing import check
+from tests.linear_cases import Function, Module
+from tests.loop_cases import inputs, outer, read, zero
+
+pytestmark = pytest.mark.filterwarnings("error::refocus.backend.FallbackWarning")
+
+
+def normalised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Random features' causal attention, step by step, from two numbers."""
+    state, total, rows = 0, 0, []
+    for t in range(q.shape[2]):
+        state, total = state + outer(k[:, :, t], v[:, :, t]), total + k[:, :, t]
+        rows.append(read(q[:, :, t], state) / ((q[:, :, t] * total).sum(-1, keepdim=True) + 1e-6))
+    return torch.stack(rows, 2)
+
+
+def ending(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    state, rows = 0, []
+    for t in range(q.shape[2]):
+        state = state + outer(k[:, :, t], v[:, :, t])
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2), state
+
+
+def in_two_loops(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Numerator and denominator, each in a loop of its own, positions first; the second has a vector for a state."""
+    q, k, v = (x.permute(2, 0, 1, 3) for x in (q, k, v))
+    above, below = [], []
+    sums = torch.zeros_like(torch.einsum("bhd,bhe->bhde", k[0], v[0]))
+    for t in range(q.shape[0]):
+        sums = sums + torch.einsum("bhd,bhe->bhde", k[t], v[t])
+        above.append(torch.einsum("bhde,bhd->bhe", sums, q[t])[None])
+    sums = torch.zeros_like(k[0])
+    for t in range(q.shape[0]):
+        sums = sums + k[t]
+        below.append((q[t] * sums).sum(2)[None])
+    return (torch.cat(above) / torch.cat(below)[..., None]).permute(1, 2, 0, 3)
+
+
+@pytest.mark.parametrize(("function", "sites"), [(normalised, 1), (ending, 1), (in_two_loops, 2)])
+def test_spelling(function: Function, sites: int) -> None:
+    report = check(Module(function), inputs(3), family="linear", sites=sites, lower=False, gradients=True).report
+    assert all(site.mask == "j <= i" for site in report.sites)
+
+
+# ---------------------------------------------------------------------------------------------------- near misses
+
+
+def first_step_apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What it begins with is another function of other tensors."""
+    state = torch.sin(outer(q[:, :, 0], v[:, :, 0]))
+    rows = [read(q[:, :, 0], state)]
+    for t in range(1, q.shape[2]):
+        state = state + outer(k[:, :, t], v[:, :, t])
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2)
+
+
+def first_key_apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The number 0, but the first step writes the second key."""
+    state, rows = 0, []
+    for t in range(q.shape[2]):
+        state = state + outer(k[:, :, max(t, 1)], v[:, :, t])
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2)
+
+
+def slots(q: Tensor, k: Tensor, v: Tensor, f: Tensor) -> Tensor:
+    """Keys and values are written to slots that forget; the second state is read with a softmax of the first."""
+    f, rows = torch.sigmoid(f), []
+    keys, values = zero(k, f), zero(f, v)
+    for t in range(q.shape[2]):
+        keys = keys * f[:, :, t, None] + outer(k[:, :, t], 1 - f[:, :, t])
+        shares = read(q[:, :, t], keys).softmax(-1)
+        values = values * f[:, :, t, :, None] + outer(1 - f[:, :, t], v[:, :, t])
+        rows.append(read(shares, values))
+    return torch.stack(rows, 2)
+
+
+def slots_alone(q: Tensor, k: Tensor, v: Tensor, f: Tensor) -> Tensor:
+    """Each slot forgets in its own way, and slots are what is read out."""
+    f, keys, rows = torch.sigmoid(f), zero(k, v), []
+    for t in range(q.shape[2]):
+        keys = keys * f[:, :, t, None] + outer(k[:, :, t], v[:, :, t])
+        rows.append(read(q[:, :, t], keys))
+    return torch.stack(rows, 2)
+
+
+NEAR_MISSES = [
+    (first_step_apart, "the first step of a loop"),
+    (first_key_apart, "the first step of a loop"),
+    (slots, "itself a function of a state"),
+    (slots_alone, "a decay for each value channel"),
+]
+
+
+@pytest.mark.parametrize(("function", "reason"), NEAR_MISSES, ids=[f.__name__ for f, _ in NEAR_MISSES])
+def test_near_miss(function: Function, reason: str) -> None:
+    given = inputs(function.__code__.co_argcount)
+    sites = refocus.explain(Module(function), *given, engine="tiled").sites
+    assert reason in sites[-1].reason and not sites[-1].recognized
+    check(Module(function), given, fused=False, engines=(), lower=False)
