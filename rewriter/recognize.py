@@ -11,8 +11,10 @@ close       no value that holds scores may be read elsewhere, and nothing it rea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import islice
 
 import networkx as nx
 from torch import fx
@@ -249,9 +251,13 @@ def _with_heads(candidate: Candidate, facts: Facts, index: tuple[Expr, ...]) -> 
     """Ways to read what a product sums over as a key and heads."""
     lifter = Open(facts)
     reads = reads_of(lifter, candidate.root, index)
-    if reads is not None and len(reads[1]) == 2:
-        (weights, at), (_, values_at) = reads[1][candidate.weights], reads[1][1 - candidate.weights]
-        yield from keys_and_heads(reads[0], at, values_at, lambda: lifter.at(weights, at))
+    if reads is not None and len(reads[1]) > 1:
+        weights, at = reads[1].pop(candidate.weights)
+        yield from keys_and_heads(reads[0], at, _places(reads[1]), lambda: lifter.at(weights, at))
+
+
+def _places(operands: Sequence[tuple[fx.Node, tuple[Expr, ...]]]) -> tuple[Expr, ...]:
+    return tuple(e for _, index in operands for e in index)
 
 
 def _product(
@@ -272,13 +278,10 @@ def _product(
     if reads is None:
         return Declined("the product with the values has no index notation", op_name(root))
     over, operands = reads
-    if len(operands) != 2:
-        return Declined("the weights meet more than one operand", op_name(root))
-    weights_node, weights_index = operands[candidate.weights]
-    values_node, values_index = operands[1 - candidate.weights]
-    if candidate.root is values_node:
+    weights_node, weights_index = operands.pop(candidate.weights)
+    if any(candidate.root is node for node, _ in operands):
         return Declined("the weights meet themselves", op_name(root))
-    summed = summed or all_keys(over, weights_index, values_index)
+    summed = summed or all_keys(over, weights_index, _places(operands))
     if summed is None:
         return Declined("the values are not summed over one key axis", op_name(root))
     key, weights_index, values_index = summed.key, summed.weights, summed.values
@@ -289,9 +292,13 @@ def _product(
         values_index = tuple(s.substitute(e, {key: skew.place}) for e in values_index)
         weights_node, weights_index, key = skew.node, skew.index, skew.key
     lifter.key_axes.add(key)
-    if _shares_scores(weights_node, values_node, facts):
-        return Declined("the values depend on the weights", values_node.name)
-    values = lifter.at(values_node, values_index)
+    factors: list[Expr] = []
+    at = iter(values_index)
+    for node, index in operands:
+        if _shares_scores(weights_node, node, facts):
+            return Declined("the values depend on the weights", node.name)
+        factors.append(lifter.at(node, tuple(islice(at, len(index)))))
+    values = reduce(lambda a, b: s.call("mul", a, b, dtype=a.dtype), factors)
     return _weighted(candidate, facts, axes, lifter, _Weighted(key, weights_node, weights_index, values, rescaled))
 
 
