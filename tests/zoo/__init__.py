@@ -132,6 +132,8 @@ ENTRIES = (
     "qwen3",
     "razor",
     "recycled",
+    "reformer",
+    "reformer_local",
     "retention",
     "routing_transformer",
     "saisa",
