@@ -16,8 +16,10 @@ from refocus.codegen import cpp, operator, schedules, sdpa
 from refocus.codegen.plan import Plan
 from refocus.ir import Const, Output, Region, parse
 from refocus.notation import notation
+from refocus.testing import rewritten
 from refocus.tolerances import difference, magnitude
 from tests import region_cases as cases
+from tests import test_row_results as results
 from tests.backward_cases import BACKWARD
 from tests.children import interpreted, settle
 from tests.region_cases import Case
@@ -135,11 +137,29 @@ def test_one_query_is_not_split_over_programs_that_tell_no_row_sums() -> None:
     assert schedules.default_plan(replace(one, row_sums=True), {}).schedule != "decode"
 
 
+def of_model(function: results.Function) -> list[list[float]]:
+    """The results and gradients of a model that reads them, against eager code."""
+    leaves, again = ([t.detach().requires_grad_() for t in results.inputs()] for _ in range(2))
+    got = rewritten(results.Attention(function), engine="triton", require=True)(*leaves)
+    pairs = []
+    for mine, theirs in zip(*(x if isinstance(x, tuple) else (x,) for x in (got, function(*again)))):
+        assert torch.equal(mine.isnan(), theirs.isnan())
+        for part in (mine, theirs):
+            part.where(part.abs() < 1e4, 0.0).square().sum().backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        pairs.append((mine.nan_to_num(), theirs.nan_to_num()))
+    pairs += [(a.grad, b.grad) for a, b in zip(leaves, again) if a.grad is not None and b.grad is not None]
+    assert len(pairs) > len(leaves)
+    return [[difference(a, b), 1e-4 * max(magnitude(b), 1.0)] for a, b in pairs]
+
+
+MODELS = {f.__name__: f for f in (results.within_the_weights, results.rounded, results.no_number, results.rounds)}
+
+
 def child() -> dict[str, Any]:
     settle()
     plan = Plan("triton", block_q=16, block_k=16)
     found: dict[str, Any] = {name: errors(ALL[name](), plan, torch.float32) for name in GENERATED}
-    return found | {"placed": of_placed(plan)}
+    return found | {"placed": of_placed(plan)} | {name: of_model(model) for name, model in MODELS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +168,7 @@ def generated() -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", [*GENERATED, "placed"])
+@pytest.mark.parametrize("name", [*GENERATED, "placed", *MODELS])
 def test_generated_kernels(name: str, generated: dict[str, Any]) -> None:
     assert generated[name] and all(mine <= bound for mine, bound in generated[name])
 
