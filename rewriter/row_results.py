@@ -18,7 +18,7 @@ from torch import fx
 
 from refocus import simplify as s
 from refocus.facts import Facts
-from refocus.ir import BOOL, Axis, Const, Expr, Region, rewrite
+from refocus.ir import BOOL, Axis, Const, Expr, Region
 from refocus.lift import Lifter, is_tensor, op_name
 from refocus.lift_reductions import CONTRACTIONS
 from refocus.lift_tables import MOVES, OPERATIONS
@@ -133,5 +133,5 @@ def settled(result: RowResult, soft: Softmax, region: Region) -> RowResult:
         raise Stop(Declined(reason, result.node.name))
     # exp(-inf - -inf): the model has no number.
     none = s.call("eq", LOG_SUM, Const(-math.inf, LOG_SUM.dtype), dtype=BOOL)
-    told = rewrite(value.value, {LOG_SUM: s.where(none, Const(math.nan, LOG_SUM.dtype), LOG_SUM)}.get, s.rebuild)
+    told = s.substitute(value.value, {LOG_SUM: s.where(none, Const(math.nan, LOG_SUM.dtype), LOG_SUM)})
     return replace(result, value=replace(value, value=told))

@@ -26,10 +26,10 @@ from refocus.dead_code import remove_dead_code
 from refocus.evaluate import arange_env, evaluate, size_of
 from refocus.facts import Facts
 from refocus.hoist import Hoisted
-from refocus.ir import Axis, Expr, Load, Region, Sym, rewrite
+from refocus.ir import Axis, Expr, Load, Region, Sym
 from refocus.normal_form import Binding, Seed
 from refocus.patterns.log_sums import LOG_SUM
-from refocus.simplify import rebuild
+from refocus.simplify import substitute
 from refocus.sizes import hint, shape_of
 
 # Engines that are written into the graph, for Inductor to compile; the others are one operator call.
@@ -320,7 +320,7 @@ def _function(
         found = [laid_out(value, site.root, sizes)]
         for result in site.results:
             own = [a for group in result.dims for a in group]
-            told = rewrite(result.value.value, {LOG_SUM: Load(_LOG_SUM, site.rows, LOG_SUM.dtype)}.get, rebuild)
+            told = substitute(result.value.value, {LOG_SUM: Load(_LOG_SUM, site.rows, LOG_SUM.dtype)})
             value = evaluate(told, arange_env(own, sizes), results, sizes).expand([size_of(a.size, sizes) for a in own])
             found.append(laid_out(value, result.node, sizes))
         return found
