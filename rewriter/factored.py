@@ -30,6 +30,7 @@ class Factored(Expander):
 
     data: Set[fx.Node] = frozenset()
     summing: bool = False
+    alike: bool = True
     _inner: list[Factored] = field(default_factory=list)
 
     def at(self, node: fx.Node, index: Sequence[Expr]) -> Expr:  # type: ignore[override]

@@ -114,7 +114,8 @@ class Lifter:
     has copied or repeated (a roll, a gather, overlapping windows) is read where it was before; and while `joining`
     parts of one tensor, so are its parts. `expands`: contractions
     are written out as sums, running sums too, and what is made of literals is followed like anything else. `standing`:
-    positions that are known, of a part of a tensor that is being written.
+    positions that are known, of a part of a tensor that is being written. `alike`: parts of a stack that are computed
+    in the same way are one function of their number.
     """
 
     known: Known
@@ -129,6 +130,7 @@ class Lifter:
     expands: bool = False
     unpads: bool = False
     standing: tuple[Standing, ...] = ()
+    alike: bool = False
     _memo: dict[Any, Expr] = field(default_factory=dict)
 
     # ------------------------------------------------------------------------------------------------ the entry

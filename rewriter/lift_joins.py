@@ -20,6 +20,7 @@ from refocus.infer import constant_form
 from refocus.ir import BOOL, Axis, Const, Expr, Load
 from refocus.lift import Handler, Index, Lifter, Standing, arguments, dtype_of, kind_of, op_name
 from refocus.lift_views import PARTS, arguments_of, dimension, start_of
+from refocus.progressions import named_alike, one_function
 from refocus.simplify import Knowledge
 from refocus.sizes import shape_of, size_expr
 
@@ -151,9 +152,15 @@ def _stack(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
         return run
     if len(tensors) > _MANY and not isinstance(index[dim], Const):
         return lift.constant(node, index)
-    value = lift.at(tensors[-1], rest)
-    for k in reversed(range(len(tensors) - 1)):
-        value = s.where(s.eq(index[dim], k), lift.at(tensors[k], rest), value)
+    values = [lift.at(tensor, rest) for tensor in tensors]
+    if lift.alike and len(values) > 2:
+        number = Axis(f"{node.name}.part", Const(len(values)))
+        one = one_function(named_alike(values), number)
+        if one is not None:
+            return s.substitute(one, {number: index[dim]})
+    value = values[-1]
+    for k in reversed(range(len(values) - 1)):
+        value = s.where(s.eq(index[dim], k), values[k], value)
     return value
 
 

@@ -1,7 +1,6 @@
 """The steps of an unrolled loop in index notation, and as one function of the step.
 
-Each step is lifted by itself; where whole numbers grow evenly from one step to the next, they are taken to be linear
-in the step, and then every step is compared with what that says of it.
+Each step is lifted by itself, and all of them must be one function of their number (`refocus.progressions`).
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from refocus.loops import Loop
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.linear import Product, Weight
 from refocus.patterns.recurrence import Lookup
+from refocus.progressions import one_function
 from refocus.sizes import shape_of
 
 BEFORE, AFTER = "state {} before", "state {} after"
@@ -66,6 +66,8 @@ class Step(_OfStep):
 @dataclass
 class ApartStep(_OfStep, Factored):
     """Products that were made before the loop are taken apart, too."""
+
+    alike: bool = True
 
 
 @dataclass(frozen=True)
@@ -262,26 +264,7 @@ def ends_of(loop: Loop, facts: Facts, out: Expr, written: tuple[Expr, ...] | Non
 
 def as_one(values: list[Expr], step: Axis) -> Expr:
     """The values of all steps as one function of the step. Raises Stop where they are none."""
-    one = _between(values[-2], values[-1], len(values) - 1, step) if len(values) > 1 else values[0]
-    for t, value in enumerate(values):
-        if one is None or s.substitute(one, {step: Const(t)}) != value:
-            raise Stop(Declined("the steps of a loop are not the same function of what they read"))
-    assert one is not None
+    one = one_function(values, step)
+    if one is None:
+        raise Stop(Declined("the steps of a loop are not the same function of what they read"))
     return one
-
-
-def _between(earlier: Expr, later: Expr, number: int, step: Axis) -> Expr | None:
-    """What is `later` at step `number`, and `earlier` one step before, whole numbers taken to grow evenly."""
-    if earlier == later:
-        return earlier
-    if earlier.is_int and later.is_int:
-        by = s.sub(later, earlier)
-        if isinstance(by, Const):
-            return s.add(later, s.mul(by, s.sub(step, number)))
-    old, new = earlier.children, later.children
-    if type(earlier) is not type(later) or len(old) != len(new):
-        return None
-    found = [_between(a, b, number, step) for a, b in zip(old, new)]
-    if any(x is None for x in found):
-        return None
-    return s.rebuild(later, tuple(found)) if found else None  # type: ignore[arg-type]

@@ -35,6 +35,8 @@ _STATE = BEFORE.split("{")[0]
 
 def rolled(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
     """Raises Stop with the reason where a loop is no recurrence of this kind."""
+    if loop.from_nothing:
+        return _step_by_step(loop, facts, data)
     if not loop.stacked and shape_of(loop.parts[0])[loop.dim] != Const(1):
         return in_chunks(loop, facts, data)
     try:
