@@ -19,17 +19,19 @@ from torch import fx
 
 from refocus import simplify as s
 from refocus.facts import Facts
-from refocus.inverses import System, inverted_system, solved_system
+from refocus.inverses import System, Systems, inverted_system, solved_system
 from refocus.ir import Axis, Const, Expr, Load, Reduce
 from refocus.lift import Index, is_tensor, op_name
 from refocus.loop_steps import BEFORE, ApartStep, Rolled, as_one, step_axis
-from refocus.loops import Loop
+from refocus.loops import Loop, depends
 from refocus.patterns.chunked_form import Cut, over_all
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.linear import Product, as_number, product_of, terms_of
+from refocus.progressions import one_function
 from refocus.sizes import shape_of
 
 SOLUTION = "solution of a step"
+_INSIDE = "{} of a step"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Solution:
     """(1 + L)^-1 times a right side: `index` are the batch of the `system` and the row; `right` is the right side at
     this row."""
 
-    system: System
+    system: System | Systems
     index: Index
     right: Expr
 
@@ -57,7 +59,7 @@ class Solved:
     width: Axis
 
     @property
-    def system(self) -> System:
+    def system(self) -> System | Systems:
         return self.own.system
 
 
@@ -85,12 +87,16 @@ def _as_solution(nodes: tuple[fx.Node, ...], loop: Loop, facts: Facts, data: Set
         given = {facts.nodes[name]: x for name, x in held.items()}
         return ApartStep(facts, interior=loop.body, held=given, firsts=loop.firsts, data=data)
 
-    def value(t: int) -> Expr:
-        return lifter(**{loop.states[0][t].name: (BEFORE.format(0), ())}).at(nodes[t], axes)
+    inside = _solved_inside(loop, facts)
 
-    if _taken_apart(value(loop.steps - 1), lifter(), facts) is None:
+    def value(t: int) -> Expr:
+        held: dict[str, tuple[str, Index]] = {of_step[t].name: (name, (Const(t),)) for name, of_step in inside.items()}
+        return lifter(**held, **{loop.states[0][t].name: (BEFORE.format(0), ())}).at(nodes[t], axes)
+
+    reader = _Reader(lifter(), facts, inside, step_axis(loop))
+    if reader.taken_apart(value(loop.steps - 1)) is None:
         return None
-    found = _taken_apart(as_one([value(t) for t in range(loop.steps)], step_axis(loop)), lifter(), facts)
+    found = reader.taken_apart(as_one([value(t) for t in range(loop.steps)], step_axis(loop)))
     if found is None:
         return None
     own, seen, state, width = found
@@ -101,61 +107,103 @@ def _as_solution(nodes: tuple[fx.Node, ...], loop: Loop, facts: Facts, data: Set
     return Solved(nodes, axes, row, own, seen, state, width)
 
 
-def _taken_apart(value: Expr, lifter: ApartStep, facts: Facts) -> tuple[Solution, Solution, Load, Axis] | None:
-    """own, seen, state and the summed axis of own - sum of seen * state."""
-    terms = list(terms_of(value, 1))
-    if len(terms) != 2 or any(conditions for _, _, conditions in terms):
-        return None
-    found: dict[bool, tuple[Solution, list[Load], tuple[Axis, ...]]] = {}
-    for sign, term, _ in terms:
-        product = product_of(term)
-        states = [f for f in product.factors if isinstance(f, Load) and f.tensor == BEFORE.format(0)]
-        rest = replace(product, factors=tuple(f for f in product.factors if f not in states))
-        read = _solution(rest, lifter, facts)
-        if read is None or read[0] != (-sign if states else sign):
+def _solved_inside(loop: Loop, facts: Facts) -> dict[str, tuple[fx.Node, ...]]:
+    """Solutions and inverses that each step computes for itself, without its state: by step, under a name for all."""
+    found: dict[str, tuple[fx.Node, ...]] = {}
+    of_state = depends(loop, facts)
+    for node in loop.body - of_state:
+        first = loop.firsts.get(node)
+        if first is None or _INSIDE.format(first.name) in found:
+            continue
+        if solved_system(node) is not None or inverted_system(node, facts) is not None:
+            each = sorted((n for n in loop.body if loop.firsts.get(n) is first), key=facts.order.__getitem__)
+            if len(each) == loop.steps:
+                found[_INSIDE.format(first.name)] = tuple(each)
+    return found
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads values as sums of solutions. `inside`: those that are computed in each step, one node for each."""
+
+    lifter: ApartStep
+    facts: Facts
+    inside: dict[str, tuple[fx.Node, ...]]
+    step: Axis
+
+    def taken_apart(self, value: Expr) -> tuple[Solution, Solution, Load, Axis] | None:
+        """own, seen, state and the summed axis of own - sum of seen * state."""
+        terms = list(terms_of(value, 1))
+        if len(terms) != 2 or any(conditions for _, _, conditions in terms):
             return None
-        found[bool(states)] = read[1], states, read[2]
-    if len(found) < 2:
-        return None
-    (own, _, over), (seen, states, width) = found[False], found[True]
-    if over or len(width) != 1 or len(states) != 1 or width[0] not in states[0].axes:
-        return None
-    return own, seen, states[0], width[0]
+        found: dict[bool, tuple[Solution, list[Load], tuple[Axis, ...]]] = {}
+        for sign, term, _ in terms:
+            product = product_of(term)
+            states = [f for f in product.factors if isinstance(f, Load) and f.tensor == BEFORE.format(0)]
+            rest = replace(product, factors=tuple(f for f in product.factors if f not in states))
+            read = self._solution(rest)
+            if read is None or read[0] != (-sign if states else sign):
+                return None
+            found[bool(states)] = read[1], states, read[2]
+        if len(found) < 2:
+            return None
+        (own, _, over), (seen, states, width) = found[False], found[True]
+        if over or len(width) != 1 or len(states) != 1 or width[0] not in states[0].axes:
+            return None
+        return own, seen, states[0], width[0]
 
-
-def _solution(product: Product, lifter: ApartStep, facts: Facts) -> tuple[int, Solution, tuple[Axis, ...]] | None:
-    """A product as sign, solution, and what is summed over besides the columns of an inverse."""
-    if product.divisors or product.exponents or product.conditions:
+    def _solution(self, product: Product) -> tuple[int, Solution, tuple[Axis, ...]] | None:
+        """A product as sign, solution, and what is summed over besides the columns of an inverse."""
+        if product.divisors or product.exponents or product.conditions:
+            return None
+        sign, factors = 1, list[Expr]()
+        for f in product.factors:
+            if isinstance(f, Const) and abs(f.value) == 1:
+                sign *= int(f.value)
+            else:
+                factors.append(f)
+        for load in factors:
+            if not isinstance(load, Load):
+                continue
+            index = load.index[1:] if load.tensor in self.inside else load.index
+            solved = self._solved(load.tensor, index) if len(factors) == 1 else None
+            if solved is not None:
+                return sign, Solution(solved[0], index[:-1], solved[1]), product.summed
+            column = index[-1] if index else None
+            if column not in product.summed or any(column in x.axes for x in index[:-1]):
+                continue
+            system = self._inverted(load.tensor)
+            row = index[-2]
+            rest = [f for f in factors if f is not load]
+            if system is None or not isinstance(row, Axis) or any(row in f.axes for f in rest) or not rest:
+                continue
+            value = rest[0]
+            for f in rest[1:]:
+                value = s.call("mul", value, f, dtype=value.dtype)
+            assert isinstance(column, Axis)
+            right = s.substitute(value, {column: row})
+            return sign, Solution(system, index[:-1], right), tuple(a for a in product.summed if a != column)
         return None
-    sign, factors = 1, list[Expr]()
-    for f in product.factors:
-        if isinstance(f, Const) and abs(f.value) == 1:
-            sign *= int(f.value)
-        else:
-            factors.append(f)
-    for load in factors:
-        node = facts.nodes.get(load.tensor) if isinstance(load, Load) else None
-        if not isinstance(load, Load) or node is None:
-            continue
-        solved = solved_system(node) if len(factors) == 1 else None
-        if solved is not None:
-            right = lifter.at(solved[1], load.index)
-            return sign, Solution(solved[0], load.index[:-1], right), product.summed
-        column = load.index[-1] if load.index else None
-        if column not in product.summed or any(column in x.axes for x in load.index[:-1]):
-            continue
-        system = inverted_system(node, facts)
-        row = load.index[-2]
-        rest = [f for f in factors if f is not load]
-        if system is None or not isinstance(row, Axis) or any(row in f.axes for f in rest) or not rest:
-            continue
-        value = rest[0]
-        for f in rest[1:]:
-            value = s.call("mul", value, f, dtype=value.dtype)
-        assert isinstance(column, Axis)
-        right = s.substitute(value, {column: row})
-        return sign, Solution(system, load.index[:-1], right), tuple(a for a in product.summed if a != column)
-    return None
+
+    def _solved(self, name: str, index: Index) -> tuple[System | Systems, Expr] | None:
+        """The system of a solution, and its right side."""
+        if name not in self.inside:
+            found = solved_system(self.facts.nodes[name]) if name in self.facts.nodes else None
+            return None if found is None else (found[0], self.lifter.at(found[1], index))
+        each = [solved_system(n) for n in self.inside[name]]
+        known = [x for x in each if x is not None]
+        if len(known) < len(each):
+            return None
+        right = one_function([self.lifter.at(x[1], index) for x in known], self.step)
+        return None if right is None else (Systems(tuple(x[0] for x in known), self.step), right)
+
+    def _inverted(self, name: str) -> System | Systems | None:
+        """The system that a tensor is the inverse of."""
+        if name not in self.inside:
+            return inverted_system(self.facts.nodes[name], self.facts) if name in self.facts.nodes else None
+        each = [inverted_system(n, self.facts) for n in self.inside[name]]
+        known = tuple(x for x in each if x is not None)
+        return Systems(known, self.step) if len(known) == len(each) else None
 
 
 @dataclass(frozen=True)

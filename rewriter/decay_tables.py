@@ -60,7 +60,8 @@ def _formula(load: Load, values: HeldValues) -> Expr | None:
     table = values.kept(load)
     if table is None or table.dtype not in _FAR:
         return None
-    at = tuple(int(x.value) if isinstance(x, Const) else slice(x.size.value) for x in load.index)  # type: ignore[union-attr]
+    lengths = iter(sizes)
+    at = tuple(int(x.value) if isinstance(x, Const) else slice(next(lengths)) for x in load.index)
     heads = table.detach().cpu()[at]
     heads = heads if heads.dim() == 3 else heads[None]
     for row, column, turned in ((axes[-2], axes[-1], False), (axes[-1], axes[-2], True)):

@@ -21,6 +21,7 @@ from refocus.lift import Index, Lifter, arguments, is_tensor, op_name
 from refocus.lift_tables import MOVES
 from refocus.loop_steps import ApartStep, _OfStep
 from refocus.patterns.linear import product_of, terms_of
+from refocus.progressions import one_function
 from refocus.sizes import shape_of
 
 _MATRIX = "matrix"
@@ -48,7 +49,7 @@ class System:
         interior = lifter.interior | _added_up(self.matrix)
         value = replace(lifter, known=known, interior=interior, _memo={}, _inner=[]).at(self.matrix, index)
         if self.held == "below":
-            return value
+            return s.under(value, s.assume(s.lt(column, row)))
         diagonal = s.substitute(value, {column: row})
         ones = Const(0.0 if self.held == "minus" else 1.0, value.dtype)
         above = Const(0.0, value.dtype) if self.held == "lower" else s.under(value, s.assume(s.lt(row, column)))
@@ -56,6 +57,28 @@ class System:
             return None
         found = s.under(value, s.assume(s.lt(column, row)))
         return s.call("neg", found, dtype=value.dtype) if self.held == "minus" else found
+
+
+@dataclass(frozen=True)
+class Systems:
+    """One system for each step of a loop."""
+
+    each: tuple[System, ...]
+    step: Axis
+
+    @property
+    def matrix(self) -> fx.Node:
+        return self.each[-1].matrix
+
+    def among(self, facts: Facts) -> tuple[tuple[fx.Node, str], ...]:
+        """As `System.among`."""
+        return tuple(x.among(facts) for x in self.each)
+
+    def below(self, lifter: ApartStep, index: Index) -> Expr | None:
+        """As `System.below`, as a function of the step; None where that is none, too."""
+        found = [x.below(lifter, index) for x in self.each]
+        known = [x for x in found if x is not None]
+        return one_function(known, self.step) if len(known) == len(found) else None
 
 
 _SUMS = frozenset(("add", "sub", "rsub", "neg"))

@@ -119,6 +119,49 @@ def test_solver(name: str) -> None:
     assert "gate" in report.sites[0].notation
 
 
+def in_each_chunk(solver: Solver, slip: str = "") -> Callable[..., Tensor]:
+    """The gated delta rule, each chunk's system made and solved in the loop."""
+
+    def attend(*given: Tensor) -> Tensor:
+        state, rows = given[2].new_zeros(2, 3, 5, 6), []
+        for start in range(0, given[0].shape[2], SIZE):
+            q, k, v, g, b = (x[:, :, start : start + SIZE] for x in given)
+            c, b = g.cumsum(-1), b[..., None]
+            between = (c[..., :, None] - c[..., None, :]).tril().exp().tril()
+            below = (b * k @ k.mT * between).tril(-1)
+            if slip == "system" and start == SIZE:
+                below = below * 0.5
+            if slip == "key":
+                below = (b * k @ q.mT * between).tril(-1)
+            solve = solver(below)
+            new = solve(b * v) - solve((2.0 if slip == "side" else 1.0) * b * k * c[..., None].exp()) @ state
+            rows.append((q * c[..., None].exp()) @ state + (q @ k.mT * between) @ new)
+            kept = k * (c[..., -1:] - c)[..., None].exp()
+            state = state * c[..., -1, None, None].exp() + kept.mT @ new
+        return torch.cat(rows, 2)
+
+    return attend
+
+
+INSIDE = {
+    **{name: SOLVERS[name] for name in ("solve", "triangular", "inv", "inverse", "identity")},
+    "ones": lambda below: lambda y: torch.linalg.solve_triangular(whole(below), y, upper=False, unitriangular=True),
+    "below": lambda below: lambda y: torch.linalg.solve_triangular(below, y, upper=False, unitriangular=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_in_each_chunk(name: str) -> None:
+    report = check(Module(in_each_chunk(INSIDE[name])), inputs(), sites=1, lower=False, gradients=name == "inv").report
+    assert "erase" in report.sites[0].notation
+
+
+@pytest.mark.parametrize("slip", ["system", "key", "side"])
+def test_no_delta_rule_in_each_chunk(slip: str) -> None:
+    report = check(Module(in_each_chunk(SOLVERS["inv"], slip)), inputs(), fused=False, engines=(), lower=False).report
+    assert not any("erase" in site.notation for site in report.sites)
+
+
 def test_no_decays() -> None:
     report = check(Module(undecayed), inputs(), sites=1, lower=False, gradients=True).report
     assert "erase" in report.sites[0].notation
