@@ -18,8 +18,10 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from refocus import simplify as s
+from refocus.facts import NORMALISERS
 from refocus.ir import TRUE, Axis, Call, Const, Dot, Expr, Load, Reduce
-from refocus.lift import Index, Lifter
+from refocus.lift import Index, Lifter, op_name
+from refocus.lift_reductions import CONTRACTIONS
 from refocus.masks import never_empty
 from refocus.patterns.factors import factored, summed
 from refocus.patterns.guards import unguarded
@@ -35,6 +37,13 @@ class Open(Lifter):
 
     def inside(self, index: Index) -> bool:
         return True
+
+
+class Above(Open):
+    """Reads weights down to what normalises them, and no further."""
+
+    def within(self, node: fx.Node, index: Index) -> bool:
+        return op_name(node) not in CONTRACTIONS and op_name(node) not in NORMALISERS
 
 
 Weights = tuple[Axis, tuple[fx.Node, Index]]  # the key axis, and where they are read

@@ -26,7 +26,7 @@ from refocus.blocked import blocked
 from refocus.choices import without_choice
 from refocus.close_site import close_site
 from refocus.facts import Candidate, Facts, candidates, contraction_operands, taint_of
-from refocus.finite_rows import Open
+from refocus.finite_rows import Above
 from refocus.gathers import distinct, gathered
 from refocus.ir import Axis, Const, Dot, Expr, Load
 from refocus.joint import NOTHING, Joint, joints, lift_joint
@@ -248,8 +248,8 @@ def _attempt_at(candidate: Candidate, facts: Facts, axes: Axes, lifter: Lifter) 
 
 
 def _with_heads(candidate: Candidate, facts: Facts, index: tuple[Expr, ...]) -> Iterator[Summed]:
-    """Ways to read what a product sums over as a key and heads."""
-    lifter = Open(facts)
+    """Ways to read what a product sums over as a key and heads. What weights are normalised from tells nothing more."""
+    lifter = Above(facts)
     reads = reads_of(lifter, candidate.root, index)
     if reads is not None and len(reads[1]) > 1:
         weights, at = reads[1].pop(candidate.weights)

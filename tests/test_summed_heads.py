@@ -7,7 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from refocus.facts import gather_facts
+from refocus.finite_rows import Above
+from refocus.ir import Axis, Const
+from refocus.simplify import floordiv, mod
 from tests.drawn import fuses, scores, stays
 
 KEYS = 10
@@ -70,3 +75,21 @@ def test_an_axis_of_the_values_alone_is_no_head() -> None:
         "the values are not summed over one key axis",
         KEYS,
     )
+
+
+def test_weights_are_read_down_to_what_normalises_them() -> None:
+    """What tells keys and heads apart lies above: below, a model may have anything, at any length."""
+
+    def function(x: Tensor, v: Tensor) -> Tensor:
+        for _ in range(3):
+            x = x / x.exp().sum(-1, keepdim=True)
+        return torch.matmul((x.softmax(-1) * 0.5).transpose(1, 2).flatten(2), v)
+
+    gm = make_fx(function, pre_dispatch=True, tracing_mode="fake")(torch.randn(2, 3, 7, 5), torch.randn(2, 15, 4))
+    facts = gather_facts(gm)
+    (softmax,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.softmax.int)
+    (product,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.matmul.default)
+    batch, query, both = (Axis(name, Const(size)) for name, size in (("b", 2), ("i", 7), ("c", 15)))
+    (load,) = Above(facts).at(product.args[0], (batch, query, both)).loads
+    assert load.tensor == softmax.name
+    assert load.index == (batch, floordiv(both, Const(5)), query, mod(both, Const(5)))
