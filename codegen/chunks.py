@@ -322,4 +322,4 @@ def _exponentials(x: Tensor) -> Tensor:
     """exp(x) in place, 0 where that is below the smallest normal number: exponentials at which the result is
     denormal, or the operand infinite, take several times as long as others."""
     tiny = torch.finfo(x.dtype).tiny
-    return F.threshold_(x.clamp_(min=math.log(tiny) + 0.5).exp_(), 2 * tiny, 0.0)
+    return torch.threshold_(x.clamp_(min=math.log(tiny) + 0.5).exp_(), 2 * tiny, 0.0)

@@ -1,4 +1,4 @@
-"""Weights that meet several operands in one product: what reads the key belongs to the values, the rest to the result."""
+"""Weights that meet several operands in one product: all of these together are the values."""
 
 from __future__ import annotations
 
