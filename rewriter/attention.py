@@ -87,11 +87,13 @@ def closed_under_sharing(sites: list[Site]) -> tuple[list[Site], list[tuple[Site
 
 
 def each_told_once(sites: list[Site]) -> list[Site]:
-    """The sites, of which those over the same scores do not all yield the same log-sum-exps."""
+    """The sites, of which those over the same scores do not all yield the same log-sum-exps, and none one that only
+    the weights of another are made of."""
+    inner = {n for site in sites for n in (*site.interior, site.root)}
     told: set[fx.Node] = set()
     found = []
     for site in sites:
-        results = tuple(r for r in site.results if r.node not in told)
+        results = tuple(r for r in site.results if r.node not in told and not inner.issuperset(r.node.users))
         told.update(r.node for r in results)
         found.append(site if len(results) == len(site.results) else _with_results(site, results))
     return found

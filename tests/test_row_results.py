@@ -184,6 +184,15 @@ def test_scores_over_which_two_attentions_run_are_summed_once() -> None:
     assert [site.notation.count("logsumexp_j(") for site in sites] == [1, 0]
 
 
+def test_what_only_other_weights_are_made_of_is_no_result() -> None:
+    def two_spellings(q: Tensor, k: Tensor, v: Tensor) -> Results:
+        x = scores_of(q, k)
+        return x.softmax(-1) @ v, (x - x.logsumexp(-1, keepdim=True)).exp() @ (v + 1)
+
+    sites = check(Attention(two_spellings), inputs(), sites=2, lower=False).report.sites
+    assert not any("logsumexp_j(" in site.notation for site in sites)
+
+
 def test_nothing_of_queries_times_keys_is_stored() -> None:
     large = torch.randn(3, 1, 2, 512, WIDTH).unbind()
     check(Attention(within_the_weights), large, sites=1, lower=False, memory_share=0.3)

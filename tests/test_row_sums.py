@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from refocus import oracle
-from refocus.codegen import cpp, operator, schedules, sdpa
-from refocus.codegen.plan import Plan
+from refocus import oracle, simplify
+from refocus.codegen import choose, cpp, operator, schedules, sdpa
+from refocus.codegen.plan import Chosen, Leave, Plan
 from refocus.ir import Const, Output, Region, parse
 from refocus.notation import notation
 from refocus.testing import rewritten
@@ -135,6 +135,17 @@ def test_one_query_is_not_split_over_programs_that_tell_no_row_sums() -> None:
     one = replace(region, query=replace(region.query, size=Const(1)))
     assert schedules.default_plan(one, {}).schedule == "decode"
     assert schedules.default_plan(replace(one, row_sums=True), {}).schedule != "decode"
+
+
+def test_a_cpu_takes_it_where_few_tiles_are_left() -> None:
+    region = cases.causal(n=2048)[0]  # type: ignore[call-arg]
+    near = simplify.and_(region.mask, simplify.lt(region.query, simplify.add(region.key, 64)))
+    found = [
+        choose.plan_part(replace(region, mask=mask, row_sums=True), {}, torch.device("cpu"), None, False)
+        for mask in (near, region.mask)
+    ]
+    assert isinstance(found[0], Chosen) and found[0].plan.engine == "tiled"
+    assert isinstance(found[1], Leave) and found[1].reason.startswith("its log-sum-exp is read")
 
 
 def of_model(function: results.Function) -> list[list[float]]:
