@@ -292,6 +292,13 @@ def _laid(tensor: Tensor, mesh: DeviceMesh, places: Placements) -> Tensor:
     return tensor.to_local()
 
 
+def _cut(tensor: Tensor, mesh: DeviceMesh, places: Placements) -> Tensor:
+    """The same; a plain tensor is whole on every process: zeros, where nothing flows back into a result."""
+    if not isinstance(tensor, DTensor):
+        tensor = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return _laid(tensor, mesh, places)
+
+
 def _made(local: Tensor, mesh: DeviceMesh, places: Placements, shape: Sequence[int]) -> DTensor:
     stride = [prod(shape[d + 1 :]) for d in range(len(shape))]
     return DTensor.from_local(local, mesh, places, run_check=False, shape=torch.Size(shape), stride=tuple(stride))
@@ -310,9 +317,9 @@ def register(attend: Any, attend_saving: Any, attend_backward: Any, parse: Any) 
         grad, operands, out, sums, sizes, text, plan, needs, *more = args
         region = parse(text)[0]
         call = _Call.of(region, operands, sizes, (grad, out, sums))
-        results = [_laid(t, call.mesh, call.cut.result(n)) for t, n in ((grad, 0), (out, 0), (sums, 1))]
+        results = [_cut(t, call.mesh, call.cut.result(n)) for t, n in ((grad, 0), (out, 0), (sums, 1))]
         grad, out, sums = results
-        into_rows = [None if t is None else _laid(t, call.mesh, call.cut.result(1)) for t in more]
+        into_rows = [None if t is None else _cut(t, call.mesh, call.cut.result(1)) for t in more]
         numbers, local = call.local.sizes(call.numbers), repr(call.local.region)
         found = iter(op(grad, call.operands, out, sums, numbers, local, plan, needs, *into_rows))
         gradients = []

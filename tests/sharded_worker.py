@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 
 from refocus.codegen import sharding
-from refocus.codegen.operator import call, call_saving
+from refocus.codegen.operator import call, call_saving, call_with_sums
 from refocus.codegen.plan import Plan
 from refocus.ir import Axis, Operand, Region
 from tests import region_cases
@@ -40,14 +41,19 @@ def whole(t: Any) -> Tensor:
 
 
 def attended(region: Region, sizes: list[int], operands: list[Any], weights: Any) -> list[Any]:
-    """The result in training and in inference, and the gradients of the operands that are floats."""
+    """The result in training and in inference, and the gradients of the operands that are floats; the row sums, where
+    these are a result as well, and what flows back from them alone."""
     leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in operands]
     with torch.no_grad():
         inferred = call(region, PLAN, leaves, sizes)
     out = call_saving(region, PLAN, leaves, sizes)
     back = weights.reshape(out.shape).to(out.dtype)
     grads = torch.autograd.grad(out, [t for t in leaves if t.requires_grad], back)
-    return [out, inferred, *grads]
+    both = replace(region, row_sums=True)
+    sums = call_with_sums(both, PLAN, leaves, sizes)[1].sum(0)
+    kept = torch.where(sums.isfinite(), sums, 0.0)
+    of_sums = torch.autograd.grad(kept, [t for t in leaves if t.requires_grad], torch.ones_like(kept))
+    return [out, inferred, *grads, kept, *of_sums]
 
 
 def error(a: Tensor, b: Tensor) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import refocus
 from refocus.testing import check, rewritten
@@ -165,11 +165,35 @@ def partial_results(q: Tensor, k: Tensor, v: Tensor) -> Results:
     return tuple(found)
 
 
+def windows(q: Tensor, k: Tensor, v: Tensor) -> Results:
+    """Of rolled tokens, put together again."""
+    queries, keys, values = (t.roll(-4, 2).unflatten(2, (-1, 8)) for t in (q, k, v))
+    x = queries @ keys.mT
+    return (x.softmax(-1) @ values).flatten(2, 3).roll(4, 2), x.logsumexp(-1).flatten(2).roll(4, 2)
+
+
+def unfolded(q: Tensor, k: Tensor, v: Tensor) -> Results:
+    """One attention over tokens, under a mask."""
+    keys, values = (nn.functional.pad(t, (0, 0, 3, 3)).unfold(2, 7, 1) for t in (k, v))
+    x = torch.einsum("bhid,bhidw->bhiw", q, keys)
+    lse = x.logsumexp(-1, keepdim=True)
+    return torch.einsum("bhiw,bhidw->bhid", (x - lse).exp(), values), lse.squeeze(-1)
+
+
+def chosen_blocks(q: Tensor, k: Tensor, v: Tensor) -> Results:
+    keys, values = (t.unflatten(2, (-1, 8)) for t in (k, v))
+    best = torch.einsum("bhd,bhcd->bhc", q.mean(2), keys.mean(3)).topk(2, -1).indices
+    index = best[..., None, None].expand(-1, -1, -1, 8, WIDTH)
+    keys, values = (t.gather(2, index).flatten(2, 3) for t in (keys, values))
+    x = q @ keys.mT
+    return x.softmax(-1) @ values, x.logsumexp(-1)
+
+
 SITES = {two_values: 2, gate_of_another_attention: 2, partial_results: 3}
 FUSED = (
     beside_softmax, within_the_weights, by_hand, detached_maximum, not_shifted, of_base_two, normaliser_itself,
     with_a_sink, with_a_sink_by_hand, in_another_order, grouped_heads, one_query, loss_on_the_normaliser, two_values,
-    gate_of_another_attention, values_come_later, rounds, partial_results,
+    gate_of_another_attention, values_come_later, rounds, partial_results, windows, unfolded, chosen_blocks,
 )  # fmt: skip
 
 
