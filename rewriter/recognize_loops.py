@@ -29,6 +29,7 @@ from refocus.patterns.recurrence import Update, closed_form, read_update
 from refocus.recognize_chunk_loops import in_chunks
 from refocus.roles import Axes
 from refocus.sizes import shape_of
+from refocus.substeps import in_substeps
 
 _STATE = BEFORE.split("{")[0]
 
@@ -45,6 +46,8 @@ def rolled(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
         if loop.stacked:
             with suppress(Stop):
                 return in_chunks(loop, facts, data)
+        with suppress(Stop):
+            return in_substeps(loop, facts, data)
         raise
 
 
