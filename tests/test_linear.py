@@ -148,6 +148,25 @@ def test_no_worse_than_all_pairs(gate: str, decay: float) -> None:
     assert mine <= 1.5 * eager + 1e-5 * exact.abs().max()
 
 
+@pytest.mark.parametrize("log_decay", [0.0, -0.6, -20.0])
+def test_no_worse_than_step_by_step(log_decay: float) -> None:
+    """A state that is looked up by other keys, in float32, as its recurrence has it."""
+    form, length = LinearForm(gate="channel", erase=True, lookup=True), 300
+    given = tensors(form, length, widths=(16, 16), heads=2, log_decay=log_decay, dtype=torch.float32)
+    q, k, v, gate, erase, _, lookup = given
+    assert q is not None and k is not None and v is not None
+    assert gate is not None and erase is not None and lookup is not None
+    state, rows = v.new_zeros(2, 16, 16), []
+    for t in range(length):
+        found = lookup[:, t, None] @ state
+        state = state * gate[:, t, :, None].exp() - erase[:, t, :, None] * found + k[:, t, :, None] * v[:, t, None]
+        rows.append((q[:, t, None] @ state).squeeze(1))
+    exact = linear_form.forward(form, *given)[0]
+    eager = (torch.stack(rows, 1) - exact).abs().max()
+    mine = (chunked.forward(form, 64, *given)[0] - exact).abs().max()
+    assert mine <= allowed_error(torch.float32, float(eager), float(exact.abs().max()))
+
+
 @pytest.mark.parametrize("gate", ["head", "channel"])
 @pytest.mark.parametrize("kind", ["plain", "lookup"])
 def test_gates_that_forget_at_once(gate: str, kind: str) -> None:
