@@ -15,13 +15,14 @@ from dataclasses import replace
 import networkx as nx
 from torch import fx
 
+from refocus import simplify as s
 from refocus.attention import Part
 from refocus.close_linear import LinearSite, Read, close, sources_of
 from refocus.decay_tables import written_out
 from refocus.expand import Expander, step_of, viewed
 from refocus.facts import Facts
 from refocus.held_values import HeldValues
-from refocus.ir import Axis, Const, Dot, Expr
+from refocus.ir import Axis, Call, Const, Dot, Expr, Reduce, rewrite
 from refocus.lift import Unliftable
 from refocus.linear_candidates import LinearCandidate, data_of, linear_candidates, upstream
 from refocus.loop_steps import Rolled
@@ -150,7 +151,7 @@ def _expand(
         lifter.query_axes.add(pair[0])
         lifter.key_axes.add(pair[1])
     value = lifter.at(node, [Const(0) if a is None else a for a in dims])
-    value = value if values is None else written_out(value, values)
+    value = rewrite(value if values is None else written_out(value, values), _detached, s.rebuild)
     product = product_of(value, pair)
     product = product if pair is None else settled(product, pair)
     return Read(tuple(a for a in dims if a is not None), dims, product, lifter.visited)
@@ -179,6 +180,13 @@ def _attempt(candidate: LinearCandidate, facts: Facts) -> LinearSite | None:
     site = close(candidate, facts, read, roles, weight, values=values)
     values.assume()
     return site
+
+
+def _detached(node: Expr) -> Expr | None:
+    """A sum that nothing flows back through is that of its terms, cut off afterwards: normalisers often are."""
+    if isinstance(node, Reduce) and isinstance(node.body, Call) and node.body.op == "detach":
+        return s.call("detach", Reduce(node.op, node.axis, node.body.args[0], node.dtype), dtype=node.dtype)
+    return None
 
 
 def _weight(product: Product, pair: Pair, facts: Facts) -> Weight:

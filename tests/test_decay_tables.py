@@ -35,6 +35,8 @@ class Kept(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         length = q.shape[2]
         weights = (q @ k.mT) * self.decay[..., :length, :length]
+        if self.normaliser == "cut off":
+            return weights / weights.detach().sum(-1, keepdim=True).abs().clamp(min=1) @ v
         total = weights.sum(-1, keepdim=True)
         if self.normaliser == "sum":
             return weights / (total + 1e-3) @ v
@@ -58,6 +60,7 @@ MODULES = {
     "a part of it": lambda: Kept(table(64)),
     "normalised": lambda: Kept(table(40), "sum"),
     "divided by its size": lambda: Kept(table(40), "size"),
+    "nothing flows back through its size": lambda: Kept(table(40), "cut off"),
     "rows": lambda: Kept(by_rows(40)),
     "rows, normalised": lambda: Kept(by_rows(40), "size"),
     "turned": lambda: Kept(table(40).mT.contiguous().mT),
