@@ -95,8 +95,7 @@ def _step_by_step(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
 
 
 def _read_apart(out: Expr) -> None:
-    """Raises Stop where what reads a state, feature by feature, was itself read from one, and is no sum of it any more.
-    """
+    """Raises Stop where what reads a state was itself read from one, and is no sum of that any more."""
     product = product_of(out)
     for factor in product.factors:
         within = [x for x in factor.loads if x.tensor.startswith(_STATE)]
