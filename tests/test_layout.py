@@ -20,7 +20,7 @@ LONGEST = 500
 LAYERS: dict[str, tuple[str, ...]] = {
     "base": ("errors", "debug", "options", "tolerances", "pictures", "report", "inductor", "identity", "bits"),
     "ir": ("ir", "notation", "linear_ir"),
-    "algebra": ("polynomial", "proofs", "division", "comparisons", "constants", "simplify", "steps"),
+    "algebra": ("polynomial", "proofs", "division", "comparisons", "constants", "simplify", "steps", "progressions"),
     "meaning": (
         "counter", "dropout", "differentiate", "hoist", "intervals", "key_bounds", "grid", "operations", "evaluate",
         "oracle", "tile_cache", "tile_reads", "tiling", "tile_grid", "tile_rows", "refine", "masks", "lags", "infer",
@@ -38,6 +38,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "row_sums", "running_softmax", "skews", "equal_sizes", "expand", "linear_candidates", "recognize_linear",
         "loops", "recognize_loops", "chunk_solutions", "close_linear", "factored", "held_values", "loop_steps",
         "recognize_chunk_loops", "recognize_chunked", "recognize_decoding", "blocked", "decays", "inverses",
+        "decay_tables", "substeps",
     ),
     "codegen": ("codegen", "codegen.*"),
     "pipeline": (
