@@ -92,6 +92,9 @@ def loop_at(gather: fx.Node, facts: Facts) -> Loop | None:
         return None
     begun = set(follows) - set(follows.values())
     firsts = {n: first for first in begun for n in _chain(first, follows)}
+    step = {n for n in begun if sum(1 for _ in _chain(n, follows)) >= len(parts)}
+    if not any(step & nx.ancestors(facts.flow, chain[1]) for chain in states):
+        return None  # the first step hands nothing to the second: these are branches, beside one another
     dim: Any = arguments(gather)[1] if len(arguments(gather)) > 1 else gather.kwargs.get("dim", 0)
     rank = gather.meta["val"].dim()
     loop = Loop(gather, dim % rank, op_name(gather) == "stack", parts, tuple(states), body, firsts)

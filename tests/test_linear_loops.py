@@ -403,3 +403,16 @@ def channel_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
 def test_strong_gates(function: Function, dtype: torch.dtype) -> None:
     given = [x.to(dtype) for x in inputs(4)]
     check(Module(function), given, family="linear", sites=1, lower=False, gradients=dtype == torch.float32)
+
+
+def test_branches_beside_one_another_are_no_loop() -> None:
+    """The first of them may start from something else, and hands it to none."""
+
+    def branches(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = []
+        for t in range(4):
+            x = q[:, :, 0].relu() if t == 0 else q[:, :, 0] * v[:, :, t]
+            parts.append((x[..., None, :] @ k.mT) @ k)
+        return torch.cat(parts, 2)
+
+    check(Module(branches), inputs(3), sites=0, fused=False, lower=False)
