@@ -6,6 +6,9 @@
 A piece is looked at under the conditions that lead to it. Those that exclude each other lead nowhere (a buffer of zeros
 that is overwritten all over), and a fill stays. Blocks on a diagonal, written into a buffer and masked at both ends of
 the sequence, come out as one product under a mask.
+
+Where something is added to a part of the scores (a bias that the class token has no share in), the product is taken
+out of the choice:  where(c, q . k + bias, q . k)  ->  q . k + where(c, bias, 0.0)
 """
 
 from __future__ import annotations
@@ -44,6 +47,41 @@ def whole(value: Expr, key: Axis, shape_of: ShapeOf) -> Expr:
         return merge.merged(node) if _is_choice(node) and len(set(_ends(node))) > 1 else None
 
     return rewrite(rewrite(value, visit, s.rebuild), _no_product, s.rebuild)
+
+
+def without_choice_of_products(value: Expr, key: Axis, shape_of: ShapeOf) -> Expr:
+    """`value` with a product that both branches of a choice add to something taken out of it."""
+    merge = _Merge(key, shape_of)
+
+    def visit(node: Expr) -> Expr | None:
+        if isinstance(node, Dot | Load):
+            return node
+        if not _is_choice(node) or sum(_holds_product(branch) for branch in node.children[1:]) < 2:
+            return None
+        condition, *branches = node.children
+        yes, no = (rewrite(branch, visit, s.rebuild) for branch in branches)
+        return merge.apart(condition, yes, no, node.dtype)
+
+    return rewrite(value, visit, s.rebuild)
+
+
+def _holds_product(value: Expr) -> bool:
+    return any(isinstance(n, Dot) for n in value.walk())
+
+
+def _addends(value: Expr) -> list[Expr]:
+    if isinstance(value, Call) and value.op == "add":
+        return [x for a in value.args for x in _addends(a)]
+    if isinstance(value, Call) and value.op == "sub" and not _holds_product(value.args[1]):
+        return [*_addends(value.args[0]), s.call("neg", value.args[1], dtype=value.dtype)]
+    return [value]
+
+
+def _added(values: list[Expr], dtype: str) -> Expr:
+    out: Expr = Const(0.0, dtype)
+    for value in values:
+        out = value if out == Const(0.0, dtype) else s.call("add", out, value, dtype=dtype)
+    return out
 
 
 def _no_product(node: Expr) -> Expr | None:
@@ -99,6 +137,22 @@ class _Merge:
             if all(_normal(s.under(general, p.facts), self.key) == p.value for p in pieces):
                 return self._rebuilt(value, self._guarded(general))
         return None
+
+    def apart(self, condition: Expr, yes: Expr, no: Expr, dtype: str) -> Expr:
+        """A choice between two sums, with the products that are the same in both outside of it."""
+        ours, theirs, shared = _addends(yes), _addends(no), list[Expr]()
+        for a in [x for x in ours if _holds_product(x)]:
+            for b in [x for x in theirs if _holds_product(x)]:
+                one = a if a == b else self.merged(s.where(condition, a, b))
+                if one is not None and not _is_choice(one):
+                    shared.append(one)
+                    ours.remove(a)
+                    theirs.remove(b)
+                    break
+        if not shared:
+            return s.where(condition, yes, no)
+        rest = s.where(condition, _added(ours, dtype), _added(theirs, dtype))
+        return _added([*shared, rest] if rest != Const(0.0, dtype) else shared, dtype)
 
     def _pieces(self, value: Expr) -> Iterator[_Piece]:
         for path, end in _paths(value, ()):

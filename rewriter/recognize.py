@@ -41,7 +41,7 @@ from refocus.patterns.fills import ROUNDED, UNCLEAR, by_rounded_sum
 from refocus.patterns.sdpa import lift_sdpa
 from refocus.patterns.shares import match_with_share
 from refocus.patterns.softmax import Softmax, terms_of
-from refocus.pieces import holds_pieces, whole
+from refocus.pieces import holds_pieces, whole, without_choice_of_products
 from refocus.products import reads_of
 from refocus.quotient import EXPONENTIALS, Quotient, Rescaled, lift_rescaled, quotients
 from refocus.roles import Axes, Summed, all_keys, cut_axes, keys_and_heads
@@ -406,6 +406,10 @@ def _weighted(candidate: Candidate, facts: Facts, axes: Axes, lifter: Lifter, fo
             reason += f" (`{op_name(lifter.blame)}` is not understood)"
         return Declined(reason, (lifter.blame or candidate.normaliser).name)
     parts, rest = terms_of(weights, key)
+
+    def sizes(name: str) -> tuple[Expr, ...]:
+        return shape_of(facts.nodes[name])
+
     cores: list[tuple[tuple[Axis, ...], Expr, Softmax]] = []
     added = NOTHING
     for part in parts:
@@ -421,8 +425,9 @@ def _weighted(candidate: Candidate, facts: Facts, axes: Axes, lifter: Lifter, fo
             return read
         if read.fills == UNCLEAR and by_rounded_sum(part.core, key, _takes_maxima_away(lifter)):
             read = replace(read, fills=ROUNDED)
+        read = replace(read, logits=without_choice_of_products(read.logits, key, sizes))
         if holds_pieces(read.logits):
-            read = replace(read, logits=whole(read.logits, key, lambda name: shape_of(facts.nodes[name])))
+            read = replace(read, logits=whole(read.logits, key, sizes))
         cores.append((part.mixed, part.factor, read))
     if not cores:
         return Declined("the weights are not normalised over the keys")

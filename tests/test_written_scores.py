@@ -376,3 +376,53 @@ def test_products_over_other_channels_are_others() -> None:
         return torch.stack(weights) @ v
 
     stays(function, "the weights are not normalised over the keys", 10)
+
+
+# --------------------------------------------------------------------------------------- a bias of a part of the scores
+
+
+def bias_past_the_first(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Positions on a grid, and one that stands for all of them: it has no place, and no bias."""
+    s = scores(q, k)
+    s[:, :, 1:, 1:] += (rows[1:, :3, None] + columns[1:, None, :3]).flatten(1)
+    return s.softmax(-1) @ v
+
+
+def bias_at_both_ends(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    s = scores(q, k)
+    s[..., :4] += rows[:, :4]
+    s[..., 6:] -= columns[:, 6:]
+    return s.softmax(-1) @ v
+
+
+def bias_of_two_rows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    s = scores(q, k)
+    return torch.cat([s[:, :, :2] + columns[:2], 2 * rows[2:] + s[:, :, 2:]], 2).softmax(-1) @ v
+
+
+def other_scores_past_the_first(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    s = scores(q, k)
+    s[:, :, 1:, 1:] = scores(q[:, :, 1:].flip(-1), k[:, :, 1:]) + rows[1:, 1:]
+    return s.softmax(-1) @ v
+
+
+def scores_of_later_rows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    s = scores(q, k)
+    return torch.cat([s[:, :, 2:] + rows[2:], s[:, :, :2]], 2).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    ("function", "products"),
+    [
+        (bias_past_the_first, 1),
+        (bias_at_both_ends, 1),
+        (bias_of_two_rows, 1),
+        (other_scores_past_the_first, 2),
+        (scores_of_later_rows, 2),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_a_bias_of_a_part_leaves_one_product(function: Callable[..., Tensor], products: int) -> None:
+    more = torch.randn(2, 24, 10, generator=torch.Generator().manual_seed(1)).unbind()
+    report = check(Attention(function), (*drawn(10), *more), sites=1, lower=False, gradients=True).report
+    assert report.sites[0].notation.split("softmax")[0].count("sum_") == products, report
