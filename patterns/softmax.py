@@ -52,6 +52,35 @@ class Term:
     core: Expr
 
 
+def steadied(factor: Expr, core: Expr, key: Axis) -> tuple[Expr, Expr]:
+    """A softmax of which the factor holds the sum, shifted by its maxima as `softmax` does it: what is computed outside
+    of a region is computed as it is written, and exp(x) / sum(exp(x)) overflows, its gradient even sooner.
+
+    c / sum_j exp(x[j]), exp(x)  ->  c / sum_j exp(x[j] - m), exp(x - m)      m = max_j x[j]
+    """
+    if not (isinstance(core, Call) and core.op == "exp" and isinstance(factor, Call)):
+        return factor, core
+    if factor.op == "mul":
+        for k, part in enumerate(factor.args):
+            others = [a for n, a in enumerate(factor.args) if n != k]
+            shifted, weight = steadied(part, core, key)
+            if shifted is not part:
+                return s.call("mul", *others, shifted, dtype=factor.dtype), weight
+    if factor.op not in ("div", "reciprocal"):
+        return factor, core
+    total = factor.args[-1]
+    if not (isinstance(total, Reduce) and total.op == "sum" and s.substitute(total.body, {total.axis: key}) == core):
+        return factor, core
+    one = total.body.children[0]
+    most = s.call("detach", Reduce("max", total.axis, one, one.dtype), dtype=one.dtype)
+
+    def shifted_by_most(x: Expr) -> Expr:
+        return s.call("exp", s.call("sub", x, most, dtype=one.dtype), dtype=core.dtype)
+
+    below = Reduce("sum", total.axis, shifted_by_most(one), total.dtype)
+    return s.call(factor.op, *factor.args[:-1], below, dtype=factor.dtype), shifted_by_most(core.args[0])
+
+
 def terms_of(weights: Expr, key: Axis) -> tuple[list[Term], Expr]:
     """Write a weight as a sum of terms around normalised cores, and a rest without key (talking heads' bias)."""
     dtype = weights.dtype
@@ -203,7 +232,7 @@ def is_lost(number: Expr, dtype: str) -> bool:
 def _renormalised(divisors: list[Expr]) -> list[Expr] | None:
     """Divisors of which one sums what another has divided already, without the other; None where there is none.
 
-        softmax masked, and normalised again       a / (z * sum(b / z))  ->  a / sum(b)
+    softmax masked, and normalised again       a / (z * sum(b / z))  ->  a / sum(b)
     """
     for total in divisors:
         if not (isinstance(total, Reduce) and total.op == "sum"):

@@ -40,7 +40,7 @@ from refocus.patterns.factors import holds_scores
 from refocus.patterns.fills import ROUNDED, UNCLEAR, by_rounded_sum
 from refocus.patterns.sdpa import lift_sdpa
 from refocus.patterns.shares import match_with_share
-from refocus.patterns.softmax import Softmax, terms_of
+from refocus.patterns.softmax import Softmax, steadied, terms_of
 from refocus.pieces import holds_pieces, whole, without_choice_of_products
 from refocus.products import reads_of
 from refocus.quotient import EXPONENTIALS, Quotient, Rescaled, lift_rescaled, quotients
@@ -414,7 +414,7 @@ def _weighted(candidate: Candidate, facts: Facts, axes: Axes, lifter: Lifter, fo
     added = NOTHING
     for part in parts:
         if not holds_scores(part.core) and not part.mixed:  # weights that no product decides are applied outside
-            weight = s.call("mul", part.factor, part.core, dtype="float32")
+            weight = s.call("mul", *steadied(part.factor, part.core, key), dtype="float32")
             apart = Dot((key,), weight, values, "float32")
             added = apart if added == NOTHING else s.call("add", added, apart, dtype="float32")
             continue

@@ -426,3 +426,31 @@ def test_a_bias_of_a_part_leaves_one_product(function: Callable[..., Tensor], pr
     more = torch.randn(2, 24, 10, generator=torch.Generator().manual_seed(1)).unbind()
     report = check(Attention(function), (*drawn(10), *more), sites=1, lower=False, gradients=True).report
     assert report.sites[0].notation.split("softmax")[0].count("sum_") == products, report
+
+
+# --------------------------------------------------------------------------------- weights that no product has a say in
+
+
+def blended(s: Tensor, places: Tensor, gate: Tensor) -> Tensor:
+    return (1 - gate) * s.softmax(-1) + gate * places.softmax(-1)
+
+
+def blended_and_normalised(s: Tensor, places: Tensor, gate: Tensor) -> Tensor:
+    weights = blended(s, places, gate)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def beside(s: Tensor, places: Tensor, gate: Tensor) -> Tensor:
+    return s.softmax(-1) + places.softmax(-1)
+
+
+@pytest.mark.parametrize("weights", [blended, blended_and_normalised, beside], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("most", [1.0, 60.0, 1e4], ids=str)
+def test_a_softmax_that_is_applied_outside_does_not_overflow(
+    weights: Callable[[Tensor, Tensor, Tensor], Tensor], most: float
+) -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, places: Tensor, gate: Tensor) -> Tensor:
+        return weights(scores(q, k), places, gate.sigmoid()) @ v
+
+    places = torch.rand(2, 24, 10, generator=torch.Generator().manual_seed(1)) * most
+    fuses(function, 10, more=(places, torch.tensor([0.3, -1.0])[:, None, None]))
