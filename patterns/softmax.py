@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from refocus import simplify as s
-from refocus.ir import TRUE, Axis, Call, Const, Dot, Expr, Load, Reduce
+from refocus.ir import TRUE, Axis, Call, Const, Dot, Expr, Load, Reduce, rewrite
 from refocus.masks import MASK_FILL
 from refocus.patterns.declined import Declined
 from refocus.patterns.factors import Factored, Signed, additive, factored, holds_scores, multiplied, summed
@@ -79,6 +79,35 @@ def steadied(factor: Expr, core: Expr, key: Axis) -> tuple[Expr, Expr]:
 
     below = Reduce("sum", total.axis, shifted_by_most(one), total.dtype)
     return s.call(factor.op, *factor.args[:-1], below, dtype=factor.dtype), shifted_by_most(core.args[0])
+
+
+def with_steady_softmaxes(value: Expr) -> Expr:
+    """The same where a softmax of something else stands in what is added to scores."""
+
+    def build(node: Expr, children: tuple[Expr, ...]) -> Expr:
+        return quotient(s.rebuild(node, children))
+
+    def quotient(node: Expr) -> Expr:
+        if not (isinstance(node, Call) and node.op == "div"):
+            return node
+        core, total = node.args
+        if not isinstance(total, Reduce):
+            return node
+        along = next((a for a in core.axes if s.substitute(total.body, {total.axis: a}) == core), None)
+        if along is None:
+            return node
+        one = Const(1.0, node.dtype)
+        factor, shifted = steadied(s.call("div", one, total, dtype=node.dtype), core, along)
+        below = factor.children[-1]
+        return node if shifted is core else Call("div", (shifted, below), node.dtype)
+
+    def visit(node: Expr) -> Expr | None:
+        if isinstance(node, Dot | Load):
+            return node
+        steady = quotient(node)
+        return None if steady is node else steady
+
+    return rewrite(value, visit, build)
 
 
 def terms_of(weights: Expr, key: Axis) -> tuple[list[Term], Expr]:

@@ -60,13 +60,17 @@ def hoist_sums(logits: Expr, query: Axis, key: Axis) -> tuple[Expr, dict[str, Ho
     def visit(node: Expr) -> Expr | None:
         if isinstance(node, Dot):
             return node
-        if not isinstance(node, Reduce) or node.op != "sum" or any(isinstance(n, Dot) for n in node.walk()):
+        if (
+            not isinstance(node, Reduce)
+            or node.op not in ("sum", "max")
+            or any(isinstance(n, Dot) for n in node.walk())
+        ):
             return None
         if not any(node.axes & {query, key} <= load.axes for load in node.loads):
             return None
         body, axes = node.body, tuple(sorted(node.axes, key=lambda a: (a == key, a == query, a.name)))
         total: Expr = node
-        if isinstance(body, Call) and body.op == "mul" and len(body.args) == 2:
+        if node.op == "sum" and isinstance(body, Call) and body.op == "mul" and len(body.args) == 2:
             left, right = body.args
             total = Dot((node.axis,), left, right, node.dtype)
         name = f"summed {len(found)}"

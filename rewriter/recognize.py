@@ -40,7 +40,7 @@ from refocus.patterns.factors import holds_scores
 from refocus.patterns.fills import ROUNDED, UNCLEAR, by_rounded_sum
 from refocus.patterns.sdpa import lift_sdpa
 from refocus.patterns.shares import match_with_share
-from refocus.patterns.softmax import Softmax, steadied, terms_of
+from refocus.patterns.softmax import Softmax, steadied, terms_of, with_steady_softmaxes
 from refocus.pieces import holds_pieces, whole, without_choice_of_products
 from refocus.products import reads_of
 from refocus.quotient import EXPONENTIALS, Quotient, Rescaled, lift_rescaled, quotients
@@ -425,7 +425,7 @@ def _weighted(candidate: Candidate, facts: Facts, axes: Axes, lifter: Lifter, fo
             return read
         if read.fills == UNCLEAR and by_rounded_sum(part.core, key, _takes_maxima_away(lifter)):
             read = replace(read, fills=ROUNDED)
-        read = replace(read, logits=without_choice_of_products(read.logits, key, sizes))
+        read = replace(read, logits=without_choice_of_products(with_steady_softmaxes(read.logits), key, sizes))
         if holds_pieces(read.logits):
             read = replace(read, logits=whole(read.logits, key, sizes))
         cores.append((part.mixed, part.factor, read))

@@ -454,3 +454,11 @@ def test_a_softmax_that_is_applied_outside_does_not_overflow(
 
     places = torch.rand(2, 24, 10, generator=torch.Generator().manual_seed(1)) * most
     fuses(function, 10, more=(places, torch.tensor([0.3, -1.0])[:, None, None]))
+
+
+@pytest.mark.parametrize("most", [1.0, 1e4], ids=str)
+def test_a_softmax_that_is_added_to_scores_does_not_overflow(most: float) -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, places: Tensor) -> Tensor:
+        return (scores(q, k) + places.softmax(-1)).softmax(-1) @ v
+
+    fuses(function, 10, more=(torch.rand(2, 24, 10, generator=torch.Generator().manual_seed(1)) * most,))
