@@ -394,9 +394,11 @@ def _nodes(value: Expr) -> int:
 
 
 def _is_painted(node: fx.Node) -> bool:
-    """Whether a node is a tensor after the last write to a part of it."""
-    scatters = ("slice_scatter", "select_scatter")
-    return op_name(node) in scatters and not any(op_name(u) in scatters and u.args[0] is node for u in node.users)
+    """Whether a node is a tensor after the last write to a part of it, or after the last of several that are added."""
+    return any(
+        op_name(node) in strokes and not any(op_name(u) in strokes and node in u.args for u in node.users)
+        for strokes in (("slice_scatter", "select_scatter"), ("add", "add_", "sub", "sub_"))
+    )
 
 
 def contract(axes: tuple[Axis, ...], factors: list[Expr], lifter: Lifter, dtype: str) -> Expr | None:
