@@ -6,10 +6,13 @@
 
 All chunks go through each product together; only the states follow one another. Time and memory are linear in the
 length: one state a chunk is kept while a call lasts, and the backward makes them again. See `chunks` for the decays.
+Long sequences go through one head after the other: their tensors are then of a size that stays in the caches, and that
+the C allocator keeps instead of mapping it anew for each.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from refocus.codegen import delta
@@ -17,12 +20,31 @@ from refocus.codegen import lookup as lookups
 from refocus.codegen.chunks import GateFlows, flow_into, flow_of_states, gate_flow, pairs_of, prepare, results, states
 from refocus.codegen.linear_form import Grads, LinearForm
 
+_MOST = 1 << 22  # elements of a tensor that several heads share
+
 
 def forward(
     form: LinearForm, chunk: int, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None = None,
     erase: Tensor | None = None, initial: Tensor | None = None, lookup: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """`linear_form.forward` in chunks of `chunk` (a power of two) steps."""
+    heads, share = k.shape[0], q.shape[0] // max(k.shape[0], 1)
+    together = max(_MOST // max(share * k.shape[1] * max(k.shape[2], v.shape[2], chunk), 1), 1)
+    if heads <= together:
+        return _heads(form, chunk, q, k, v, gate, erase, initial, lookup)
+    found = []
+    for first in range(0, heads, together):
+        given = (None if x is None else x[first : first + together] for x in (gate, erase, initial, lookup))
+        own, queries = slice(first, first + together), slice(first * share, (first + together) * share)
+        found.append(_heads(form, chunk, q[queries], k[own], v[own], *given))
+    outs, sums, finals = zip(*found)
+    return torch.cat(outs), torch.cat(sums) if form.sums else None, torch.cat(finals) if form.final else None
+
+
+def _heads(
+    form: LinearForm, chunk: int, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, erase: Tensor | None,
+    initial: Tensor | None, lookup: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     if form.lookup:
         return lookups.forward(form, chunk, q, k, v, gate, erase, initial, lookup)
     if form.erase:

@@ -212,6 +212,24 @@ def test_half_precision_keeps_its_state_in_float32(dtype: torch.dtype) -> None:
     assert (final - exact[2]).abs().max() <= 1e-5 * exact[2].abs().max()
 
 
+@pytest.mark.parametrize("erase", [False, True], ids=["", "erase"])
+@pytest.mark.parametrize("gate", GATES)
+def test_heads_may_follow_one_another(gate: str, erase: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two query heads to a key head, a last group of fewer heads, and a gate that does not change."""
+    form = LinearForm(gate=gate, erase=erase, sums=not erase, initial=True, final=True)
+    q, *rest = tensors(form, 40, heads=5)
+    q = torch.cat((q, -q), 1).reshape(10, *q.shape[1:])
+    whole = chunked.forward(form, 16, q, *rest)
+    monkeypatch.setattr(chunked, "_MOST", 2 * 2 * 40 * 16)
+    calls = []
+    monkeypatch.setattr(chunked, "_heads", lambda *given, heads=chunked._heads: calls.append(1) or heads(*given))
+    for mine, theirs in zip(chunked.forward(form, 16, q, *rest), whole, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None and theirs is not None:
+            torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-12)
+    assert len(calls) == 3
+
+
 def largest_allocation(run: Callable[[], None]) -> int:
     """Bytes of the largest tensor that is made meanwhile."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
