@@ -17,20 +17,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from refocus.codegen.linear_form import Grads, LinearForm
+from refocus.codegen.linear_form import LinearForm, Operands, state_dtype
 
 # Pairs this close are weighted one by one where every channel has its own decay.
 _NEAR = 4
 
 
-def gate_flow(form: LinearForm, work: Work, flows: GateFlows, gate: Tensor) -> Tensor:
-    """The gradient of the gates: a gate is in the weight of every pair on both sides of it. Summed as such, chunk by
+def gate_flow(form: LinearForm, flows: GateFlows) -> Tensor | None:
+    """What flows into the gates: a gate is in the weight of every pair on both sides of it. Summed as such, chunk by
     chunk, and not as the difference of what flows to queries and to keys, which all but cancels."""
     reads, writes, passing = flows.reads, flows.writes, flows.passing
     if form.gate == "head":
         reads, writes, passing = reads.sum(-1), writes.sum(-1), passing.sum(-1)
     found = flows.inside + reads.flip(2).cumsum(2).flip(2) + (writes.cumsum(2) - writes) + passing.unsqueeze(2)
-    return found.flatten(1, 2)[:, : gate.shape[1]].to(gate.dtype).contiguous()
+    return found.flatten(1, 2)
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class Decays:
 
 @dataclass(frozen=True)
 class Work:
-    """The tensors in the dtype of the state, padded to whole chunks: q (C, share, N, D), k (C, N, D), v (C, N, E) and
-    one more column of ones for the sums, gate (C, N) or (C, N, D)."""
+    """The tensors in the dtype of the state, padded to whole chunks: q (C, share, N, D), k (C, N, D), v (C, N, E), gate
+    (C, N) or (C, N, D)."""
 
     chunk: int
     q: Tensor
@@ -95,29 +95,35 @@ class Work:
         return self.chunked(self.q), self.chunked(self.k).unsqueeze(1), self.chunked(self.v).unsqueeze(1)
 
 
-def prepare(
-    form: LinearForm, chunk: int, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, initial: Tensor | None
-) -> Work:
-    wide = torch.float64 if torch.float64 in (q.dtype, k.dtype, v.dtype) else torch.float32
-    length = k.shape[1]
+@dataclass(frozen=True)
+class Flows:
+    """What flows back into the operands, padded to whole chunks: as they are, with q (C, share, N, D)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gate: Tensor | None
+    initial: Tensor
+    erase: Tensor | None = None
+    lookup: Tensor | None = None
+
+
+def prepare(chunk: int, given: Operands) -> Work:
+    wide, (heads, length, _), gate = state_dtype(given.q, given.k, given.v), given.k.shape, given.gate
     chunk = min(chunk, max(_NEAR, 1 << (length - 1).bit_length()))
-    rest = -length % chunk if form.causal else 0
+    rest = -length % chunk
 
     def padded(x: Tensor) -> Tensor:
         x = x.to(wide)
         return F.pad(x, (0, 0, 0, rest)) if rest else x.contiguous()
 
-    if form.sums:
-        v = torch.cat((v.to(wide), v.new_ones(v.shape[:2], dtype=wide)[..., None]), -1)
-        initial = None if initial is None else F.pad(initial, (0, 1))
     steady = gate is not None and (gate.stride(1) == 0 or length == 1)
     if gate is not None:
         gate = padded(gate[..., None]).squeeze(-1) if gate.dim() == 2 else padded(gate)
-    initial = None if initial is None else initial.to(wide)
-    share = q.shape[0] // k.shape[0]
-    queries = padded(q).unflatten(0, (k.shape[0], share))
-    decays = _decays(gate, chunk, wide, k.device) if form.causal else _no_decays(wide, k.device)
-    return Work(chunk, queries, padded(k), padded(v), gate, initial, decays, steady)
+    initial = None if given.initial is None else given.initial.to(wide)
+    queries = padded(given.q).unflatten(0, (heads, -1))
+    decays = _decays(gate, chunk, wide, given.k.device)
+    return Work(chunk, queries, padded(given.k), padded(given.v), gate, initial, decays, steady)
 
 
 def _no_decays(wide: torch.dtype, device: torch.device) -> Decays:
@@ -150,30 +156,11 @@ def _after(steps: Tensor, dim: int) -> Tensor:
     return F.pad(rest, pad)
 
 
-def flow_into(form: LinearForm, work: Work, grads: Grads) -> tuple[Tensor, Tensor | None]:
-    """What flows back into the padded output (C, share, N, E) and into the last state, with the column of the sums."""
-    out, sums, final = grads
-    wide, (heads, share, length, _) = work.q.dtype, work.q.shape
-    width = work.v.shape[2] - form.sums
-    flow = work.q.new_zeros(heads, share, length, work.v.shape[2])
-    for part, grad in ((slice(0, width), out), (slice(width, None), None if sums is None else sums[..., None])):
-        if grad is not None:
-            flow[:, :, : grad.shape[1], part] = grad.to(wide).unflatten(0, (heads, share))
-    if final is not None:
-        final = F.pad(final.to(wide), (0, 1)) if form.sums else final.to(wide)
-    return flow, final
-
-
-def results(
-    form: LinearForm, work: Work, given: tuple[Tensor, Tensor, Tensor], found: tuple[Tensor | None, ...]
-) -> tuple[Tensor | None, ...]:
-    (q, k, v), (dq, dk, dv, dgate, dinitial) = given, found
-    assert dq is not None and dk is not None and dv is not None
-    if dinitial is not None and form.sums:
-        dinitial = dinitial[..., :-1].contiguous()
-    dq = dq[:, :, : q.shape[1]].flatten(0, 1).to(q.dtype)
-    dk, dv = dk[:, : k.shape[1]].to(k.dtype), dv[:, : k.shape[1], : v.shape[2]].to(v.dtype)
-    return dq.contiguous(), dk.contiguous(), dv.contiguous(), dgate, None, dinitial, None
+def flow_into(work: Work, flow: Tensor) -> Tensor:
+    """What flows back into the output (B, N, E), in chunks: (C, share, T, L, E)."""
+    heads, share, length, _ = work.q.shape
+    padded = F.pad(flow.to(work.q.dtype), (0, 0, 0, length - flow.shape[1]))
+    return work.chunked(padded.unflatten(0, (heads, share)))
 
 
 # ---------------------------------------------------------------------------------------------------- states

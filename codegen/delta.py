@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from refocus.codegen.chunks import (
     ChannelPairs,
+    Flows,
     GateFlows,
     Pairs,
     Work,
@@ -27,9 +28,8 @@ from refocus.codegen.chunks import (
     gate_flow,
     pairs_of,
     prepare,
-    results,
 )
-from refocus.codegen.linear_form import Grads, LinearForm
+from refocus.codegen.linear_form import LinearForm, Operands
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,11 @@ class _Chunks:
         return self.erase * self.between
 
 
-def _chunks(form: LinearForm, work: Work, erase: Tensor) -> _Chunks:
+def _chunks(form: LinearForm, work: Work, given: Operands) -> _Chunks:
+    assert given.erase is not None
     keys, values = work.chunked(work.k), work.chunked(work.v)
-    rest = work.k.shape[1] - erase.shape[1]
-    erase = work.chunked(F.pad(erase.to(work.k.dtype), (0, rest))[..., None])
+    rest = work.k.shape[1] - given.erase.shape[1]
+    erase = work.chunked(F.pad(given.erase.to(work.k.dtype), (0, rest))[..., None])
     among = pairs_of(form, work, True)
     between = among.scores(keys.unsqueeze(1), keys.unsqueeze(1)).squeeze(1)
     wanted = torch.cat((erase * values, erase * work.decays.into * keys), -1)
@@ -78,32 +79,27 @@ def _states(work: Work, chunks: _Chunks) -> tuple[Tensor, Tensor, Tensor]:
     return before, u, state
 
 
-def forward(
-    form: LinearForm, chunk: int, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, erase: Tensor | None,
-    initial: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """`linear_form.forward` of a form that erases."""
-    assert erase is not None
-    work = prepare(form, chunk, q, k, v, gate, initial)
-    before, u, final = _states(work, _chunks(form, work, erase))
+def forward(form: LinearForm, chunk: int, given: Operands) -> tuple[Tensor, Tensor]:
+    """The output (C, share, T, L, E) and the last state."""
+    work = prepare(chunk, given)
+    before, u, final = _states(work, _chunks(form, work, given))
     queries, keys, _ = work.chunks
     out = pairs_of(form, work, form.strict).scores(queries, keys) @ u.unsqueeze(1)
     out += (queries * work.decays.into.unsqueeze(1)) @ before.unsqueeze(1)
-    out = out.flatten(2, 3)[:, :, : q.shape[1]].flatten(0, 1)
-    return out.to(v.dtype).contiguous(), None, final.contiguous() if form.final else None
+    return out, final
 
 
-def backward(
-    form: LinearForm, chunk: int, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, erase: Tensor | None,
-    initial: Tensor | None, grads: Grads,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """`linear_form.backward` of a form that erases."""
-    assert erase is not None
-    work = prepare(form, chunk, q, k, v, gate, initial)
-    chunks = _chunks(form, work, erase)
+def last_state(form: LinearForm, chunk: int, given: Operands) -> Tensor:
+    work = prepare(chunk, given)
+    return _states(work, _chunks(form, work, given))[2]
+
+
+def backward(form: LinearForm, chunk: int, given: Operands, flow: Tensor, flow_final: Tensor | None) -> Flows:
+    """From what flows into the output (B, N, E) and the last state."""
+    work = prepare(chunk, given)
+    chunks = _chunks(form, work, given)
     before, u, _ = _states(work, chunks)
-    flow, flow_final = flow_into(form, work, grads)
-    flows, decays, (queries, keys_, _) = work.chunked(flow), work.decays, work.chunks
+    flows, decays, (queries, keys_, _) = flow_into(work, flow), work.decays, work.chunks
     keys, into = chunks.keys, decays.into.unsqueeze(1)
     pairs = pairs_of(form, work, form.strict)
     du = (pairs.scores(queries, keys_).mT @ flows).sum(1)
@@ -122,15 +118,14 @@ def backward(
     seen = chunks.erase * decays.into * back_k
     dk = (dk + first_key + second_key).squeeze(1) + written + seen
     derase = (dsystem.tril(-1) * chunks.between).sum(-1) + (back_v * chunks.values).sum(-1)
-    derase = (derase + (back_k * decays.into * keys).sum(-1)).flatten(1, 2)[:, : k.shape[1]]
+    derase = (derase + (back_k * decays.into * keys).sum(-1)).flatten(1, 2)
     dgate = None
-    if gate is not None:
+    if work.gate is not None:
         inside = pairs.gates(into_weights, queries, keys_) + chunks.among.gates(dbetween, keys_, keys_)
         reads, passing = (queries * read).sum(1) + keys * seen, (decays.whole * before * after).sum(-1)
-        dgate = gate_flow(form, work, GateFlows(inside, reads, keys * written, passing), gate)
-    dq, dk, dv = (dq + read).flatten(2, 3), dk.flatten(1, 2), (chunks.erase * back_v).flatten(1, 2)
-    found = results(form, work, (q, k, v), (dq, dk, dv, dgate, first if initial is not None else None))
-    return (*found[:4], derase.to(erase.dtype).contiguous(), *found[5:])
+        dgate = gate_flow(form, GateFlows(inside, reads, keys * written, passing))
+    dv = (chunks.erase * back_v).flatten(1, 2)
+    return Flows((dq + read).flatten(2, 3), dk.flatten(1, 2), dv, dgate, first, erase=derase)
 
 
 def _flow_of_states(

@@ -64,6 +64,24 @@ class LinearForm:
         assert self.erase or not self.lookup
 
 
+@dataclass(frozen=True)
+class Operands:
+    """The tensors of a call."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gate: Tensor | None = None
+    erase: Tensor | None = None
+    initial: Tensor | None = None
+    lookup: Tensor | None = None
+
+
+def state_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 where one of the tensors is, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
 def forward(
     form: LinearForm, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None = None, erase: Tensor | None = None,
     initial: Tensor | None = None, lookup: Tensor | None = None,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from refocus.codegen import plan as plans
-from refocus.codegen.linear_form import LinearForm
+from refocus.codegen.linear_form import LinearForm, state_dtype
 from refocus.codegen.plan import Plan
 from refocus.codegen.second_order import refuse_second_order
 from refocus.errors import BadRegion, EngineUnavailable
@@ -79,16 +79,12 @@ def _none(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
-def _wide(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
 @linear.register_fake
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, erase: Tensor | None, initial: Tensor | None,
     lookup: Tensor | None, form: str, plan: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    what, wide = parse_form(form), _wide(q, k, v)
+    what, wide = parse_form(form), state_dtype(q, k, v)
     out = v.new_empty(q.shape[0], q.shape[1], v.shape[2])
     sums = q.new_empty(q.shape[0], q.shape[1], dtype=wide) if what.sums else _none(q)
     final = q.new_empty(k.shape[0], k.shape[2], v.shape[2], dtype=wide) if what.final else _none(q)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from refocus.codegen.chunks import (
     ChannelPairs,
+    Flows,
     GateFlows,
     Pairs,
     Work,
@@ -29,9 +30,8 @@ from refocus.codegen.chunks import (
     gate_flow,
     pairs_of,
     prepare,
-    results,
 )
-from refocus.codegen.linear_form import Grads, LinearForm
+from refocus.codegen.linear_form import LinearForm, Operands
 
 
 def _earlier(x: Tensor) -> Tensor:
@@ -65,10 +65,11 @@ class _Chunks:
         return _earlier(self.lookup).unsqueeze(1)
 
 
-def _chunks(form: LinearForm, work: Work, erase: Tensor, lookup: Tensor) -> _Chunks:
+def _chunks(form: LinearForm, work: Work, given: Operands) -> _Chunks:
+    assert given.erase is not None and given.lookup is not None
     keys, values = work.chunked(work.k), work.chunked(work.v)
-    rest = work.k.shape[1] - erase.shape[1]
-    x, y = (work.chunked(F.pad(part.to(work.k.dtype), (0, 0, 0, rest))) for part in (lookup, erase))
+    rest = work.k.shape[1] - given.erase.shape[1]
+    x, y = (work.chunked(F.pad(part.to(work.k.dtype), (0, 0, 0, rest))) for part in (given.lookup, given.erase))
     into, among = work.decays.into, pairs_of(form, work, False)
     before = into if into.shape[2] == 1 else torch.cat((torch.ones_like(into[:, :, :1]), into[:, :, :-1]), 2)
     ahead = _earlier(x).unsqueeze(1)
@@ -95,35 +96,30 @@ def _states(work: Work, chunks: _Chunks) -> tuple[Tensor, Tensor, Tensor]:
     return before, u, state
 
 
-def forward(
-    form: LinearForm, chunk: int, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, erase: Tensor | None,
-    initial: Tensor | None, lookup: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """`linear_form.forward` of a form that looks up other keys."""
-    assert erase is not None and lookup is not None
-    work = prepare(form, chunk, q, k, v, gate, initial)
-    chunks = _chunks(form, work, erase, lookup)
+def forward(form: LinearForm, chunk: int, given: Operands) -> tuple[Tensor, Tensor]:
+    """The output (C, share, T, L, E) and the last state."""
+    work = prepare(chunk, given)
+    chunks = _chunks(form, work, given)
     before, u, final = _states(work, chunks)
     queries, keys, values = work.chunks
     pairs = pairs_of(form, work, form.strict)
     out = pairs.scores(queries, keys) @ values
     out -= pairs.scores(queries, chunks.erase.unsqueeze(1)) @ u.unsqueeze(1)
     out += (queries * work.decays.into.unsqueeze(1)) @ before.unsqueeze(1)
-    out = out.flatten(2, 3)[:, :, : q.shape[1]].flatten(0, 1)
-    return out.to(v.dtype).contiguous(), None, final.contiguous() if form.final else None
+    return out, final
 
 
-def backward(
-    form: LinearForm, chunk: int, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, erase: Tensor | None,
-    initial: Tensor | None, lookup: Tensor | None, grads: Grads,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """`linear_form.backward` of a form that looks up other keys."""
-    assert erase is not None and lookup is not None
-    work = prepare(form, chunk, q, k, v, gate, initial)
-    chunks = _chunks(form, work, erase, lookup)
+def last_state(form: LinearForm, chunk: int, given: Operands) -> Tensor:
+    work = prepare(chunk, given)
+    return _states(work, _chunks(form, work, given))[2]
+
+
+def backward(form: LinearForm, chunk: int, given: Operands, flow: Tensor, flow_final: Tensor | None) -> Flows:
+    """From what flows into the output (B, N, E) and the last state."""
+    work = prepare(chunk, given)
+    chunks = _chunks(form, work, given)
     before, u, _ = _states(work, chunks)
-    flow, flow_final = flow_into(form, work, grads)
-    flows, decays, (queries, keys, values) = work.chunked(flow), work.decays, work.chunks
+    flows, decays, (queries, keys, values) = flow_into(work, flow), work.decays, work.chunks
     into, erased, ahead = decays.into.unsqueeze(1), chunks.erase.unsqueeze(1), chunks.ahead
     pairs, among = pairs_of(form, work, form.strict), chunks.among
     direct = -(pairs.scores(queries, erased).mT @ flows).sum(1)
@@ -148,17 +144,14 @@ def backward(
     dv = (pairs.scores(queries, keys).mT @ flows).sum(1) + chunks.weights.mT @ flow_u
     dv = dv + (chunks.keys * decays.out_of) @ after
     dgate = None
-    if gate is not None:
+    if work.gate is not None:
         inside = sum(weighed.gates(*given) for weighed, *given in products)
         assert isinstance(inside, Tensor)
         reads = (queries * read).sum(1) + _earlier(chunks.lookup * found)
         writes, passing = chunks.keys * written + chunks.erase * taken, (decays.whole * before * after).sum(-1)
-        dgate = gate_flow(form, work, GateFlows(inside, reads, writes, passing), gate)
-    dq, dk, dv = dq.flatten(2, 3), dk.flatten(1, 2), dv.flatten(1, 2)
-    found_all = results(form, work, (q, k, v), (dq, dk, dv, dgate, first if initial is not None else None))
-    of_steps = (x.flatten(1, 2)[:, : k.shape[1]] for x in (dy, dx))
-    derase, dlookup = (x.to(given.dtype).contiguous() for x, given in zip(of_steps, (erase, lookup)))
-    return (*found_all[:4], derase, found_all[5], dlookup)
+        dgate = gate_flow(form, GateFlows(inside, reads, writes, passing))
+    dk, dv, dy, dx = (x.flatten(1, 2) for x in (dk, dv, dy, dx))
+    return Flows(dq.flatten(2, 3), dk, dv, dgate, first, erase=dy, lookup=dx)
 
 
 def _flow_of_states(

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from refocus.codegen import chunked, linear_form, linear_operator
+from refocus.codegen import additive, chunked, delta, linear_form, linear_operator, spans
+from refocus.codegen import lookup as lookups
 from refocus.codegen.linear_form import GATES, LinearForm
 from refocus.codegen.plan import Plan
 from refocus.errors import BadRegion, EngineUnavailable, NeedsGradient
@@ -212,30 +213,57 @@ def test_half_precision_keeps_its_state_in_float32(dtype: torch.dtype) -> None:
     assert (final - exact[2]).abs().max() <= 1e-5 * exact[2].abs().max()
 
 
-@pytest.mark.parametrize("erase", [False, True], ids=["", "erase"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("gate", GATES)
-def test_heads_may_follow_one_another(gate: str, erase: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With two query heads to a key head, a last group of fewer heads, and a gate that does not change."""
-    form = LinearForm(gate=gate, erase=erase, sums=not erase, initial=True, final=True)
-    q, *rest = tensors(form, 40, heads=5)
-    q = torch.cat((q, -q), 1).reshape(10, *q.shape[1:])
-    whole = chunked.forward(form, 16, q, *rest)
-    monkeypatch.setattr(chunked, "_MOST", 2 * 2 * 40 * 16)
-    calls = []
-    monkeypatch.setattr(chunked, "_heads", lambda *given, heads=chunked._heads: calls.append(1) or heads(*given))
-    for mine, theirs in zip(chunked.forward(form, 16, q, *rest), whole, strict=True):
+@pytest.mark.parametrize("initial", [False, True], ids=["", "initial"])
+def test_spans_follow_one_another(gate: str, kind: str, initial: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two query heads to a key head, the last span shorter and no whole number of chunks: as in one span."""
+    form = form_of(kind, gate=gate, initial=initial, final=initial)
+    given = tensors(form, 77, share=2, heads=5)
+    whole = chunked.forward(form, 16, *given)
+    grads = [torch.randn_like(x) if x is not None and asks else None for x, asks in zip(whole, (True, True, initial))]
+    flows = chunked.backward(form, 16, *given, grads)
+    monkeypatch.setattr(spans, "_MOST", 2 * 16 * 16 * 10)
+    began = []
+    module = {"sums": additive, "erase": delta, "lookup": lookups}[kind]
+    run = module.forward
+    monkeypatch.setattr(module, "forward", lambda *of: began.append(of[2].initial is not None) or run(*of))
+    for mine, theirs in zip(chunked.forward(form, 16, *given), whole, strict=True):
         assert (mine is None) == (theirs is None)
         if mine is not None and theirs is not None:
             torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-12)
-    assert len(calls) == 3
+    assert began == [initial, True, True]
+    for mine, theirs in zip(chunked.backward(form, 16, *given, grads), flows, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None and theirs is not None:
+            torch.testing.assert_close(mine, theirs, atol=1e-11, rtol=1e-11)
 
 
-def largest_allocation(run: Callable[[], None]) -> int:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_long_sequence_needs_the_memory_of_one_span(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor but results is as long as the sequence, in the forward and in the backward."""
+    monkeypatch.setattr(spans, "_MOST", 1 << 14)
+    form, length = form_of(kind, gate="head"), 4096
+    given = tensors(form, length, heads=2, widths=(32, 32), dtype=torch.float32)
+    whole = length * 2 * 32 * 4
+    forward = allocations(lambda: chunked.forward(form, 64, *given))
+    backward = allocations(lambda: chunked.backward(form, 64, *given, (torch.ones_like(given[2]), None, None)))
+    results = {"sums": 3, "erase": 3, "lookup": 5}[kind]  # q, k, v, erase, lookup; gates are narrower
+    for made, count in ((forward, 1), (backward, results + 1)):  # and what flows back, made above
+        assert [size for size in made if size > whole // 4] == [whole] * count
+
+
+def largest_allocation(run: Callable[[], object]) -> int:
     """Bytes of the largest tensor that is made meanwhile."""
+    return max(allocations(run))
+
+
+def allocations(run: Callable[[], object]) -> list[int]:
+    """Bytes of the tensors that are made meanwhile; negative where one is freed."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         run()
     assert trace.profiler is not None and trace.profiler.kineto_results is not None
-    return max(e.nbytes() for e in trace.profiler.kineto_results.events() if e.name() == "[memory]")
+    return [e.nbytes() for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
 
 
 @pytest.mark.parametrize("gate", GATES)
