@@ -43,9 +43,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Measured:
-    """Timings and peak bytes by peer; the largest difference from the first peer's result, relative to the largest."""
+    """Timings and peak bytes by peer; the largest difference from the first peer's result, relative to the largest.
+
+    `alone`: Refocus before the peers take turns, none of which then has just emptied the caches or moved gigabytes."""
 
     timings: dict[str, Timing]
+    alone: Timing
     memory: dict[str, int | None]
     difference: float
 
@@ -87,11 +90,16 @@ def measure(task: Task, subject: Subject) -> Measured:
     scale = max(float(t.abs().max()) for t in reference)
     difference = largest_difference(results[REFOCUS], reference) / scale
     del results, reference
-    timings = time_peers(
-        calls, device=torch.device("cpu"), repeats=task.repeats, warmup=1, at_least=1.0, budget=task.budget
-    )
+
+    def timed(some: dict[str, Callable[[], Any]]) -> dict[str, Timing]:
+        return time_peers(
+            some, device=torch.device("cpu"), repeats=task.repeats, warmup=1, at_least=1.0, budget=task.budget
+        )
+
+    alone = timed({REFOCUS: calls[REFOCUS]})[REFOCUS]
+    timings = timed(calls)
     memory = {name: peak_memory(call, device=torch.device("cpu")) for name, call in calls.items()}
-    return Measured(timings, memory, difference)
+    return Measured(timings, alone, memory, difference)
 
 
 def _tensors(result: Any) -> list[Tensor]:
@@ -109,6 +117,7 @@ def row(entry: dict[str, Any]) -> str:
     cells += ["-" if t is None else f"{t * 1e3:.1f}" for t in times]
     cells += ["-" if t is None else f"{t / times[2]:.2f}" for t in times[:2]]
     cells += ["-" if m is None else f"{m / 2**20:.1f}" for m in peaks]
+    cells.append(f"{entry['alone']['fastest'] * 1e3:.1f}")
     return "| " + " | ".join(map(str, (*cells, f"{entry['difference']:.1e}"))) + " |"
 
 
@@ -119,20 +128,21 @@ def markdown(title: str, note: str, entries: list[dict[str, Any]], where: dict[s
         "",
         f"{where['processor']}, {where['threads']} threads, torch {where['torch']}, float32. {note} "
         "Medians of calls taken in turns in one process; memory is the peak of one call beyond what is alive before it "
-        "(the model, its inputs); the difference is relative to the largest value.",
+        "(the model, its inputs); `alone` is the fastest call of Refocus where no peer takes turns with it; the "
+        "difference is relative to the largest value.",
         "",
         "| what | tokens | eager ms | compile ms | refocus ms | over eager | over compile | eager MiB | compile MiB "
-        "| refocus MiB | difference |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| refocus MiB | alone ms | difference |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     lines += [row(entry) for entry in entries]
     fits = []
     for kind in dict.fromkeys(entry["kind"] for entry in entries):
-        points = [(e["tokens"], e["seconds"][REFOCUS]) for e in entries if e["kind"] == kind and "seconds" in e]
+        points = [(e["tokens"], e["alone"]["fastest"]) for e in entries if e["kind"] == kind and "alone" in e]
         if len(points) > 2:
             fits.append(f"{kind} {straightness(*map(list, zip(*points))):.4f}")
     if fits:
-        lines += ["", f"How well a line through the lengths fits the times of Refocus (R^2): {', '.join(fits)}."]
+        lines += ["", f"How well a line through the lengths fits the times of Refocus alone (R^2): {', '.join(fits)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -179,6 +189,7 @@ def drive(
             measured: Measured = outcome.value
             entry["seconds"] = {name: timing.median for name, timing in measured.timings.items()}
             entry["timings"] = {name: asdict(timing) for name, timing in measured.timings.items()}
+            entry["alone"] = asdict(measured.alone)
             entry["memory"], entry["difference"] = measured.memory, measured.difference
         entries.append(entry)
         print(row(entry), flush=True)

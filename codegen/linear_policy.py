@@ -6,7 +6,8 @@ matter. A quadratic spelling, compiled, costs each pair of positions 1.0 and 2.2
 costs 2.5 for each element of each state, and twice that beyond the caches; a loop over the steps costs that, and 20000
 for each step. What a model does in chunks itself costs the pairs and the states of these. The chunked engine costs each
 position 150 and 520, or 700 and 2700 with a decay for each channel. All that is shared among the threads. Each call
-costs a quarter of a millisecond, or 0.7 with decays, on top: many small operations, which other threads only wait for.
+costs a quarter of a millisecond, or 0.7 with decays, on top, and each chunk a fortieth: many small operations, which
+other threads only wait for.
 
 On other devices the generated kernels run what they take: what is left to them is longer than a few chunks.
 """
@@ -30,6 +31,7 @@ _GAIN = 0.9  # less than a tenth is noise
 _LEAST_GAIN = 0.1e6  # ns
 _LAUNCH = {"none": 0.25e6, "head": 0.7e6, "channel": 0.7e6}  # ns: the operations of one call, whatever the sizes
 _STEP = 20e3  # ns: the operations of one step of a loop
+_CHUNK = 25e3  # ns: those of one chunk, whose states follow one another
 _CACHED = 1 << 21  # pairs, or elements of states
 _FEW_CHUNKS = 2  # no state is worth carrying between so few: the pairs are as cheap, in fewer kernels
 
@@ -194,4 +196,5 @@ def _chunked(work: LinearWork, threads: int) -> float:
     inside = linear_plan(work, "tiled").block_k * (0.4 + widths / 48)
     between = work.width * work.value_width / 25
     each = inside + between + widths * (18.0 if work.gate == "channel" else 1.5)
-    return work.heads * work.queries * each + _LAUNCH[work.gate] * threads
+    chunks = -(-work.queries // linear_plan(work, "tiled").block_k)
+    return work.heads * work.queries * each + (_LAUNCH[work.gate] + chunks * _CHUNK) * threads
