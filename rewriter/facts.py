@@ -6,7 +6,7 @@ All of it is one forward pass over the nodes, shared by every site of the graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -322,14 +322,15 @@ def candidates(facts: Facts) -> list[list[Candidate]]:
     return groups
 
 
-def given_scores(facts: Facts) -> list[fx.Node]:
+def given_scores(facts: Facts, operands: Iterable[fx.Node]) -> list[fx.Node]:
     """Softmaxes over scores that come into the graph ready-made: as large as one of its inputs, which pointwise
-    operations and views alone lead to."""
+    operations and views alone lead to. Not those that lead to `operands` of attention: they are of features."""
     found = []
+    features = set().union(*(_led_from(node, facts) for node in operands))
     for node in facts.order:
         if node.op != "call_function" or not is_tensor(node) or "softmax" not in op_name(node) or node in facts.pure:
             continue
-        if node.meta["val"].dim() < 3 or is_of_one(node) or taint_of(node, facts):
+        if node in features or node.meta["val"].dim() < 3 or is_of_one(node) or taint_of(node, facts):
             continue
         for source in _led_from(node, facts):
             if source.op != "placeholder" or not is_tensor(source) or is_kept(source):

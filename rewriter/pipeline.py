@@ -26,7 +26,7 @@ from refocus.assumptions import Assumption, model_buffers
 from refocus.attention import Left, Site
 from refocus.bodies import closed_attentions, fused_attentions, with_bodies
 from refocus.capture import CaptureFailed, capture
-from refocus.close_linear import LinearSite
+from refocus.close_linear import LinearSite, sources_of
 from refocus.codegen.choose import plan_part
 from refocus.codegen.plan import Chosen, Leave, Plan
 from refocus.codegen.readings import prefers_tokens
@@ -96,12 +96,14 @@ def _rewrite_outer(gm: fx.GraphModule, options: Options, inputs: Sequence[Any]) 
         facts = gather_facts(traced, buffers)
         found = recognize_linear(facts, recognize(facts))
     debug.dump("recognize", found)
+    operands = {node for site in found if isinstance(site, LinearSite) for node in sources_of(site, facts)}
+    ready_made = given_scores(facts, operands)
     rows, calls = _replace_all(found, traced, facts, options)
     fused = any(row.fused for row in rows)
     notes = [
         f"{location_of(node)}: a softmax over what came into its graph; attention is fused only where the product of "
         "queries and keys is in the same graph (a graph break stands between them, if they are not the model's input)"
-        for node in given_scores(facts)
+        for node in ready_made
     ]
     notes += [
         f"{location_of(node)}: `{op_name(node)}` holds an attention in a graph of its own, which is not looked into "

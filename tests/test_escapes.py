@@ -241,5 +241,19 @@ def test_a_graph_break_before_the_softmax_is_named() -> None:
         return nn.functional.avg_pool2d(x, 3, stride=1, padding=1).softmax(-1) * x
 
     assert not refocus.explain(features, tensors()[0]).notes
+
+
+def test_a_softmax_over_features_is_no_note() -> None:
+    """Queries and keys that come into the graph as they are, and a softmax of their features: linear attention."""
+
+    def weighed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q.softmax(-1) @ k.softmax(-1).mT).tril() @ v
+
+    def summed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return q.softmax(-1) @ (k.softmax(-2).mT @ v)
+
+    for function in (weighed, summed):
+        report = refocus.explain(function, *(torch.randn(1, 2, 64, 8) for _ in range(3)))
+        assert [site.family for site in report.sites] == ["linear"] and not report.notes
     [site] = refocus.explain(Weights(), *tensors()).sites
     assert site.reason.endswith("and the graph returns them")
