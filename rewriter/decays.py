@@ -17,52 +17,55 @@ from refocus.lift import Index, Lifter, arguments, dtype_of, op_name
 def log_of(decay: Expr, facts: Facts) -> Expr | None:
     """The logarithm of a decay, where it is known to be one: of an exponential, a sigmoid, or what is positive because
     it is made of these, here or where the value that is read was made."""
-    found = _log(decay)
-    if found is not None:
-        return found
-    if isinstance(decay, Load) and decay.tensor in facts.nodes:
-        node, index = facts.nodes[decay.tensor], decay.index
-        while node not in facts.opaque and op_name(node) in _VIEWS:
-            below = _Seen(facts).at(node, index)
-            if not isinstance(below, Load) or below.tensor not in facts.nodes or below.tensor == node.name:
-                return None
-            node, index = facts.nodes[below.tensor], below.index
-        if node in facts.opaque:
-            return None
-        if op_name(node) in ("exp", "sigmoid"):
-            return _log(s.call(op_name(node), Lifter(facts).at(arguments(node)[0], index), dtype=dtype_of(node)))
-        return _log(Follower(facts).at(node, index))
-    return None
-
-
-def _log(e: Expr) -> Expr | None:
-    """The logarithm of an expression that is positive by what it is made of."""
-    if isinstance(e, Const):
-        return Const(math.log(e.value), e.dtype) if e.is_float and e.value > 0 else None
-    if not isinstance(e, Call) or not e.is_float:
+    if isinstance(decay, Load):
+        made = _made(decay, facts)
+        return None if made is None else log_of(made, facts)
+    if isinstance(decay, Const):
+        return Const(math.log(decay.value), decay.dtype) if decay.is_float and decay.value > 0 else None
+    if not isinstance(decay, Call) or not decay.is_float:
         return None
-    args = e.args
-    if e.op == "exp":
+    op, args, dtype = decay.op, decay.args, decay.dtype
+    if op == "exp":
         return args[0]
-    if e.op == "sigmoid":
-        return _log_sigmoid(args[0], e.dtype)
-    if e.op == "sub" and isinstance(args[0], Const) and args[0].value == 1 and isinstance(args[1], Call):
-        inner = args[1]
-        return _log_sigmoid(s.call("neg", inner.args[0], dtype=e.dtype), e.dtype) if inner.op == "sigmoid" else None
-    if e.op == "reciprocal":
-        inverse = _log(args[0])
-        return None if inverse is None else s.call("neg", inverse, dtype=e.dtype)
-    if e.op == "pow" and isinstance(args[1], Const):
-        base = _log(args[0])
-        return None if base is None else s.call("mul", s.cast(args[1], e.dtype), base, dtype=e.dtype)
-    if e.op in ("mul", "div", "add"):
-        logs = [_log(a) for a in args]
+    if op == "sigmoid":
+        return _log_sigmoid(args[0], dtype)
+    if op == "sub" and isinstance(args[0], Const) and args[0].value == 1:
+        rest = _made(args[1], facts) if isinstance(args[1], Load) else args[1]
+        if not isinstance(rest, Call) or rest.op != "sigmoid":
+            return None
+        return _log_sigmoid(s.call("neg", rest.args[0], dtype=dtype), dtype)
+    if op == "reciprocal":
+        inverse = log_of(args[0], facts)
+        return None if inverse is None else s.call("neg", inverse, dtype=dtype)
+    if op == "pow" and isinstance(args[1], Const):
+        base = log_of(args[0], facts)
+        return None if base is None else s.call("mul", s.cast(args[1], dtype), base, dtype=dtype)
+    if op in ("mul", "div", "add"):
+        logs = [log_of(a, facts) for a in args]
         if any(x is None for x in logs):
             return None
-        if e.op == "add":
-            return s.call("log", e, dtype=e.dtype)
-        return s.call("add" if e.op == "mul" else "sub", *logs, dtype=e.dtype)  # type: ignore[arg-type]
+        if op == "add":
+            return s.call("log", decay, dtype=dtype)
+        return s.call("add" if op == "mul" else "sub", *logs, dtype=dtype)  # type: ignore[arg-type]
     return None
+
+
+def _made(read: Load, facts: Facts) -> Expr | None:
+    """What a value that is read was made of, past what only moves it; None where that is not looked into."""
+    if read.tensor not in facts.nodes:
+        return None
+    node, index = facts.nodes[read.tensor], read.index
+    while node not in facts.opaque and op_name(node) in _VIEWS:
+        below = _Seen(facts).at(node, index)
+        if not isinstance(below, Load) or below.tensor not in facts.nodes or below.tensor == node.name:
+            return None
+        node, index = facts.nodes[below.tensor], below.index
+    if node in facts.opaque:
+        return None
+    if op_name(node) in ("exp", "sigmoid"):
+        return s.call(op_name(node), Lifter(facts).at(arguments(node)[0], index), dtype=dtype_of(node))
+    made = Follower(facts).at(node, index)
+    return None if isinstance(made, Load) else made
 
 
 def _log_sigmoid(x: Expr, dtype: str) -> Expr:

@@ -65,6 +65,9 @@ def _step_by_step(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
     if any(reaches_beyond(update, step, facts) for update in steps.updates):
         raise Stop(Declined("the first step of a loop is not the same function of what it reads"))
     _read_apart(out)
+    for n, update in enumerate(steps.updates):
+        if any(x.tensor.startswith(_STATE) and x.tensor != BEFORE.format(n) for x in update.loads):
+            raise Stop(Declined("a state of a loop is changed by another one, as with a momentum"))
     read = [
         read_update(update, BEFORE.format(n), own[n], step, lambda x: log_of(x, facts))
         for n, update in enumerate(steps.updates)
