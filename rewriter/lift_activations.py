@@ -28,9 +28,10 @@ def _activation(formula: Formula, **parameters: Any) -> Handler:
 
 
 def _clamped(x: Expr, dtype: str, low: float, high: float) -> Expr:
-    return s.call(
-        "min", s.call("max", x, Const(float(low), dtype), dtype=dtype), Const(float(high), dtype), dtype=dtype
-    )
+    """A choice, not extremes: unlike that of `clamp`, the derivative of these activations is zero at both bounds."""
+    least, most = Const(float(low), dtype), Const(float(high), dtype)
+    below, above = s.call("le", x, least, dtype=BOOL), s.call("le", most, x, dtype=BOOL)
+    return s.where(below, least, s.where(above, most, x))
 
 
 def _times(dtype: str, *factors: Expr | float) -> Expr:
@@ -73,6 +74,17 @@ def _gelu(x: Expr, dtype: str, approximate: str) -> Expr:
     return _times(dtype, 0.5, x, _plus(dtype, share, 1.0))
 
 
+def _softplus(x: Expr, dtype: str, beta: float, threshold: float) -> Expr:
+    """log(1 + exp(beta * x)) / beta, and x itself past the threshold; from 20 on, the default, the two are the same."""
+    scaled = x if beta == 1 else _times(dtype, x, beta)
+    curve = s.call("softplus", scaled, dtype=dtype)
+    if beta != 1:
+        curve = s.call("div", curve, Const(float(beta), dtype), dtype=dtype)
+    if threshold >= 20:
+        return curve
+    return s.where(s.call("lt", Const(float(threshold), dtype), scaled, dtype=BOOL), x, curve)
+
+
 def _softsign(x: Expr, dtype: str) -> Expr:
     return s.call("div", x, _plus(dtype, s.call("abs", x, dtype=dtype), 1.0), dtype=dtype)
 
@@ -100,6 +112,7 @@ ACTIVATIONS: dict[str, Handler] = {
     "elu": _activation(_elu, alpha=1.0, scale=1.0, input_scale=1.0),
     "selu": _activation(_selu),
     "gelu": _activation(_gelu, approximate="none"),
+    "softplus": _activation(_softplus, beta=1.0, threshold=20.0),
     "softsign": _activation(_softsign),
     "log_sigmoid": _activation(_log_sigmoid),
     "hardsigmoid": _activation(_hardsigmoid),

@@ -13,6 +13,7 @@ from refocus.dropout import keep
 from refocus.ir import BOOL, INT, Call, Const, Expr, Reduce
 from refocus.lift import Handler, Index, Lifter, arguments, dtype_of, is_tensor, kind_of
 from refocus.lift_reductions import is_nonnegative
+from refocus.masks import MASK_FILL
 from refocus.sizes import shape_of
 
 
@@ -195,37 +196,74 @@ def _nan_to_num(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     return s.where(s.call("isnan", x, dtype=BOOL), Const(float(nan or 0.0), kind), out)
 
 
+def _round(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    """To integers, or to so many decimals."""
+    kind = _kind(node)
+    value = lift.broadcast(arguments(node)[0], index, kind)
+    decimals = _argument(node, 1, "decimals", 0)
+    if decimals == 0:
+        return s.call("round", value, dtype=kind)
+    if kind in (INT, BOOL):
+        return None
+    unit = Const(10.0 ** abs(decimals), kind)
+    there, back = ("mul", "div") if decimals > 0 else ("div", "mul")
+    whole = s.call("round", s.call(there, value, unit, dtype=kind), dtype=kind)
+    return s.call(back, whole, unit, dtype=kind)
+
+
 def _clamp(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     kind = _kind(node)
     value = lift.broadcast(arguments(node)[0], index, kind)
     for op, bound in (("max", _argument(node, 1, "min")), ("min", _argument(node, 2, "max"))):
         if bound is not None:
-            value = s.call(op, value, lift.broadcast(bound, index, kind), dtype=kind)
+            value = _bounded(op, value, lift.broadcast(bound, index, kind), kind)
     return value
+
+
+def _bounded(op: str, value: Expr, bound: Expr, kind: str) -> Expr:
+    """A value that meets its bound is the one that a gradient flows to. Of two tensors that are no more than extremes
+    of each other both would get a share, so that there it is a choice."""
+    if not (value.loads and bound.loads) or kind in (INT, BOOL):
+        return s.call(op, value, bound, dtype=kind)
+    beyond = (value, bound) if op == "max" else (bound, value)
+    return s.where(s.call("lt", *beyond, dtype=BOOL), bound, value)
 
 
 def _clamp_one(op: str, name: str) -> Handler:
     def handler(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
         kind = _kind(node)
-        return s.call(
-            op,
-            lift.broadcast(arguments(node)[0], index),
-            lift.broadcast(_argument(node, 1, name), index, kind),
-            dtype=kind,
-        )
+        value = lift.broadcast(arguments(node)[0], index)
+        return _bounded(op, value, lift.broadcast(_argument(node, 1, name), index, kind), kind)
 
     return handler
 
 
-def _max_or_min(op: str) -> Handler:
-    """max(x, y); the reductions of the same name are in `lift_reductions`."""
+def _extreme(op: str) -> Handler:
+    """The larger, or smaller, of two tensors; the reductions of the same name are in `lift_reductions`."""
 
     def handler(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
-        if len(arguments(node)) == 2 and is_tensor(arguments(node)[1]):
-            return _plain(op)(lift, node, index)
-        return None
+        if len(arguments(node)) != 2 or not is_tensor(arguments(node)[1]):
+            return None
+        value = _plain(op)(lift, node, index)
+        return value if value is None or not value.is_float else _shared(value)
 
     return handler
+
+
+def _shared(value: Expr) -> Expr:
+    """Where two tensors are equal a gradient flows to each by half, also where one of them holds one number only: half
+    of it is lost there, which the extreme of a value and a bound would pass on. At fills and for maxima of rows, by
+    which exponents are shifted, it makes no difference."""
+    if not (isinstance(value, Call) and value.op in ("min", "max")):
+        return value
+    bounds = [a for a in value.args if isinstance(a, Const)]
+    others = [a for a in value.args if a.loads and not any(isinstance(n, Reduce) for n in a.walk())]
+    if len(bounds) != 1 or len(others) != 1 or not MASK_FILL < bounds[0].value < -MASK_FILL:
+        return value
+    (bound,), (other,) = bounds, others
+    half = Const(0.5, value.dtype)
+    middle = s.call("add", *(s.call("mul", a, half, dtype=value.dtype) for a in (other, bound)), dtype=value.dtype)
+    return s.where(s.call("eq", other, bound, dtype=BOOL), middle, value)
 
 
 def _dropout(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
@@ -328,7 +366,7 @@ def _diff(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
 POINTWISE: dict[str, Handler] = {
     **{name: _plain(name) for name in (
         "neg", "exp", "exp2", "log", "log2", "log1p", "expm1", "sqrt", "rsqrt", "reciprocal", "tanh", "sigmoid",
-        "relu", "erf", "sin", "cos", "floor", "ceil", "round", "trunc", "sign", "softplus", "isnan", "isinf", "square",
+        "relu", "erf", "sin", "cos", "floor", "ceil", "trunc", "sign", "isnan", "isinf", "square",
         "mul", "logaddexp", "atan")},
     **dict.fromkeys(("abs", "absolute"), _absolute),
     **dict.fromkeys(("add",), _add_sub("add")), **dict.fromkeys(("sub", "subtract"), _add_sub("sub")),
@@ -345,7 +383,8 @@ POINTWISE: dict[str, Handler] = {
     **dict.fromkeys(("bitwise_not", "logical_not"), _logic("not")),
     "where": _where, "masked_fill": _masked_fill, "nan_to_num": _nan_to_num, "clamp": _clamp, "clip": _clamp,
     "clamp_min": _clamp_one("max", "min"), "clamp_max": _clamp_one("min", "max"),
-    "minimum": _plain("min"), "maximum": _plain("max"), "max": _max_or_min("max"), "min": _max_or_min("min"),
+    "round": _round, **dict.fromkeys(("minimum", "min"), _extreme("min")),
+    **dict.fromkeys(("maximum", "max"), _extreme("max")),
     "pow": _square, "dropout": _dropout, "tril": _triangle(True), "triu": _triangle(False),
     "silu": _silu, "batch_norm": _batch_norm, "cumsum": _cumsum, "diff": _diff,
 }  # fmt: skip

@@ -1,0 +1,57 @@
+"""What an operation computes depends on all of its arguments, those with defaults, too; and so does its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from refocus.testing import check
+
+LENGTH = 30
+
+
+class Attention(nn.Module):
+    """Scores above the diagonal are zero, and what is added to them, too: there an activation meets its kink."""
+
+    def __init__(self, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.change = change
+        self.bias = nn.Parameter(torch.zeros(2, 1, LENGTH))
+        self.bound = nn.Parameter(torch.zeros(2, 1, LENGTH))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (q @ k.mT * 0.3).tril() + self.bias
+        return self.change(scores, self.bound).softmax(-1) @ v
+
+
+def tensors() -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = torch.randn(3, 2, 2, LENGTH, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    return q * 1.3, k * 1.3, v
+
+
+CHANGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "softplus, steeper": lambda s, b: F.softplus(s, beta=3.0),
+    "softplus, linear early": lambda s, b: F.softplus(s, threshold=0.5),
+    "softplus, both": lambda s, b: F.softplus(s, beta=0.5, threshold=1.0),
+    "round to decimals": lambda s, b: s + torch.round(s, decimals=1),
+    "round to tens": lambda s, b: s + torch.round(20 * s, decimals=-1),
+    "relu6": lambda s, b: F.relu6(s),
+    "hardtanh": lambda s, b: F.hardtanh(s, 0.0, 1.0),
+    "hardsigmoid": lambda s, b: 3 * F.hardsigmoid(2 * s - 3),
+    "hardswish": lambda s, b: F.hardswish(s - 3),
+    "clamp at a number": lambda s, b: s.clamp(min=0),
+    "clamp at a tensor": lambda s, b: s.clamp(min=b),
+    "clamp below a tensor": lambda s, b: torch.clamp_max(s, b),
+    "maximum with zeros": lambda s, b: torch.maximum(s, torch.zeros_like(s)),
+    "minimum with a number": lambda s, b: torch.minimum(s, torch.zeros((), dtype=s.dtype)),
+    "maximum with a tensor": lambda s, b: torch.maximum(s, b),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_results_and_gradients_at_kinks(change: Callable[[Tensor, Tensor], Tensor]) -> None:
+    check(Attention(change), tensors(), sites=1, lower=False, gradients=True)
