@@ -97,6 +97,7 @@ class Known(Protocol):
     opaque: set[fx.Node]  # written in place somewhere: never looked through
     lifted: dict[tuple[fx.Node, Index], Expr]  # pure values, shared by all sites
     cuts: set[fx.Node]  # no gradient flows through these
+    needs_grad: set[fx.Node]  # a gradient flows back to these
     same: dict[fx.Node, fx.Node]  # to the first node of equal value
 
     def closed_form(self, node: fx.Node) -> Expr | None: ...

@@ -319,9 +319,18 @@ def _take_along_dim(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     return lift.at(source, position)
 
 
-def _embedding(lift: Lifter, node: fx.Node, index: Index) -> Expr:
-    table, which = arguments(node)[:2]
-    return lift.at(table, (lift.at(which, index[:-1]), index[-1]))
+def _embedding(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    """No gradient flows to the row of a padding index. One that is scaled by how often a row is read has no reading."""
+    table, which, padding, scaled = arguments_of(
+        node, "weight", "indices", "padding_idx", "scale_grad_by_freq", padding_idx=-1
+    )
+    if scaled:
+        return None
+    row = lift.at(which, index[:-1])
+    value = lift.at(table, (row, index[-1]))
+    if padding == -1 or table not in lift.known.needs_grad:
+        return value
+    return s.where(s.eq(row, padding), s.call("detach", value, dtype=value.dtype), value)
 
 
 # ---------------------------------------------------------------------------------------------------- moving whole rows

@@ -55,3 +55,29 @@ CHANGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_results_and_gradients_at_kinks(change: Callable[[Tensor, Tensor], Tensor]) -> None:
     check(Attention(change), tensors(), sites=1, lower=False, gradients=True)
+
+
+class Buckets(nn.Module):
+    """A learned bias for each distance, from an embedding with a row that does not learn."""
+
+    def __init__(self, **options: bool) -> None:
+        super().__init__()
+        self.options = options
+        self.table = nn.Parameter(torch.randn(12, 2, generator=torch.Generator().manual_seed(1)))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bucket: Tensor | None = None) -> Tensor:
+        if bucket is None:
+            distance = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
+            bucket = distance.clamp(-1, 10) + 1
+        bias = F.embedding(bucket, self.table, padding_idx=0, **self.options)
+        return (q @ k.mT * 0.3 + bias.movedim(-1, -3)).softmax(-1) @ v
+
+
+def test_no_gradient_for_a_padding_row() -> None:
+    check(Buckets(), tensors(), sites=1, lower=False, gradients=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"scale_grad_by_freq": True}], ids=["plain", "scaled"])
+def test_gradients_of_rows_that_are_given(options: dict[str, bool]) -> None:
+    bucket = torch.randint(0, 12, (2, LENGTH, LENGTH), generator=torch.Generator().manual_seed(2))
+    check(Buckets(**options), (*tensors(), bucket), sites=1, lower=False, gradients=True)
