@@ -22,10 +22,18 @@ DISTANCE = "distance"
 
 @dataclass(frozen=True)
 class Hoisted:
-    """An operand that is computed outside the region: `value` over `axes` (its dimensions), from loads of nodes."""
+    """An operand that is computed outside the region: `value` over `axes` (its dimensions), from loads of nodes.
+    `integers`: the dtype that positions and counts are put in, which a product with floats needs."""
 
     value: Expr
     axes: tuple[Axis, ...]
+    integers: str | None = None
+
+    @property
+    def dtype(self) -> str:
+        """That of the first tensor of floats among what it is made of, or its own."""
+        own = self.integers if self.integers and self.value.is_int else self.value.dtype
+        return next((x.dtype for x in self.value.loads if x.is_float), own)
 
 
 def hoist_distances(logits: Expr, query: Axis, key: Axis) -> tuple[Expr, dict[str, Hoisted]]:

@@ -91,7 +91,7 @@ def finish(
     score, mask = separate_mask(logits)
     rule = rows.rule(soft, logits, mask)
     gate = soft.gate if rule == "logits" else known_inside(soft.gate, mask)
-    builder = _Operands(facts, names, {**sums, **hoisted})
+    builder = _Operands(facts, names, {**sums, **hoisted}, out_dtype)
     logits_, values_ = builder.canonical(logits), builder.values(draft.values, draft.in_place)
     score_, mask_, gate_ = (builder.canonical(e) for e in (score, mask, gate))
     extra_ = tuple(builder.canonical(e) for e in soft.extra)
@@ -194,10 +194,11 @@ def in_pieces(value: Expr) -> bool:
 
 
 class _Operands:
-    """Collects the tensors a region reads, renames them, and hoists products on one side of a dot."""
+    """Collects the tensors a region reads, renames them, and hoists products on one side of a dot. Sides that are made
+    of integers (positions, of which the expected one is asked for) are given the dtype `wide`."""
 
-    def __init__(self, facts: Facts, names: dict[Axis, Axis], hoisted: dict[str, Hoisted]) -> None:
-        self.facts, self.names, self.hoisted = facts, names, hoisted
+    def __init__(self, facts: Facts, names: dict[Axis, Axis], hoisted: dict[str, Hoisted], wide: str) -> None:
+        self.facts, self.names, self.hoisted, self.wide = facts, names, hoisted, wide
         self.operands: dict[object, Operand] = {}
         self.bindings: dict[object, Binding] = {}
         self.memo: dict[Expr, Expr] = {}
@@ -276,10 +277,10 @@ class _Operands:
     def _side(self, value: Expr, role: str, more: tuple[Axis, ...] = ()) -> Expr:
         """One side of a dot product: a load stays one, anything else is computed outside and loaded. So is a tensor
         with tokens in rows and columns, of which a view has them in one dimension, and what is given `more` axes."""
-        if isinstance(value, Load) and not more and not self._in_rows(value):
+        if isinstance(value, Load) and value.is_float and not more and not self._in_rows(value):
             return self._load(value, role)
         axes = tuple(sorted({*value.axes, *more}, key=lambda a: list(self.names).index(a)))
-        dtype = next((x.dtype for x in value.loads if x.is_float), value.dtype)
+        outside = Hoisted(value, axes, self.wide if value.is_int else None)
         tag = ("hoisted", value, more)
-        name = self._name(tag, role, dtype, tuple(a.size for a in axes), Hoisted(value, axes))
-        return Load(name, tuple(self.names[a] for a in axes), dtype)
+        name = self._name(tag, role, outside.dtype, tuple(a.size for a in axes), outside)
+        return Load(name, tuple(self.names[a] for a in axes), outside.dtype)

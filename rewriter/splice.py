@@ -362,14 +362,8 @@ def _operand(binding: fx.Node | Hoisted, named: dict[str, Tensor], sizes: dict[S
         parts = {a: factors(a, n, [binding.value]) for a, n in zip(binding.axes, lengths)}
         value = evaluate(binding.value, arange_env(binding.axes, sizes, split=parts), named, sizes)
         whole = value.expand([n for a in binding.axes for n in parts[a]])
-        return whole.reshape(lengths).to(_dtype(binding)).contiguous()
+        return whole.reshape(lengths).to(getattr(torch, binding.dtype)).contiguous()
     return named[binding.name]
-
-
-def _dtype(binding: Hoisted) -> torch.dtype:
-    floats = [x.dtype for x in binding.value.loads if x.is_float]
-    found: torch.dtype = getattr(torch, floats[0] if floats else binding.value.dtype)
-    return found
 
 
 def _attend(
