@@ -52,13 +52,18 @@ def of_log_sum(value: Expr, soft: Softmax, key: Axis) -> LogSum | None:
         sums.append(found)
         return s.call("exp", summed([(1, LOG_SUM), *found.shifts], node.dtype), dtype=node.dtype)
 
-    left = _collected(rewrite(value, visit, s.rebuild))
-    if any(isinstance(n, Dot | Reduce) or (isinstance(n, Load) and n != LOG_SUM) for n in left.walk()):
-        return None
+    left = alone(rewrite(value, visit, s.rebuild))
     fills = {x.fills for x in sums}
-    if len(fills) != 1 or UNCLEAR in fills:
+    if left is None or len(fills) != 1 or UNCLEAR in fills:
         return None
     return LogSum(left, fills.pop(), all(unguarded(e) is not None for x in sums for _, e in x.shifts))
+
+
+def alone(value: Expr) -> Expr | None:
+    """A value that holds exp(LOG_SUM + shift), where the shifts are gone and no other tensor is left; or None."""
+    left = _collected(value)
+    more = any(isinstance(n, Dot | Reduce) or (isinstance(n, Load) and n != LOG_SUM) for n in left.walk())
+    return None if more else left
 
 
 def _sum_of(total: Expr, soft: Softmax, key: Axis) -> _Sum | None:
@@ -90,10 +95,17 @@ def _collected(e: Expr) -> Expr:
             return e
         natural = [*parts.exponents, *((1, _log(f)) for f in parts.factors), *((-1, _log(d)) for d in parts.divisors)]
         found = summed(_without_opposites(natural), e.dtype)
-        return found if e.op == "log" else s.call("mul", found, Const(1 / math.log(2.0), e.dtype), dtype=e.dtype)
+        return found if e.op == "log" else _times(found, 1 / math.log(2.0))
     if e.op in ("add", "sub", "neg"):
         return summed(_without_opposites(additive(e, 1)), e.dtype)
-    return e
+    numbers = [a for a in e.args if isinstance(a, Const)] if e.op == "mul" else []
+    return _times(next(a for a in e.args if a is not numbers[0]), numbers[0].value) if numbers else e
+
+
+def _times(e: Expr, number: float) -> Expr:
+    """c * (x - m), of which each is a term of its own."""
+    terms = [(sign, s.call("mul", x, Const(number, x.dtype), dtype=x.dtype)) for sign, x in additive(e, 1)]
+    return summed(_without_opposites(terms), e.dtype)
 
 
 def _log(e: Expr) -> Expr:
@@ -102,7 +114,7 @@ def _log(e: Expr) -> Expr:
 
 def _without_opposites(terms: list[Signed]) -> list[Signed]:
     """Terms without pairs of one and its opposite. A maximum is what it is under a guard, too: where it is -inf, so is
-    the log-sum-exp that it is added to."""
+    the log-sum-exp that it is added to. One that takes no gradient is not one that does."""
     rest: list[Signed] = []
     for sign, e in ((sign, but_for_base(e)) for sign, e in terms):
         opposite = next((k for k, (way, other) in enumerate(rest) if way == -sign and _bare(other) == _bare(e)), None)
@@ -114,6 +126,9 @@ def _without_opposites(terms: list[Signed]) -> list[Signed]:
 
 
 def _bare(e: Expr) -> Expr:
-    """A maximum without what guards it or stops gradients."""
+    """A maximum without what guards it, whether gradients are stopped before that or after."""
     e = unguarded(e) or e
-    return _bare(e.args[0]) if isinstance(e, Call) and e.op == "detach" else e
+    if not (isinstance(e, Call) and e.op == "detach"):
+        return e
+    inner = _bare(e.args[0])
+    return inner if isinstance(inner, Call) and inner.op == "detach" else s.call("detach", inner, dtype=e.dtype)

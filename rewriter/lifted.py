@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from torch import fx
 
 from refocus.ir import Axis, Dot, Expr, Load
 from refocus.joint import NOTHING
-from refocus.lift import Lifter, complexity
+from refocus.lift import Index, Lifter, complexity
+from refocus.patterns.log_sums import LogSum
 from refocus.patterns.softmax import Softmax
 from refocus.pieces import holds_pieces
 from refocus.roles import Axes
@@ -25,6 +29,7 @@ class Lifted:
     added: Expr = NOTHING  # to the result, beside what the weights make
     heads: tuple[Axis, ...] = ()  # over which all of it is summed
     in_place: bool | None = None  # whether keys are not copied together; None: as the lifter reads
+    log_sum: Callable[[fx.Node, Index], LogSum | None] | None = None  # reads values of rows, where that takes more
 
     @property
     def uncopied(self) -> bool:

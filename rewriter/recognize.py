@@ -353,7 +353,7 @@ def _attempt_quotient(quotient: Quotient, facts: Facts, axes: Axes, far: bool) -
             raise
         return declined
     terms: list[tuple[tuple[Axis, ...], Expr, Softmax]] = [((), Const(1.0, "float32"), found.softmax)]
-    return Lifted(found.key, found.values, terms, NOTHING, running, False)
+    return Lifted(found.key, found.values, terms, NOTHING, running, False, log_sum=found.rows.log_sum)
 
 
 def _tainted_like(weights: list[fx.Node], facts: Facts) -> Callable[[fx.Node], bool]:

@@ -90,9 +90,15 @@ class RowReader:
         for n, dims in enumerate(_placements(shape_of(node), rows)):
             if n == _TRIED:
                 break
+            index = Axes(dims).index()
+            if self.lifted.log_sum is not None:
+                running = self.lifted.log_sum(node, index)
+                if running is not None:
+                    return RowResult(node, running, tuple(map(tuple, dims)))
+                continue
             lifter = Lifter(self.facts, given.tainted, query_axes=set(given.query_axes), far=given.far)
             lifter.unpads = given.unpads
-            found = of_log_sum(lifter.at(node, Axes(dims).index()), soft, self.lifted.key)
+            found = of_log_sum(lifter.at(node, index), soft, self.lifted.key)
             if found is None:
                 continue
             if found.fills == LOST and not any(op_name(n) in EXPONENTIALS for n in lifter.visited):

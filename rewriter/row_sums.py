@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx
 
@@ -40,7 +41,7 @@ class Addend:
 
 PRODUCTS = ("mul", "multiply")
 _DIVISIONS = ("div", "true_divide", "divide")
-_SUMS = ("add", "sub", "neg", "lerp", "sum")
+_SUMS = ("add", "sub", "neg", "lerp", "sum", "addcmul")
 _CARRIES = frozenset((*_SUMS, *_DIVISIONS, *PRODUCTS, *VIEWS, *SPLITS, "stack", "cat", "concat"))
 
 
@@ -98,7 +99,10 @@ class Walk:
         elif name in ("sub", "neg", "lerp"):
             yield from self._subtracted(node, index, rows)
         elif name in (*_DIVISIONS, *PRODUCTS):
-            yield from self._scaled(node, index, rows)
+            yield from self._scaled(node, arguments(node)[:2], index, rows)
+        elif name == "addcmul" and node.kwargs.get("value", 1) in (1, 1.0):
+            yield from self.addends(arguments(node)[0], aligned(arguments(node)[0], index), rows)
+            yield from self._scaled(node, arguments(node)[1:3], index, rows)
         elif name == "sum":
             for position in _positions(node, index):
                 yield from self.addends(arguments(node)[0], position, rows)
@@ -133,9 +137,13 @@ class Walk:
         value = self.lifter.at(node, index)
         return isinstance(value, Const) and value.value == 0
 
-    def _scaled(self, node: fx.Node, index: Index, rows: tuple[Row, ...]) -> Iterator[Addend]:
-        left, right = arguments(node)[:2]
+    def _scaled(
+        self, node: fx.Node, operands: Sequence[Any], index: Index, rows: tuple[Row, ...]
+    ) -> Iterator[Addend]:
+        left, right = operands
         sums = self.carriers | self.sums
+        if left not in sums and right not in sums:
+            raise Stop(Declined(f"a sum over keys is changed by `{op_name(node)}` before it is divided", node.name))
         kept, row = (left, right) if left in sums else (right, left)
         if row in sums:
             raise Stop(Declined("two sums over keys are multiplied before they are divided", node.name))

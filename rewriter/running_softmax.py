@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import networkx as nx
 from torch import fx
@@ -24,8 +24,10 @@ from refocus.lift_pointwise import POINTWISE
 from refocus.lift_reductions import CONTRACTIONS, REDUCTIONS
 from refocus.lift_views import VIEWS
 from refocus.patterns.declined import Declined, Stop
-from refocus.patterns.factors import Factored, additive, factored
+from refocus.patterns.factors import Factored, additive, but_for_base, factored
+from refocus.patterns.fills import KEPT, LOST, UNCLEAR
 from refocus.patterns.guards import unguarded
+from refocus.patterns.log_sums import LOG_SUM, LogSum, alone
 from refocus.patterns.softmax import Softmax, is_lost
 from refocus.piecewise import along, renamed, seamless
 from refocus.products import reads_of
@@ -37,19 +39,20 @@ from refocus.sizes import shape_of
 @dataclass(frozen=True)
 class Chunked:
     """A numerator of several products, in index notation. `seamless`: the chunks are parts of one tensor, all of it.
-    `shift`: what all exponents were less by, if it is one value."""
+    `rows`: reads what is made of its normaliser."""
 
     key: Axis
     softmax: Softmax
     values: Expr
     seamless: bool
-    shift: Expr | None
+    rows: RunningRows
 
 
 @dataclass
 class _Running(Lifter):
     """Reads rows that scores decide (factors of exponentials of maxima) as far down as the maxima themselves."""
 
+    known: Facts
     rows: frozenset[fx.Node] = frozenset()
 
     def _at(self, node: fx.Node, index: Index) -> Expr:
@@ -63,13 +66,15 @@ class _Running(Lifter):
         name = op_name(node)
         handler = {**VIEWS, **JOINS}.get(name) or (_ROWS.get(name) if name in _FOLLOWED else None)
         value = handler(self, node, index) if handler is not None else None
-        return self.leaf(node, index) if value is None else unguarded(value) or value
+        if value is None:
+            return self.leaf(node, index)
+        return value if any(n == LOG_SUM for n in value.walk()) else unguarded(value) or value
 
 
 _SCALES = frozenset(("mul", "multiply", "div", "true_divide", "divide", "neg", "negative"))
 _GUARDS = ("where", "masked_fill", "eq", "ne", "le", "lt", "ge", "gt", "isinf", "logical_not", "bitwise_not")
 _FOLLOWED = frozenset(
-    ("exp", "exp2", "sub", "add", "neg", "mul", "div", "reciprocal", "log", "rsub", "logsumexp", *_GUARDS)
+    ("exp", "exp2", "sub", "add", "neg", "mul", "div", "reciprocal", "log", "log2", "rsub", "logsumexp", *_GUARDS)
 )
 _ROWS = {**POINTWISE, "logsumexp": REDUCTIONS["logsumexp"]}
 
@@ -107,32 +112,41 @@ def lift_chunked(quotient: Quotient, facts: Facts, index: Index, far: bool, toge
     numerators = [_valued(lifter, products[a.node], a) for a in above if a.value is None]
     if len(numerators) != len(above):
         raise Stop(Declined("something is added to the values' sum before it is divided", root.name))
-    denominators = [_summed(lifter, a) for a in below if a.value is None]
     _tell_queries(lifter, numerators)
     chunks = [_chunk(lifter, reading) for reading in numerators]
-    totals = [_chunk(lifter, reading) for reading in denominators]
-    extras: list[Counter[Expr]] = []
-    lost = False
-    for term, addend in ((x, a) for a in below if a.value is not None for x in _positive_terms(a.value)):
-        if is_lost(term, dtype_of(root)) and not addend.rows:
-            lost = True
-            continue
-        summed = _total_of(term, lifter, addend.rows)
-        if summed is not None:
-            totals.append(summed)
-        else:
-            extras.append(_net(factored(term), lifter, addend.rows))
-    found = _joined(root, chunks, totals, extras, between)
-    if lost and not (found.shift is not None and _is_maximum(lifter, facts, found.shift, chunks)):
+    normaliser = _normaliser(lifter, below, dtype_of(root))
+    shift = _paired(root, chunks, normaliser, lifter.rows)
+    if normaliser.lost and not _is_maximum(lifter, shift, chunks):
         raise Stop(Declined("something other than an exponential is added to the normaliser", root.name))
+    key, soft, value, whole = _joined(root, chunks, normaliser.extras)
+    soft = replace(soft, fills=_fills(lifter, shift, chunks))
     query = next(iter(lifter.query_axes), Axis("row", Const(1)))
     products_of, rows_of = (frozenset(n.name for n in nodes) for nodes in (scores, between))
-    proofs = Proofs(query, products_of, rows_of, found.seamless)
     factors = dict.fromkeys(row for a in (*above, *below) for row in a.rows)
-    weights = [(r.key, r.weights) for r in (*numerators, *denominators)]
-    if not shifted_by_numbers(Open(facts), weights, factors, proofs):
+    weights = [(r.key, r.weights) for r in (*numerators, *normaliser.readings)]
+    proved = [
+        shifted_by_numbers(Open(facts), weights, factors, Proofs(query, products_of, rows_of, assumed))
+        for assumed in dict.fromkeys((whole, False))
+    ]
+    if not proved[0]:
         raise Stop(Declined("a row may have no keys in the first chunks, and is no number then", root.name))
-    return found, lifter
+    sums = frozenset(a.node for a in below if a.value is None)
+    further = frozenset().union(*(nx.descendants(facts.flow, n) for n in scores)) - {root}
+    reader = RunningRows(
+        facts,
+        tainted=lifter.tainted,
+        key_axes=set(lifter.key_axes),
+        query_axes=set(lifter.query_axes),
+        far=lifter.far,
+        joining=together,
+        rows=rows | {n for n in further if op_name(n) not in CONTRACTIONS},
+        sums=sums,
+        chunks=tuple(chunks),
+        extras=tuple(normaliser.extras),
+        fills=soft.fills,
+        guarded=proved[-1],
+    )
+    return Chunked(key, soft, value, whole, reader), lifter
 
 
 def _denominator(lifter: Lifter, divisor: fx.Node, index: Index) -> tuple[fx.Node, Index]:
@@ -255,10 +269,37 @@ def _spread(lifter: Lifter, sign: int, term: Expr) -> Iterator[tuple[int, Expr]]
         yield way, part if whole else s.call("mul", part, Const(factor, term.dtype), dtype=term.dtype)
 
 
-def _joined(
-    root: fx.Node, chunks: list[_Chunk], totals: list[_Chunk], extras: list[Counter[Expr]], between: set[fx.Node]
-) -> Chunked:
-    """Pair the chunks of both sums, and put them one after the other."""
+@dataclass(frozen=True)
+class _Normaliser:
+    """A sum over all keys, of chunks and of `extras`. `lost`: and of a number that may be too small to make a
+    difference."""
+
+    readings: tuple[_Reading, ...]
+    chunks: tuple[_Chunk, ...]
+    extras: tuple[Counter[Expr], ...]
+    lost: bool
+
+
+def _normaliser(lifter: Lifter, addends: list[Addend], dtype: str) -> _Normaliser:
+    readings = tuple(_summed(lifter, a) for a in addends if a.value is None)
+    chunks = [_chunk(lifter, reading) for reading in readings]
+    extras: list[Counter[Expr]] = []
+    lost = False
+    for term, addend in ((x, a) for a in addends if a.value is not None for x in _positive_terms(a.value)):
+        if is_lost(term, dtype) and not addend.rows:
+            lost = True
+            continue
+        summed = _total_of(term, lifter, addend.rows)
+        if summed is not None:
+            chunks.append(summed)
+        else:
+            extras.append(_net(factored(term), lifter, addend.rows))
+    return _Normaliser(readings, tuple(chunks), tuple(extras), lost)
+
+
+def _paired(root: fx.Node, chunks: list[_Chunk], below: _Normaliser, rows: frozenset[fx.Node]) -> Counter[Expr]:
+    """What all exponents of both sums are shifted by, which is taken away from them."""
+    totals = list(below.chunks)
     for chunk in chunks:
         same = [t for t in totals if t.key.size == chunk.key.size and _equal(t.renamed(chunk.key), chunk)]
         if not same:
@@ -266,12 +307,23 @@ def _joined(
         totals.remove(same[0])
     if totals:
         raise Stop(Declined("the normaliser sums over keys that no values belong to", root.name))
-    names = {n.name for n in between}
-    shift = Counter({e: n for e, n in chunks[0].net.items() if chunks[0].key not in e.axes and _reads(e, names)})
-    for net in (*(c.net for c in chunks), *extras):
+    shift = _unshifted(chunks[0], [*(c.net for c in chunks), *below.extras], rows)
+    if shift is None:
+        raise Stop(Declined("the maxima that chunks of keys are shifted by do not cancel", root.name))
+    return shift
+
+
+def _unshifted(chunk: _Chunk, nets: list[Counter[Expr]], rows: frozenset[fx.Node]) -> Counter[Expr] | None:
+    """What a chunk is shifted by, taken away from all exponents; None where some of them are shifted otherwise."""
+    names = {n.name for n in rows}
+    shift = Counter({e: n for e, n in chunk.net.items() if chunk.key not in e.axes and _reads(e, names)})
+    for net in nets:
         net.subtract(shift)
-        if any(n and _reads(e, names) for e, n in net.items()):
-            raise Stop(Declined("the maxima that chunks of keys are shifted by do not cancel", root.name))
+    return None if any(n and _reads(e, names) for net in nets for e, n in net.items()) else shift
+
+
+def _joined(root: fx.Node, chunks: list[_Chunk], extras: Sequence[Counter[Expr]]) -> tuple[Axis, Softmax, Expr, bool]:
+    """The chunks one after the other: their key, weights and values, and whether they are parts of one tensor."""
     chunks.sort(key=lambda c: _begin(c.values, c.key))  # as they lie in memory, where that can be told
     key = Axis(f"{root.name}.keys", s.add(*(c.key.size for c in chunks)))
     logits = []
@@ -282,36 +334,108 @@ def _joined(
     values = [(c.key, c.values) for c in chunks if c.values is not None]
     whole = seamless(key, logits) is not None and seamless(key, values) is not None
     soft = Softmax(along(key, logits), tuple(_total(net) for net in extras), Const(1.0, "float32"))
-    taken = next(iter(shift)) if list(shift.values()) == [-1] else None
-    return Chunked(key, soft, along(key, values), whole, taken)
+    return key, soft, along(key, values), whole
 
 
-def _is_maximum(lifter: Lifter, facts: Facts, shift: Expr, chunks: list[_Chunk]) -> bool:
-    """Whether a row's value is the greatest of some of its logits: then the exponentials add up to one at least."""
+def _fills(lifter: _Running, shift: Counter[Expr], chunks: list[_Chunk]) -> str:
+    """What becomes of a row that holds nothing but finite fills (see `refocus.patterns.fills`)."""
+    if not +shift and not -shift:
+        return LOST
+    numbers = [n.value for c in chunks for e in c.net for n in e.walk() if isinstance(n, Const) and n.is_float]
+    return KEPT if _is_maximum(lifter, shift, chunks, min(numbers, default=0.0)) else UNCLEAR
+
+
+def _is_maximum(lifter: _Running, shift: Counter[Expr], chunks: list[_Chunk], least: float = -math.inf) -> bool:
+    """Whether a shift is the greatest of some of a row's logits: then the exponentials add up to one at least. It may
+    be no less than `least`."""
+    facts = lifter.known
     logits = [(c.key, c.net) for c in chunks if not c.conditions]
-    stack, budget = [shift], 256
+    stack: list[tuple[Expr, float]] = [(e, 1.0) for e in shift]
+    budget = 256
+    if list(shift.values()) != [-1]:
+        return False
     while stack:
-        value, budget = stack.pop(), budget - 1
+        (value, factor), budget = stack.pop(), budget - 1
+        value = unguarded(value) or value
         if budget < 0:
             return False
-        if isinstance(value, Call) and value.op in ("max", "where", "detach"):
-            stack.extend(a for a in value.args if a.is_float)
+        if isinstance(value, Const):
+            if not value.value * factor <= least:
+                return False
+        elif isinstance(value, Call) and value.op in ("max", "where", "detach"):
+            stack.extend((a, factor) for a in value.args if a.is_float)
+        elif isinstance(value, Call) and value.op == "mul" and any(isinstance(a, Const) for a in value.args):
+            numbers = [float(a.value) for a in value.args if isinstance(a, Const)]
+            stack.extend((a, factor * math.prod(numbers)) for a in value.args if not isinstance(a, Const))
         elif isinstance(value, Reduce) and value.op == "max":
             terms: Counter[Expr] = Counter()
             for sign, term in additive(value.body, 1):
-                terms[term] += sign
+                scaled = s.call("mul", term, Const(factor, term.dtype), dtype=term.dtype)
+                terms[term if factor == 1 else but_for_base(scaled)] += sign
             if not any(_at(terms, {value.axis: key}) == net for key, net in logits):
-                stack.append(value.body)
+                stack.append((value.body, factor))
         elif isinstance(value, Load) and value.tensor in facts.nodes:
             node = facts.nodes[value.tensor]
             handler = {**VIEWS, **JOINS, **_MOST}.get(op_name(node))
             below = None if handler is None else handler(lifter, node, value.index)
             if below is None or below == value:
                 return False
-            stack.append(below)
+            stack.append((below, factor))
         else:
             return False
     return True
+
+
+@dataclass
+class RunningRows(_Running):
+    """Reads values of rows as functions of the log-sum-exp L of all chunks: a sum of these is exp(L + shift).
+
+    `sums`: those over keys that a normaliser is made of, which is that of `chunks` and `extras` without their shift;
+    `fills`, `guarded` are as in `LogSum`."""
+
+    sums: frozenset[fx.Node] = frozenset()
+    chunks: tuple[_Chunk, ...] = ()
+    extras: tuple[Counter[Expr], ...] = ()
+    fills: str = KEPT
+    guarded: bool = False
+
+    def log_sum(self, node: fx.Node, index: Index) -> LogSum | None:
+        """A value at a position as a function of the log-sum-exp there; None where it is none."""
+        value = self.at(node, index)
+        found = alone(value) if self.fills != UNCLEAR and any(n == LOG_SUM for n in value.walk()) else None
+        return None if found is None else LogSum(found, self.fills, self.guarded)
+
+    def _at(self, node: fx.Node, index: Index) -> Expr:
+        walk = Walk(self, self.known, set(self.sums))
+        shift = self._shift_of(walk, node, index) if node in walk.carriers | self.sums else None
+        if shift is None:
+            return super()._at(node, index)
+        dtype = dtype_of(node)
+        return s.call("exp", s.call("add", LOG_SUM, _total(shift), dtype=dtype), dtype=dtype)
+
+    def _shift_of(self, walk: Walk, node: fx.Node, index: Index) -> Counter[Expr] | None:
+        """What all exponents of a sum over all keys are shifted by; None for any other value."""
+        try:
+            below = _normaliser(self, list(walk.addends(node, index)), dtype_of(node))
+        except Stop:
+            return None
+        if len(below.chunks) != len(self.chunks) or len(below.extras) != len(self.extras):
+            return None
+        shift = _unshifted(below.chunks[0], [*(c.net for c in below.chunks), *below.extras], self.rows)
+        if shift is None or (below.lost and not _is_maximum(self, shift, list(self.chunks))):
+            return None
+        rest = list(below.chunks)
+        for chunk in self.chunks:
+            same = [t for t in rest if t.key.size == chunk.key.size and _equal(t.renamed(chunk.key), chunk)]
+            if not same:
+                return None
+            rest.remove(same[0])
+        extras = list(below.extras)
+        for extra in self.extras:
+            if extra not in extras:
+                return None
+            extras.remove(extra)
+        return shift
 
 
 _MOST = {"amax": REDUCTIONS["amax"], "maximum": POINTWISE["maximum"], "max": POINTWISE["max"]}

@@ -382,6 +382,14 @@ def number_beside_a_sink(q: Tensor, k: Tensor, v: Tensor) -> Results:
     return padded.softmax(-1)[..., :-1] @ v, most + total.log()
 
 
+def stopped_beside_the_weights(q: Tensor, k: Tensor, v: Tensor) -> Results:
+    """The log-sum-exp, but for the gradient of the maximum."""
+    x = scores_of(q, k)
+    most = x.amax(-1, keepdim=True)
+    total = (x - most).exp().sum(-1, keepdim=True)
+    return x.softmax(-1) @ v, most.detach() + total.log()
+
+
 OTHERS = "the log-sum-exp of a row of nothing but fills is another one than that of its weights"
 
 
@@ -406,6 +414,17 @@ def test_is_left_alone(function: Function, reason: str) -> None:
     assert not site.fused and site.reason.startswith(reason)
     got, expected = rewritten(Attention(function), engine="tiled")(*inputs()), function(*inputs())
     torch.testing.assert_close(got, expected, equal_nan=True)
+
+
+def test_a_maximum_without_its_gradient_is_another_one() -> None:
+    leaves, again = ([t.detach().requires_grad_() for t in inputs()] for _ in range(2))
+    found: list[refocus.Report] = []
+    got = rewritten(Attention(stopped_beside_the_weights), engine="tiled", report=found.append)(*leaves)
+    assert not found[0].sites[0].fused
+    for out in (got, stopped_beside_the_weights(*again)):
+        sum(p.square().sum() for p in out).backward()  # type: ignore[union-attr]
+    for mine, theirs in zip(leaves, again):
+        torch.testing.assert_close(mine.grad, theirs.grad)
 
 
 def test_half_precision_rounds_otherwise() -> None:
