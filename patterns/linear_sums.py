@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import permutations
 
 from refocus import simplify as s
-from refocus.ir import Axis, Expr, Reduce, rewrite
+from refocus.ir import Axis, Call, Expr, Reduce, rewrite
 from refocus.patterns.declined import Declined, Stop
-from refocus.patterns.linear import Product, Roles, blamed, product_of
+from refocus.patterns.linear import Product, Roles, blamed, holds_sum, product_of
 
 
 def sums_in(e: Expr, query: Axis) -> list[Reduce]:
@@ -25,6 +25,10 @@ class Shared:
 
     factors: tuple[Expr, ...]
     conditions: tuple[Expr, ...]
+
+
+def _not_linear(op: str | None) -> Declined:
+    return Declined(f"the normaliser is not linear in the scores (`{op}` of them)", op)
 
 
 def _same_dots(total: Reduce, roles: Roles) -> Reduce:
@@ -57,15 +61,23 @@ def _renamed(total: Reduce, names: dict[Axis, Axis]) -> Reduce:
 def shared_by(total: Reduce, roles: Roles, product: Product) -> tuple[Shared, tuple[Expr, ...]]:
     """Read `total` as a sum of the weights of `product` over the keys: what both have in common, and factors that the
     sum has besides. The product may have values and factors of whole rows besides. Raises `Stop` for any other sum."""
-    total = _same_dots(total, roles)
+    if total.op != "sum":
+        raise Stop(_not_linear(total.op))
+    try:
+        total = _same_dots(total, roles)
+    except Stop as stop:  # scores times scores
+        raise Stop(_not_linear("mul")) from stop
     plain = product_of(total)
     own = [a for a in plain.summed if a not in roles.dot]
     if len(own) != 1 or own[0].size != roles.key.size or len(plain.summed) != len(roles.dot) + 1:
+        changed = [f for f in plain.factors if holds_sum(f) and {roles.query, *own} <= f.axes and isinstance(f, Call)]
+        if changed:
+            raise Stop(_not_linear(blamed(changed[0])))
         raise Stop(Declined("the normaliser is no sum of the weights over the keys"))
     found = product_of(total, (roles.query, own[0]))
     for factor in found.factors:
         if {roles.query, own[0]} <= factor.axes:
-            raise Stop(Declined(f"the normaliser is not linear in the scores (`{blamed(factor)}` of them)"))
+            raise Stop(_not_linear(blamed(factor)))
     here: dict[Expr, Expr] = {own[0]: roles.key}
     factors, conditions = (Counter(s.substitute(x, here) for x in xs) for xs in (found.factors, found.conditions))
     exponents = Counter((sign, s.substitute(e, here)) for sign, e in found.exponents)

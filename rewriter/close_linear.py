@@ -24,6 +24,7 @@ from refocus.held_values import HeldValues
 from refocus.hoist import Hoisted
 from refocus.ir import ONE, Axis, Const, Expr, Load, Operand, Reduce
 from refocus.lift import dtype_of, is_tensor, op_name
+from refocus.lift_tables import MOVES
 from refocus.linear_candidates import LinearCandidate
 from refocus.linear_ir import LinearRegion, notation
 from refocus.loop_steps import Ends, Rolled
@@ -37,6 +38,7 @@ from refocus.patterns.linear import (
     holds_sum,
 )
 from refocus.patterns.linear_sums import Shared, shared_by, sums_in
+from refocus.quotient import divisors
 from refocus.sizes import shape_of
 
 
@@ -173,6 +175,8 @@ def close(
         raise Stop(Declined("what the weights are normalised by is no function of their sums"))
     outputs.sort(key=lambda o: facts.order[o.node])
     interior = frozenset(candidate.interior - {o.node for o in outputs})
+    if roll is None:
+        _reads_no_scores(facts, interior, outputs)
     _no_writes(facts, outputs, bindings, interior | read.visited)
     if roll is None:
         return LinearSite(root, region, bindings, tuple(outputs), _spelled(candidate, roles), interior)
@@ -230,10 +234,24 @@ def _sums_beside(
             if user in candidate.interior or user is ended or op_name(user) in ("sym_size", "sym_numel", "sym_stride"):
                 continue
             total = _total_at(candidate, facts, user, read, roles, values) if op_name(user) == "sum" else None
+            changed = _normalising(user, candidate.root, facts) if total is None else None
+            if changed is not None:
+                reason = f"the normaliser is not linear in the scores (`{op_name(changed)}` of them)"
+                raise Stop(Declined(reason, changed.name))
             if total is None:
                 raise Stop(Declined(f"a score is read elsewhere (by `{op_name(user)}`)", node.name))
             found.append((user, *total))
     return found
+
+
+def _normalising(user: fx.Node, root: fx.Node, facts: Facts) -> fx.Node | None:
+    """The operation on the weights that makes of them what the results are divided by; None where nothing does."""
+    while op_name(user) in MOVES and len(user.users) == 1:
+        user = next(iter(user.users))
+    results = nx.descendants(facts.flow, root) | {root}
+    below = (nx.descendants(facts.flow, user) | {user}) - results
+    found = any(d in below and results.intersection(n.all_input_nodes) for n in results for d in divisors(n))
+    return user if found and op_name(user) != "sum" else None
 
 
 def _total_at(
@@ -370,6 +388,14 @@ def _spelled(candidate: LinearCandidate, roles: Roles) -> str:
     wanted = Counter((roles.query.size, roles.key.size))
     pairs = candidate.root in candidate.cores or any(not wanted - Counter(shape_of(n)) for n in inside)
     return "pairs" if pairs else "linear"
+
+
+def _reads_no_scores(facts: Facts, interior: frozenset[fx.Node], outputs: list[Output]) -> None:
+    """Raises Stop where results are divided by, or multiplied with, what is computed of all weights: a norm of them."""
+    for name in (x.tensor for o in outputs for x in _loads(o.value)):
+        if name in facts.nodes and facts.nodes[name] in interior:
+            reason = f"the normaliser is not linear in the scores (`{op_name(facts.nodes[name])}` of them)"
+            raise Stop(Declined(reason, name))
 
 
 def _no_writes(

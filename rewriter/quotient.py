@@ -109,7 +109,7 @@ _LOGARITHMS = ("logsumexp", "log", "log2", "logaddexp")
 
 def divisor_of(node: fx.Node, sums: set[fx.Node], facts: Facts) -> fx.Node | None:
     """What one of `sums` is divided by, if it comes from scores."""
-    for divisor in _divisors(node):
+    for divisor in divisors(node):
         others = [a for a in arguments(node)[:2] if a is not divisor]
         if len(others) == 1 and others[0] in sums and divisor not in sums and _of_scores(divisor, facts):
             return divisor
@@ -126,7 +126,7 @@ def weights_of(candidate: Candidate) -> fx.Node:
     return contraction_operands(candidate.root)[candidate.weights]
 
 
-def _divisors(node: fx.Node) -> list[fx.Node]:
+def divisors(node: fx.Node) -> list[fx.Node]:
     """What a value is divided by: the divisor, or the reciprocal that it is multiplied with."""
     operands = [a for a in arguments(node)[:2] if is_tensor(a)]
     if divides(node) and len(operands) == 2:

@@ -79,11 +79,6 @@ def unmatched_gates(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     return (scores(q, k) * torch.exp(c[..., :, None] - 2 * c[..., None, :])).tril() @ v
 
 
-def absolute_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    weights = scores(q, k).tril()
-    return weights / weights.abs().sum(-1, keepdim=True) @ v
-
-
 def other_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = scores(q, k)
     return weights.tril() / weights.sum(-1, keepdim=True) @ v
@@ -116,7 +111,6 @@ NEAR_MISSES = [
     (quadratic_decay, "not linear in the distance"),
     (both_ways, "without a causal mask"),
     (unmatched_gates, "no difference of gates"),
-    (absolute_sum, "the normaliser"),
     (other_sum, "a sum of other weights"),
     (column_sum, "depends on the key"),
     (pair_bias, "do not come apart"),
