@@ -444,4 +444,6 @@ def _summed_between(core: Expr, pair: Pair) -> Expr:
             for factor in product.factors:
                 gate = s.call("mul", gate, factor, dtype=core.dtype)
             return s.substitute(gate, {step: key})
+        if set(product.conditions) == {s.lt(step, query), s.lt(key, step)}:
+            raise Stop(Declined("a state is read before it decays: weights lack the gate of the query's own step"))
     raise Stop(Declined("a decay is no sum of the gates between key and query"))

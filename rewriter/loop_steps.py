@@ -200,10 +200,22 @@ def _after_nothing(updates: list[Expr], step: Axis) -> Expr:
     def nothing(node: Expr) -> Expr | None:
         return Const(0.0, node.dtype) if isinstance(node, Load) and node.tensor.startswith("state ") else None
 
-    begun = rewrite(s.substitute(one, {step: Const(0)}), nothing, s.rebuild)
+    begun = rewrite(s.substitute(one, {step: Const(0)}), nothing, _but_for_nothing)
     if len(others) < 2 or begun != first:
         raise Stop(Declined("a loop starts from a state that is not zero"))
     return one
+
+
+def _but_for_nothing(node: Expr, children: tuple[Expr, ...]) -> Expr:
+    """A value made of others, some of which are nothing: what decays of that is nothing, whatever the decay."""
+    empty = [isinstance(x, Const) and x.is_float and x.value == 0 for x in children]
+    if any(empty) and isinstance(node, Call) and node.op == "mul":
+        return Const(0.0, node.dtype)
+    if any(empty) and isinstance(node, Call) and node.op == "add" and len(children) == 2:
+        return children[1] if empty[0] else children[0]
+    if isinstance(node, Reduce) and node.op == "sum" and empty[-1]:
+        return Const(0.0, node.dtype)
+    return s.rebuild(node, children)
 
 
 def _no_longer(loop: Loop) -> bool:

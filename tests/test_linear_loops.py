@@ -145,7 +145,37 @@ def below_a_bound(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     return _decaying(q, k, v, 0.6 - torch.sigmoid(g))
 
 
+def _first_step_apart(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
+    """What the first step writes stands before the loop, and the decay of that step is not read."""
+    state = outer(k[:, :, 0], v[:, :, 0])
+    rows = [read(q[:, :, 0], state)]
+    for t in range(1, q.shape[2]):
+        state = decay[:, :, t] * state + outer(k[:, :, t], v[:, :, t])
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2)
+
+
+def first_step_apart(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    return _first_step_apart(q, k, v, torch.sigmoid(g[..., :1, None]))
+
+
+def first_step_apart_channels(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    return _first_step_apart(q, k, v, torch.exp(-g[..., None]))
+
+
+def starts_from_a_share(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """The first step writes half of what the others would."""
+    state = outer(k[:, :, 0], v[:, :, 0]) * 0.5
+    rows = [read(q[:, :, 0], state)]
+    for t in range(1, q.shape[2]):
+        state = torch.sigmoid(g[:, :, t, :, None]) * state + outer(k[:, :, t], v[:, :, t])
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2)
+
+
 SPELLINGS = [
+    first_step_apart,
+    first_step_apart_channels,
     merged_heads,
     merged_heads_normalised,
     started,
@@ -298,7 +328,8 @@ NEAR_MISSES = [
     (another_factor, "not the same function"),
     (any_sign, "not known to be a positive decay"),
     (below_a_bound, "not known to be a positive decay"),
-    (late_decay, "decay"),
+    (late_decay, "lack the gate of the query's own step"),
+    (starts_from_a_share, "the first step of a loop is not the same function"),
     (normalised_from_a_state, "starts from a state that is not zero"),
     (read_halfway, "read after it"),
     (other_total, "sum of other weights"),
