@@ -1,15 +1,18 @@
 """Attention that is seen, but not read: before the softmax or after it stands an operation that has no index notation,
-such as a norm over the heads of the probabilities."""
+such as a norm over the heads of the probabilities; or its scores come into the graph, and are mixed there."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch import fx
 
 from refocus.attention import Left
 from refocus.facts import NORMALISERS, Facts, contraction_operands, is_kept, is_of_one, taint_of
+from refocus.finite_rows import Open
+from refocus.ir import Axis, Const, Load
 from refocus.lift import arguments, is_tensor, op_name
 from refocus.lift_reductions import CONTRACTIONS
 from refocus.lift_tables import MOVES, OPERATIONS
@@ -47,6 +50,34 @@ def _before(normaliser: fx.Node, facts: Facts) -> fx.Node | None:
             elif any(_is_product(n) and _keeps_pairs(n, source) for x in _tensors(source) for n in taint_of(x, facts)):
                 return source
     return None
+
+
+def with_given_scores(left: Left, facts: Facts) -> Left:
+    """The same, with the reason where its scores came into the graph: one of its inputs has a number for each pair of
+    a query and a key, and heads at most are mixed before the softmax."""
+    node = left.normaliser
+    if "softmax" not in op_name(node) or any(map(_is_product, taint_of(node, facts))):
+        return left
+    source = arguments(node)[0]
+    axes = [Axis(f"o{k}", size) for k, size in enumerate(shape_of(source))]
+    dim = arguments(node)[1] if len(arguments(node)) > 1 else node.kwargs.get("dim")
+    if not isinstance(dim, int):
+        return left
+    lifter = Open(facts, expands=True)
+    value = lifter.at(source, axes)
+    if any(map(_is_product, lifter.visited)):
+        return left
+    for load in (value,) if isinstance(value, Load) else value.loads:
+        scores = facts.nodes.get(load.tensor)
+        if scores is None or scores.op != "placeholder" or is_kept(scores) or not load.is_float:
+            continue
+        missing = [a for a in axes if a not in load.index and a.size != Const(1)]
+        if axes[dim] in load.index and len(missing) <= 1 and len(axes) > 3:
+            return replace(left, declined=Declined(GIVEN, scores.name))
+    return left
+
+
+GIVEN = "the scores came into the graph: a graph break stands between them and the product of queries and keys"
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:

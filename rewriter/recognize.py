@@ -22,7 +22,7 @@ from torch import fx
 from refocus import simplify as s
 from refocus.attention import Left, Readings, Site, closed_under_sharing, each_told_once
 from refocus.bands import Reading, Tensors, to_tokens
-from refocus.blocked import blocked
+from refocus.blocked import blocked, with_given_scores
 from refocus.choices import without_choice
 from refocus.close_site import close_site
 from refocus.facts import Candidate, Facts, candidates, contraction_operands, taint_of
@@ -114,6 +114,7 @@ def recognize(facts: Facts) -> list[Site | Left]:
         yielded = {n for site in sites for n in (site.root, *(r.node for r in site.results))}
         flow = facts.flow.subgraph(facts.order.keys() - yielded)
         kept = [x for x in kept if any(nx.has_path(flow, n, x.normaliser) for n in taint_of(x.normaliser, facts))]
+    kept = [with_given_scores(x, facts) for x in kept]
     return sorted([*sites, *kept], key=lambda x: facts.order[x.root])
 
 

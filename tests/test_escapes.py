@@ -257,3 +257,31 @@ def test_a_softmax_over_features_is_no_note() -> None:
         assert [site.family for site in report.sites] == ["linear"] and not report.notes
     [site] = refocus.explain(Weights(), *tensors()).sites
     assert site.reason.endswith("and the graph returns them")
+
+
+class MixedHeads(nn.Module):
+    """Talking heads. `broken`: a graph break stands before the mixture."""
+
+    def __init__(self, broken: bool) -> None:
+        super().__init__()
+        self.before, self.broken = nn.Linear(HEADS, HEADS, bias=False), broken
+        self.after = nn.Parameter(torch.eye(HEADS) + 0.1)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        scores = q @ k.mT
+        if self.broken:
+            torch._dynamo.graph_break()
+        mixed = self.before(scores.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) + bias
+        weights = mixed.softmax(-1 if self.broken else -2)
+        return torch.einsum("hg,bhij->bgij", self.after, weights) @ v
+
+
+def test_a_graph_break_before_heads_are_mixed_is_named() -> None:
+    bias = torch.randn(2, HEADS, LENGTH, LENGTH, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        [site] = refocus.explain(MixedHeads(True), *tensors(), bias).sites
+        assert not site.fused and "graph break stands between them" in site.reason
+        # The product is in the graph: whatever keeps it from being fused, here another axis, it is no graph break.
+        sites = refocus.explain(MixedHeads(False), *tensors(), bias).sites
+    assert sites and not any(site.fused or "graph break" in site.reason for site in sites)
