@@ -21,7 +21,7 @@ from functools import lru_cache
 
 from refocus.codegen.chunk_forward import load_scores
 from refocus.codegen.chunk_kernel import ChunkKernel, ChunkWriter
-from refocus.codegen.chunk_setting import Setting
+from refocus.codegen.chunk_setting import Kind, Setting
 from refocus.codegen.chunk_states import load_after, load_grad_sums
 from refocus.codegen.writer import Block
 
@@ -32,7 +32,8 @@ def queries(setting: Setting) -> ChunkKernel:
     form = setting.form
     w = ChunkWriter(setting, "queries_backward", "what flows back into queries")
     body = w.body
-    for name in ("q", "k", "v", "grad") if w.gated else ("k", "v", "grad"):
+    names = *(("q",) if w.gated else ()), *(x for kind in w.kinds for x in (kind.keys, kind.values)), "grad"
+    for name in names:
         w.operand(name, 3)
     w.gate_sums()
     for wanted, name in ((True, "states"), (form.sums, "totals")):
@@ -46,13 +47,14 @@ def queries(setting: Setting) -> ChunkKernel:
     w.stand(True, "one chunk of one head.")
     w.whole_lanes("d")
     w.whole_lanes("e")
-    for name in ("q", "k", "v", "grad") if w.gated else ("k", "v", "grad"):
+    for name in names:
         w.base(body, name, name in ("q", "grad"))
     w.decays(body, "cum", "rest")
     w.seen(body, w.apart)
     if form.sums:
         load_grad_sums(w, body)
-    _pairs(w, body)
+    for kind in w.kinds:
+        _pairs(w, body, kind)
     if w.gated:
         body.line("rows = tl.zeros([CHUNK], tl.float32)")
     loop = w.lanes(body, "d")
@@ -67,13 +69,14 @@ def queries(setting: Setting) -> ChunkKernel:
         loop.line("acc += grad_sums[:, None] * total[None, :]")
     if w.gated:
         loop.line("acc = acc * tl.exp(cum)[:, None]")
-    w.tile(loop, "key", "k", "d")
-    loop.line(f"acc = {w.dot('pairs', 'key', 'acc')}")
+    for kind in w.kinds:
+        w.tile(loop, f"key{kind.mark}", kind.keys, "d")
+        loop.line(f"acc = {w.dot(f'pairs{kind.mark}', f'key{kind.mark}', 'acc')}")
     if w.gated:
         w.tile(loop, "query", "q", "d")
         loop.line("rows += tl.sum(acc * query, 1)")
     if w.apart:
-        loop.line("acc += own[:, None] * key")
+        loop.lines(f"acc += own{kind.mark}[:, None] * key{kind.mark}" for kind in w.kinds)
     w.put_tile(loop, "grad_q", "acc", "d", "head")
     if w.gated:
         body.line("tl.store(rows_ptr + head * length + start + t, rows, mask=inside)")
@@ -120,7 +123,7 @@ def keys(setting: Setting, inflow: bool = True) -> ChunkKernel:
     w.base(shared, "grad", True)
     if form.sums:
         load_grad_sums(w, shared)
-    _pairs(w, shared, inflow and w.blocks_e == 1)
+    _pairs(w, shared, w.kinds[0], inflow and w.blocks_e == 1)
     w.tile(shared, "query", "q", "d")
     if w.gated:
         shared.line(f"part = {w.dot('tl.trans(pairs)', 'query')}")
@@ -137,26 +140,28 @@ def keys(setting: Setting, inflow: bool = True) -> ChunkKernel:
     return w.finish()
 
 
-def _pairs(w: ChunkWriter, block: Block, has_value: bool = False) -> None:
+def _pairs(w: ChunkWriter, block: Block, kind: Kind, has_value: bool = False) -> None:
     """What flows back into the scores of pairs, with their decay, as an operand of a product; into those of a step with
     itself, where they are kept apart, as `own`."""
+    pairs, own = f"pairs{kind.mark}", f"own{kind.mark}"
     if w.apart:
-        block.line("own = tl.zeros([CHUNK], tl.float32)")
-    block.line("pairs = tl.zeros([CHUNK, CHUNK], tl.float32)")
+        block.line(f"{own} = tl.zeros([CHUNK], tl.float32)")
+    block.line(f"{pairs} = tl.zeros([CHUNK, CHUNK], tl.float32)")
     loop = w.lanes(block, "e")
-    w.tile(loop, "grad", "grad", "e")
+    if not kind.mark or loop is not block:
+        w.tile(loop, "grad", "grad", "e")
     if not has_value:
-        w.tile(loop, "value", "v", "e")
-    loop.line(f"pairs = {w.dot('grad', 'tl.trans(value)', 'pairs')}")
+        w.tile(loop, "value", kind.values, "e")
+    loop.line(f"{pairs} = {w.dot('grad', 'tl.trans(value)', pairs)}")
     if w.apart:
-        loop.line("own += tl.sum(grad.to(tl.float32) * value, 1)")
+        loop.line(f"{own} += tl.sum(grad.to(tl.float32) * value, 1)")
     if w.form.sums:
-        block.line("pairs += grad_sums[:, None]")
+        block.line(f"{pairs} += grad_sums[:, None]")
         if w.apart:
-            block.line("own += grad_sums")
-    w.weigh(block, "pairs")
+            block.line(f"{own} += grad_sums")
+    w.weigh(block, pairs)
     if w.setting.narrow:
-        block.line(f"pairs = {w.narrow('pairs')}")
+        block.line(f"{pairs} = {w.narrow(pairs)}")
 
 
 @lru_cache(maxsize=256)
@@ -175,8 +180,8 @@ def values(setting: Setting, inflow: bool = True) -> ChunkKernel:
     w.buffer("grad_v", dict(setting.dtypes)["grad_v"])
     w.stand(False, "one chunk of one head, and a tile of its values.")
     w.own_lanes("e", "tl.program_id(1)")
-    w.whole_lanes("d")
     if inflow or not w.by_channel:
+        w.whole_lanes("d")
         w.base(body, "k", False)
     if not w.by_channel:
         w.decays(body, *(("cum", "left") if inflow else ("cum", "rest")))
@@ -195,7 +200,8 @@ def values(setting: Setting, inflow: bool = True) -> ChunkKernel:
     shared = w.sharing(body)
     w.base(shared, "grad", True)
     if w.by_channel:
-        load_scores(w, shared, "scores")
+        w.seen(shared)
+        load_scores(w, shared, "scores", "scores")
     else:
         w.base(shared, "q", True)
         shared.line("scores = tl.zeros([CHUNK, CHUNK], tl.float32)")
@@ -212,8 +218,9 @@ def values(setting: Setting, inflow: bool = True) -> ChunkKernel:
 
 
 @lru_cache(maxsize=256)
-def gates(setting: Setting, inflow: bool = True) -> ChunkKernel:
-    """`grad_gate` (key heads, length), float32. `inflow`: something flows into the state at the chunk's end."""
+def gates(setting: Setting, count: int, inflow: bool = True) -> ChunkKernel:
+    """`grad_gate` (key heads, length), float32, from so many tiles of `columns` and `after`. `inflow`: something flows
+    into the state at the chunk's end."""
     form = setting.form
     w = ChunkWriter(setting, "gates_backward", "what flows back into gates" + ("" if inflow else " within chunks"))
     body = w.body
@@ -232,7 +239,6 @@ def gates(setting: Setting, inflow: bool = True) -> ChunkKernel:
     shared.line("flow += tl.load(rows_ptr + head * length + start + t, mask=inside, other=0.0)")
     if inflow:
         body.line("after = tl.zeros([CHUNK], tl.float32)")
-    count = keys(setting, inflow).tiles[0]
     tiles = body.nested(f"for tile in range(0, {count}):") if count > 1 else body
     at = f"({w.key_head} * {count} + tile)" if count > 1 else w.key_head
     tiles.line(f"flow -= tl.load(columns_ptr + {at} * length + start + t, mask=inside, other=0.0)")

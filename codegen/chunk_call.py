@@ -15,7 +15,7 @@ from torch import Tensor
 
 from refocus.codegen import chunk_backward, chunk_channels, chunk_forward, chunk_states, chunk_step
 from refocus.codegen.chunk_kernel import ChunkKernel, dtype_name, empty
-from refocus.codegen.chunk_setting import SMALLEST, Setting
+from refocus.codegen.chunk_setting import SMALLEST, Kind, Setting, kinds
 from refocus.codegen.linear_form import LinearForm
 
 MOST_SEGMENTS = 16
@@ -96,6 +96,16 @@ class Call:
     def state_shape(self) -> tuple[int, int, int]:
         return self.key_heads, self.tensors["k"].shape[2], self.tensors["v"].shape[2]
 
+    @property
+    def kinds(self) -> list[tuple[Kind, Call]]:
+        """Each kind of keys and values, and the same call with it alone."""
+        if not self.form.lookup:
+            return [(kinds(self.form)[0], self)]
+        t, form = self.tensors, replace(self.form, erase=False, lookup=False)
+        of = {kind: {"k": t[kind.keys], "v": t[kind.values]} for kind in kinds(self.form)}
+        rest = {name: x for name, x in t.items() if name in ("q", "gate", "grad")}
+        return [(kind, Call(form, self.chunk, rest | tensors)) for kind, tensors in of.items()]
+
     def setting(self, form: LinearForm | None = None, **dtypes: torch.dtype) -> Setting:
         named = {name: dtype_name(x) for name, x in self.tensors.items()}
         named |= {name: str(x).removeprefix("torch.") for name, x in dtypes.items()}
@@ -167,17 +177,19 @@ class Call:
         if self.form.sums:
             buffers["sums"] = empty(q, *q.shape[:2])
         if self.form.gate == "channel":
-            buffers |= self.channel_scores(setting, buffers)
+            buffers |= self.channel_scores(buffers)
         kernel = chunk_forward.outputs(setting)
         self.run(kernel, (q.shape[0] * self.chunks, kernel.tiles[1]), buffers)
         return buffers["out"], buffers.get("sums")
 
-    def channel_scores(self, setting: Setting, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-        q = self.tensors["q"]
-        scores = {"scores": empty(q, *q.shape[:2], self.chunk)}
+    def channel_scores(self, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those of each kind of keys."""
+        q, found = self.tensors["q"], {}
         grid = (q.shape[0] * self.chunks, self.chunk // SMALLEST)
-        self.run(chunk_channels.scores(setting), grid, buffers | scores)
-        return scores
+        for kind, one in self.kinds:
+            scores = found[f"scores{kind.mark}"] = empty(q, *q.shape[:2], self.chunk)
+            one.run(chunk_channels.scores(one.setting()), grid, buffers | {"scores": scores})
+        return found
 
     def step(self, final: Tensor | None, v: Tensor) -> tuple[Tensor, Tensor | None]:
         q, kernel = self.tensors["q"], chunk_step.step(self.setting(out=v.dtype))
@@ -200,47 +212,64 @@ class Call:
             f"grad_{name}": torch.empty(t[name].shape, dtype=t[name].dtype, device=t[name].device) for name in "qkv"
         }
         buffers |= results
-        setting = self.setting(None, **{name: x.dtype for name, x in results.items()})
-        chunks = self.key_heads * self.chunks
         if form.gate == "channel":
-            buffers |= self.channel_scores(setting, buffers)
-        values = chunk_backward.values(setting)
-        self.run(values, (chunks, values.tiles[1]), buffers)
-        grad_gate = (self.by_channel if form.gate == "channel" else self.by_head)(setting, buffers)
+            buffers |= self.channel_scores(buffers)
+        self.values(buffers)
+        grad_gate = self.pairs(buffers)
         if grad_gate is not None:
             grad_gate = grad_gate.to(t["gate"].dtype)
         return (*results.values(), grad_gate, None, grad_initial, None)
 
-    def by_head(self, setting: Setting, buffers: dict[str, Tensor], inflow: bool = True) -> Tensor | None:
-        """The gradients of queries and keys go into their buffers, that of gates is returned. `inflow`: something flows
-        into the states at the ends of chunks, and is counted here."""
-        q, chunks = self.tensors["q"], self.key_heads * self.chunks
-        queries, keys = chunk_backward.queries(setting), chunk_backward.keys(setting, inflow)
-        if self.form.gate != "none":
-            buffers["rows"] = empty(q, *q.shape[:2])
-            for name in ("columns", "after"):
-                buffers[name] = empty(q, self.key_heads, keys.tiles[0], self.length)
-        self.run(queries, (chunks * self.share,), buffers)
-        self.run(keys, (chunks, keys.tiles[0]), buffers)
-        if self.form.gate == "none":
-            return None
-        buffers["grad_gate"] = empty(q, self.key_heads, self.length)
-        self.run(chunk_backward.gates(setting, inflow), (chunks,), buffers)
-        return buffers["grad_gate"]
+    def values(self, buffers: dict[str, Tensor], inflow: bool = True) -> None:
+        """The gradient of values goes into its buffer. `inflow`: something flows into the states at the ends of chunks,
+        and is counted here."""
+        kernel = chunk_backward.values(self.setting(grad_v=buffers["grad_v"].dtype), inflow)
+        self.run(kernel, (self.key_heads * self.chunks, kernel.tiles[1]), buffers)
 
-    def by_channel(self, setting: Setting, buffers: dict[str, Tensor]) -> Tensor:
-        """As `by_head`, with gates for each channel."""
+    def pairs(self, buffers: dict[str, Tensor], inflow: bool = True) -> Tensor | None:
+        """The gradients of queries and of every kind of keys go into their buffers, that of gates is returned."""
+        return (self._by_channel if self.form.gate == "channel" else self._by_head)(buffers, inflow)
+
+    def _by_head(self, buffers: dict[str, Tensor], inflow: bool) -> Tensor | None:
+        q, chunks = self.tensors["q"], self.key_heads * self.chunks
+        setting, gated = self.setting(grad_q=buffers["grad_q"].dtype), self.form.gate != "none"
+        rows = {"rows": empty(q, *q.shape[:2])} if gated else {}
+        self.run(chunk_backward.queries(setting), (chunks * self.share,), buffers | rows)
+        parts: dict[str, list[Tensor]] = {"columns": [], "after": []} if inflow else {"columns": []}
+        for kind, one in self.kinds:
+            grad_k = buffers[f"grad_{kind.keys}"]
+            keys = chunk_backward.keys(one.setting(grad_k=grad_k.dtype), inflow)
+            mine = {name: empty(q, self.key_heads, keys.tiles[0], self.length) for name in parts if gated}
+            one.run(keys, (chunks, keys.tiles[0]), buffers | mine | {"grad_k": grad_k})
+            for name, part in mine.items():
+                parts[name].append(part)
+        if not gated:
+            return None
+        found = {name: torch.cat(tiles, 1) if len(tiles) > 1 else tiles[0] for name, tiles in parts.items()}
+        grad_gate = empty(q, self.key_heads, self.length)
+        kernel = chunk_backward.gates(setting, found["columns"].shape[1], inflow)
+        self.run(kernel, (chunks,), buffers | rows | found | {"grad_gate": grad_gate})
+        return grad_gate
+
+    def _by_channel(self, buffers: dict[str, Tensor], inflow: bool) -> Tensor:
         q, k = self.tensors["q"], self.tensors["k"]
         chunks, blocks = self.key_heads * self.chunks, self.chunk // SMALLEST
-        buffers["pairs"] = empty(q, *q.shape[:2], self.chunk)
-        self.run(chunk_channels.pairs(setting), (chunks * self.share,), buffers)
-        buffers["rows"] = empty(q, *q.shape)
-        buffers["columns"], buffers["after"], buffers["grad_gate"] = (empty(q, *k.shape) for _ in range(3))
-        self.run(chunk_channels.queries(setting), (chunks * self.share, blocks), buffers)
-        self.run(chunk_channels.keys(setting), (chunks, blocks), buffers)
-        kernel = chunk_channels.gates(setting)
-        self.run(kernel, (chunks, kernel.tiles[0]), buffers)
-        return buffers["grad_gate"]
+        pairs = {kind: empty(q, *q.shape[:2], self.chunk) for kind, _ in self.kinds}
+        for kind, one in self.kinds:
+            one.run(chunk_channels.pairs(one.setting()), (chunks * self.share,), buffers | {"pairs": pairs[kind]})
+        found = {"rows": empty(q, *q.shape)} | {f"pairs{kind.mark}": x for kind, x in pairs.items()}
+        setting = self.setting(grad_q=buffers["grad_q"].dtype)
+        self.run(chunk_channels.queries(setting), (chunks * self.share, blocks), buffers | found)
+        for kind, one in self.kinds:
+            grad_k = buffers[f"grad_{kind.keys}"]
+            mine = {name: empty(q, *k.shape) for name in (("columns", "after") if inflow else ("columns",))}
+            kernel = chunk_channels.keys(one.setting(grad_k=grad_k.dtype), inflow)
+            one.run(kernel, (chunks, blocks), buffers | mine | {"pairs": pairs[kind], "grad_k": grad_k})
+            found |= {name: x.add_(found[name]) if name in found else x for name, x in mine.items()}
+        found["grad_gate"] = empty(q, *k.shape)
+        kernel = chunk_channels.gates(setting, inflow)
+        self.run(kernel, (chunks, kernel.tiles[0]), buffers | found)
+        return found["grad_gate"]
 
     def states_backward(self, buffers: dict[str, Tensor], grad_initial: Tensor | None) -> dict[str, Tensor]:
         setting = self.setting()

@@ -80,10 +80,12 @@ def queries(setting: Setting) -> ChunkKernel:
     """`grad_q` (query heads, length, d); `rows`, the same shape in float32, what gates get of it."""
     w = _writer(setting, "channel_queries_backward", "what flows back into queries")
     form, body = w.form, w.body
-    for name in ("q", "k", "grad"):
+    for name in ("q", *(kind.keys for kind in w.kinds), "grad"):
         w.operand(name, 3)
     w.gate_sums()
-    for wanted, name in ((True, "pairs"), (True, "states"), (form.sums, "totals")):
+    for kind in w.kinds:
+        w.buffer(f"pairs{kind.mark}")
+    for wanted, name in ((True, "states"), (form.sums, "totals")):
         if wanted:
             w.buffer(name)
     w.buffer("grad_q", dict(setting.dtypes)["grad_q"])
@@ -92,10 +94,12 @@ def queries(setting: Setting) -> ChunkKernel:
         w.operand("grad_sums", 2)
     _stand(w, True, "the queries of one block of a chunk of one head.")
     w.whole_lanes("e")
-    w.base(body, "k", False)
+    for kind in w.kinds:
+        w.base(body, kind.keys, False)
     w.base(body, "grad", True)
     w.gate_sum(body, "cum", "t", tile=True)
-    body.line("row = pairs_ptr + (head * length + start + t) * CHUNK")
+    rows = {kind: f"row{kind.mark}" for kind in w.kinds}
+    body.lines(f"{rows[kind]} = pairs{kind.mark}_ptr + (head * length + start + t) * CHUNK" for kind in w.kinds)
     body.line("acc = tl.zeros([SUB, BLOCK_D], tl.float32)")
     loop = w.lanes(body, "e")
     w.tile(loop, "grad", "grad", "e")
@@ -110,46 +114,54 @@ def queries(setting: Setting) -> ChunkKernel:
         w.gate_sum(body, "edge", "block * SUB")
         body.line("near = tl.zeros([SUB, BLOCK_D], tl.float32)")
         loop = _others(w, body, "0", "block")
-        _moved_keys(w, loop)
-        loop.line("pairs = tl.load(row[:, None] + j[None, :], mask=inside[:, None], other=0.0)")
-        loop.line(f"near = {w.dot(w.narrow('pairs'), 'key', 'near')}")
+        for kind in w.kinds:
+            _moved_keys(w, loop, kind.keys)
+            loop.line(f"pairs = tl.load({rows[kind]}[:, None] + j[None, :], mask=inside[:, None], other=0.0)")
+            loop.line(f"near = {w.dot(w.narrow('pairs'), 'key', 'near')}")
         body.line(f"acc += near * tl.exp({w.between('cum', 'edge', ('', '[None, :]'))})")
     loop = body.nested("for j in range(block * SUB, stop):")
-    _key_row(w, loop, apart=True)
-    loop.line("pairs = tl.load(row + j, mask=seen & inside, other=0.0)")
-    loop.line("acc += pairs[:, None] * key[None, :] * decay")
+    for kind in w.kinds:
+        _key_row(w, loop, kind.keys, apart=True)
+        loop.line(f"pairs = tl.load({rows[kind]} + j, mask=seen & inside, other=0.0)")
+        loop.line("acc += pairs[:, None] * key[None, :] * decay")
     w.base(body, "q", True)
     w.tile(body, "query", "q", "d")
     w.put_tile(body, "rows", "acc * query", "d", "head")
-    if w.apart:
-        body.line("own = tl.load(row + t, mask=inside, other=0.0)")
-        w.tile(body, "own_key", "k", "d")
+    for kind in w.kinds if w.apart else ():
+        body.line(f"own = tl.load({rows[kind]} + t, mask=inside, other=0.0)")
+        w.tile(body, "own_key", kind.keys, "d")
         body.line("acc += own[:, None] * own_key")
     w.put_tile(body, "grad_q", "acc", "d", "head")
     return w.finish()
 
 
 @lru_cache(maxsize=256)
-def keys(setting: Setting) -> ChunkKernel:
-    """`grad_k` (key heads, length, d); `columns` and `after`, the same shape in float32, what gates get of them."""
-    w = _writer(setting, "channel_keys_backward", "what flows back into keys")
+def keys(setting: Setting, inflow: bool = True) -> ChunkKernel:
+    """`grad_k` (key heads, length, d); `columns` and `after`, the same shape in float32, what gates get of them.
+    `inflow`: something flows into the state at the chunk's end."""
+    w = _writer(
+        setting, "channel_keys_backward", "what flows back into keys" + ("" if inflow else " within chunks")
+    )  # fmt: skip
     form, body = w.form, w.body
-    for name in ("q", "k", "v"):
+    for name in ("q", "k", "v") if inflow else ("q", "k"):
         w.operand(name, 3)
     w.gate_sums()
-    for wanted, name in ((True, "pairs"), (True, "grad_states"), (form.sums, "grad_totals")):
+    for wanted, name in ((True, "pairs"), (inflow, "grad_states"), (form.sums and inflow, "grad_totals")):
         if wanted:
             w.buffer(name)
     w.buffer("grad_k", dict(setting.dtypes)["grad_k"])
     w.buffer("columns")
-    w.buffer("after")
+    if inflow:
+        w.buffer("after")
     _stand(w, False, "the keys of one block of a chunk of one head.")
-    w.whole_lanes("e")
-    w.base(body, "v", False)
+    if inflow:
+        w.whole_lanes("e")
+        w.base(body, "v", False)
     w.gate_sum(body, "cum", "t", tile=True)
-    load_after(w, "SUB")
-    w.gate_sum(body, "last", "CHUNK - 1")
-    body.line(f"after = after * tl.exp({w.between('last', 'cum', ('[None, :]', ''))})")
+    if inflow:
+        load_after(w, "SUB")
+        w.gate_sum(body, "last", "CHUNK - 1")
+        body.line(f"after = after * tl.exp({w.between('last', 'cum', ('[None, :]', ''))})")
     body.line("acc = tl.zeros([SUB, BLOCK_D], tl.float32)")
     if w.apart:
         body.line("same = tl.zeros([SUB, BLOCK_D], tl.float32)")
@@ -181,37 +193,54 @@ def keys(setting: Setting) -> ChunkKernel:
         shared.line("own = tl.load(column + t * CHUNK, mask=inside, other=0.0)")
         w.tile(shared, "own_query", "q", "d")
         shared.line("same += own[:, None] * own_query")
-    w.put_tile(body, "grad_k", "acc + after + same" if w.apart else "acc + after", "d", w.key_head)
+    parts = ["acc", *(["after"] if inflow else []), *(["same"] if w.apart else [])]
+    w.put_tile(body, "grad_k", " + ".join(parts), "d", w.key_head)
     w.base(body, "k", False)
     w.tile(body, "key", "k", "d")
     w.put_tile(body, "columns", "acc * key", "d", w.key_head)
-    w.put_tile(body, "after", "after * key", "d", w.key_head)
+    if inflow:
+        w.put_tile(body, "after", "after * key", "d", w.key_head)
     return w.finish()
 
 
 @lru_cache(maxsize=256)
-def gates(setting: Setting) -> ChunkKernel:
+def gates(setting: Setting, inflow: bool = True) -> ChunkKernel:
     """`grad_gate` (key heads, length, d), float32: as in `refocus.codegen.chunk_backward`, each channel by itself."""
-    w = ChunkWriter(setting, "channel_gates_backward", "what flows back into gates")
+    w = ChunkWriter(
+        setting, "channel_gates_backward", "what flows back into gates" + ("" if inflow else " within chunks")
+    )  # fmt: skip
     form, body = w.form, w.body
-    for name in ("cum", "rows", "columns", "after", "states", "grad_states"):
+    for name in ("cum", "rows", "columns", "after", "states", "grad_states") if inflow else ("rows", "columns"):
         w.buffer(name)
-    if form.sums:
+    if form.sums and inflow:
         w.buffer("totals")
         w.buffer("grad_totals")
     w.buffer("grad_gate")
     w.stand(False, "one chunk of one head, and a tile of its features.")
     w.own_lanes("d", "tl.program_id(1)")
-    w.whole_lanes("e")
+    if inflow:
+        w.whole_lanes("e")
     mask = w.mask(("t", "d"))
     here = "length + start + t[:, None]) * D + d[None, :]"
     own = f"({w.key_head} * {here}"
     body.line(f"flow = -tl.load(columns_ptr + {own}, mask={mask}, other=0.0)")
     shared = w.sharing(body)
     shared.line(f"flow += tl.load(rows_ptr + (head * {here}, mask={mask}, other=0.0)")
-    body.line(f"after = tl.load(after_ptr + {own}, mask={mask}, other=0.0)")
+    if inflow:
+        body.line(f"after = tl.load(after_ptr + {own}, mask={mask}, other=0.0)")
+        _across(w)
+    body.line("flow = tl.cumsum(flow, 0, reverse=True)")
+    if inflow:
+        body.line("flow += tl.cumsum(after, 0) - after + (tl.exp(last) * across)[None, :]")
+    w.put_tile(body, "grad_gate", "flow", "d", w.key_head)
+    return w.finish()
+
+
+def _across(w: ChunkWriter) -> None:
+    """What passes the whole chunk."""
+    body = w.body
     body.line("across = tl.zeros([BLOCK_D], tl.float32)")
-    if form.sums:
+    if w.form.sums:
         w.vector(body, "total", "totals")
         w.vector(body, "grad_total", "grad_totals")
         body.line("across += total * grad_total")
@@ -220,10 +249,6 @@ def gates(setting: Setting) -> ChunkKernel:
     w.state(loop, "grad_state", "grad_states")
     loop.line("across += tl.sum(state * grad_state, 1)")
     w.gate_sum(body, "last", "CHUNK - 1", rest=False)
-    body.line("flow = tl.cumsum(flow, 0, reverse=True)")
-    body.line("flow += tl.cumsum(after, 0) - after + (tl.exp(last) * across)[None, :]")
-    w.put_tile(body, "grad_gate", "flow", "d", w.key_head)
-    return w.finish()
 
 
 def _writer(setting: Setting, name: str, what: str) -> ChunkWriter:
@@ -252,10 +277,11 @@ def _moved(w: ChunkWriter, name: str, between: str) -> str:
     return w.narrow(f"({name} * tl.exp({between}))")
 
 
-def _moved_keys(w: ChunkWriter, loop: Block) -> None:
-    """Keys of an earlier block, with their decay up to the edge."""
-    w.tile(loop, "key", "k", "d", "j", "inside_j")
-    w.gate_sum(loop, "cum_j", "j", tile=True)
+def _moved_keys(w: ChunkWriter, loop: Block, name: str = "k") -> None:
+    """Keys of an earlier block, with their decay up to the edge, which those of every kind have."""
+    w.tile(loop, "key", name, "d", "j", "inside_j")
+    if name == "k":
+        w.gate_sum(loop, "cum_j", "j", tile=True)
     loop.line(f"key = {_moved(w, 'key', w.between('edge', 'cum_j', ('[None, :]', '')))}")
 
 
@@ -263,11 +289,14 @@ def _seen(w: ChunkWriter, loop: Block, query: str, key: str, apart: bool) -> Non
     loop.line(f"seen = {query} {'>' if w.form.strict or apart else '>='} {key}")
 
 
-def _key_row(w: ChunkWriter, loop: Block, apart: bool = False) -> None:
-    """Key `j` of the own block, and its decay up to each of the queries that see it."""
-    _seen(w, loop, "t", "j", apart)
+def _key_row(w: ChunkWriter, loop: Block, name: str = "k", apart: bool = False) -> None:
+    """Key `j` of the own block, and its decay up to each of the queries that see it, which those of every kind have."""
+    if name == "k":
+        _seen(w, loop, "t", "j", apart)
     guard = f", mask={w.mask('d')}, other=0.0" if w.mask("d") else ""
-    loop.line(f"key = tl.load(k_base + j * k_stride_1 + d * k_stride_2{guard}).to(tl.float32)")
+    loop.line(f"key = tl.load({name}_base + j * {name}_stride_1 + d * {name}_stride_2{guard}).to(tl.float32)")
+    if name != "k":
+        return
     w.gate_sum(loop, "cum_j", "j")
     between = w.between("cum", "cum_j", ("", "[None, :]"))
     loop.line(f"decay = tl.exp(tl.where(seen[:, None], {between}, 0.0))")

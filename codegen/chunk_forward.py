@@ -1,7 +1,7 @@
 """The results of every chunk, from the state at its start and its own steps.
 
     scores[t, j] = sum over d of q[t, d] k[j, d] exp(cum[t] - cum[j])    where t sees j, else 0
-    out[t]       = exp(cum[t]) q[t]^T state + sum over j of scores[t, j] v[j]
+    out[t]       = exp(cum[t]) q[t]^T state + sum over j of scores[t, j] v[j]      (for each kind of keys and values)
     sums[t]      = exp(cum[t]) q[t]^T total + sum over j of scores[t, j]
 
 With gates for each channel the scores come from `refocus.codegen.chunk_channels`.
@@ -22,10 +22,15 @@ def outputs(setting: Setting) -> ChunkKernel:
     form = setting.form
     w = ChunkWriter(setting, "chunk_outputs", "the results of every chunk")
     body = w.body
-    for name in "qv" if w.by_channel else "qkv":
-        w.operand(name, 3)
+    w.operand("q", 3)
+    for kind in w.kinds:
+        for name in (kind.values,) if w.by_channel else (kind.keys, kind.values):
+            w.operand(name, 3)
     w.gate_sums()
-    for wanted, name in ((w.by_channel, "scores"), (True, "states"), (form.sums, "totals")):
+    if w.by_channel:
+        for kind in w.kinds:
+            w.buffer(f"scores{kind.mark}")
+    for wanted, name in ((True, "states"), (form.sums, "totals")):
         if wanted:
             w.buffer(name)
     w.buffer("out", dict(setting.dtypes)["out"])
@@ -44,17 +49,23 @@ def outputs(setting: Setting) -> ChunkKernel:
     if form.sums:
         body.line("sums = tl.zeros([CHUNK], tl.float32)")
     _from_state(w, w.lanes(body, "d"))
-    if w.by_channel:
-        load_scores(w, body, "scores")
-    else:
+    if not w.by_channel:
         if w.gated:
             body.line("acc = acc * tl.exp(cum)[:, None]")
             if form.sums:
                 body.line("sums = sums * tl.exp(cum)")
-        w.seen(body)
-        w.weigh(body, "scores")
-    w.tile(body, "value", "v", "e")
-    body.line(f"acc = {w.dot(w.narrow('scores'), 'value', 'acc')}")
+    w.seen(body)
+    for kind in w.kinds:
+        if w.by_channel:
+            load_scores(w, body, "scores", f"scores{kind.mark}")
+        else:
+            if kind.mark:
+                _scores(w, kind.keys)
+            w.weigh(body, "scores")
+        if kind.mark:
+            w.base(body, kind.values, False)
+        w.tile(body, "value", kind.values, "e")
+        body.line(f"acc = {w.dot(w.narrow('scores'), 'value', 'acc')}")
     w.put_tile(body, "out", "acc", "e", "head")
     if form.sums:
         body.line("sums += tl.sum(scores, 1)")
@@ -79,8 +90,18 @@ def _from_state(w: ChunkWriter, loop: Block) -> None:
         loop.line("sums += tl.sum(query * total[None, :], 1)")
 
 
-def load_scores(w: ChunkWriter, block: Block, name: str) -> None:
-    """The pairs of a chunk [query, key] that are seen, from a buffer (query heads, length, CHUNK)."""
-    w.seen(block)
-    address = f"{name}_ptr + (head * length + start + t[:, None]) * CHUNK + t[None, :]"
-    block.line(f"{name} = tl.load({address}, mask=seen & inside[:, None], other=0.0)")
+def _scores(w: ChunkWriter, key: str) -> None:
+    """Those of another kind of keys."""
+    w.base(w.body, key, False)
+    w.body.line("scores = tl.zeros([CHUNK, CHUNK], tl.float32)")
+    loop = w.lanes(w.body, "d")
+    if loop is not w.body:
+        w.tile(loop, "query", "q", "d")
+    w.tile(loop, "key", key, "d")
+    loop.line(f"scores = {w.dot('query', 'tl.trans(key)', 'scores')}")
+
+
+def load_scores(w: ChunkWriter, block: Block, target: str, name: str, head: str = "head", row: str = "t") -> None:
+    """Of a chunk [query, key] the pairs that are `seen`, from a buffer (query heads, length, CHUNK)."""
+    address = f"{name}_ptr + ({head} * length + start + {row}[:, None]) * CHUNK + t[None, :]"
+    block.line(f"{target} = tl.load({address}, mask=seen & inside[:, None], other=0.0)")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from refocus.codegen import cache
-from refocus.codegen.chunk_setting import SMALLEST, Setting, notation, schedule
+from refocus.codegen.chunk_setting import SMALLEST, Setting, kinds, notation, schedule
 from refocus.codegen.flash_fit import padded
 from refocus.codegen.functions import FUNCTIONS, sources
 from refocus.codegen.launch import function_of, on_device
@@ -79,6 +79,7 @@ class ChunkWriter:
         self.body = Block()
         self.parameters: list[Parameter] = []
         self._optionals: list[tuple[str, str, Block]] = []
+        self.kinds = kinds(self.form)
         self.gated, self.by_channel = self.form.gate != "none", self.form.gate == "channel"
         self.key_head = "head" if setting.share == 1 else "key_head"
         self.blocks_d, self.blocks_e = -(-setting.d // self.block_d), -(-setting.e // self.block_e)
@@ -264,14 +265,17 @@ class ChunkWriter:
 
     # ---------------------------------------------------------------------------------------------------------- decays
 
-    def gate_sum(self, block: Block, target: str, step: str, rest: bool = True, tile: bool = False) -> None:
+    def gate_sum(
+        self, block: Block, target: str, step: str, rest: bool = True, tile: bool = False, d: str = "d", given: str = ""
+    ) -> None:
         """What the gates sum up to from the chunk's start to a step, or to steps; with gates for each channel, a vector
-        or, of several steps, a `tile`. `rest`: and what that lost to rounding, as `<target>_rest`."""
-        at, guard = f"place * CHUNK + {step}", ""
+        or, of several steps, a `tile`. `rest`: and what that lost to rounding, as `<target>_rest`. `given`: of which
+        steps, where not of all; of the others it is 0."""
+        at, mask = f"place * CHUNK + {step}", given
         if self.by_channel:
-            at = f"(place * CHUNK + {step}{'[:, None]' if tile else ''}) * D + d{'[None, :]' if tile else ''}"
-            mask = self.mask(("", "d") if tile else "d")
-            guard = f", mask={mask}, other=0.0" if mask else ""
+            at = f"(place * CHUNK + {step}{'[:, None]' if tile else ''}) * D + {d}{'[None, :]' if tile else ''}"
+            mask = self.mask(("t" if given else "", d) if tile else d, f"({given})")
+        guard = f", mask={mask}, other=0.0" if mask else ""
         block.line(f"{target} = tl.load(cum_ptr + {at}{guard})")
         if rest:
             block.line(f"{target}_rest = tl.load(rest_ptr + {at}{guard})")
@@ -281,17 +285,20 @@ class ChunkWriter:
         first, second = layout
         return f"({later}{first} - {earlier}{second}) + ({later}_rest{first} - {earlier}_rest{second})"
 
-    def decays(self, block: Block, *wanted: str) -> None:
-        """`cum`: what the gates sum up to, from the chunk's start to each step; `rest`: what that lost to rounding;
-        `last`: to the chunk's end; `left`: from each step to the chunk's end; `kept`: what a chunk leaves of the state
-        that it starts from, and what that lost to rounding, which would add up from chunk to chunk."""
+    def decays(self, block: Block, *wanted: str, d: str = "d") -> None:
+        """`cum`: what the gates sum up to, from the chunk's start to each step; `before`: to the step before each;
+        `rest`: what that lost to rounding; `last`: to the chunk's end; `left`: from each step to the chunk's end;
+        `kept`: what a chunk leaves of the state that it starts from, and what that lost to rounding, which would add up
+        from chunk to chunk."""
         if not self.gated:
             return
         left = "left" in wanted
         if left or "cum" in wanted:
-            self.gate_sum(block, "cum", "t", left or "rest" in wanted, tile=True)
+            self.gate_sum(block, "cum", "t", left or "rest" in wanted, tile=True, d=d)
+        if "before" in wanted:
+            self.gate_sum(block, "before", "(t - 1)", "rest" in wanted, tile=True, d=d, given="t > 0")
         if left or "last" in wanted or "kept" in wanted:
-            self.gate_sum(block, "last", "CHUNK - 1", left)
+            self.gate_sum(block, "last", "CHUNK - 1", left, d=d)
         if "kept" in wanted:
             block.line("kept = tl.exp(last)")
             block.line("kept_rest = exp_rest(last, kept)")
@@ -314,11 +321,12 @@ class ChunkWriter:
         of them would cancel only up to rounding."""
         return self.gated and not self.form.strict
 
-    def seen(self, block: Block, apart: bool = False) -> None:
-        """`seen`: whether a query [:, None] sees a key [None, :] of its chunk, and with one gate a step, `decay`."""
-        block.line(f"seen = t[:, None] {'>' if self.form.strict or apart else '>='} t[None, :]")
+    def seen(self, block: Block, apart: bool = False, reads: str = "cum") -> None:
+        """`seen`: whether a query [:, None] sees a key [None, :] of its chunk, and with one gate a step, `decay`, from
+        the gates' sums up to where queries read; those that read `before` their step do not see it."""
+        block.line(f"seen = t[:, None] {'>' if self.form.strict or apart or reads == 'before' else '>='} t[None, :]")
         if self.form.gate == "head":
-            between = self.between("cum", "cum", ("[:, None]", "[None, :]"))
+            between = self.between(reads, "cum", ("[:, None]", "[None, :]"))
             block.line(f"decay = tl.exp(tl.where(seen, {between}, 0.0))")
 
     def weigh(self, block: Block, name: str) -> None:

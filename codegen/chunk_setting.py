@@ -12,6 +12,21 @@ SMALLEST = 16  # what tl.dot multiplies
 
 
 @dataclass(frozen=True)
+class Kind:
+    """Keys and the values that are written along them, by name, and what marks the variables and buffers of theirs."""
+
+    keys: str
+    values: str
+    mark: str = ""
+
+
+def kinds(form: LinearForm) -> tuple[Kind, ...]:
+    """What a state is made of. Where it is looked up by other keys than are written, what is taken away, `u`, goes
+    along keys of its own (`refocus.codegen.chunk_delta`)."""
+    return (Kind("k", "v"), Kind("erase", "u", "_u")) if form.lookup else (Kind("k", "v"),)
+
+
+@dataclass(frozen=True)
 class Setting:
     """All that the text of a kernel depends on. `repr` rebuilds it.
 
@@ -31,7 +46,8 @@ class Setting:
     def dtype(self) -> str:
         """What products are computed in: the operands' own narrow dtype, else float32."""
         known = dict(self.dtypes)
-        same = {known[name] for name in "qkv"}
+        operands = (*"qkv", "erase", "lookup", "u") if self.form.lookup else (*"qkv",)
+        same = {known[name] for name in operands if name in known}
         return known["q"] if len(same) == 1 and known["q"] in NARROW else "float32"
 
     @property
@@ -65,7 +81,12 @@ _NARROW_KERNELS = {
     "delta_states": Schedule(32, 8, 2, 128), "delta_states_backward": Schedule(32, 8, 1, 128),
 }  # fmt: skip
 # Decays are tiles, too.
-_CHANNEL_KERNELS = {"chunk_states": _WIDE, "values_backward": Schedule(32, 4, 2)}
+_CHANNEL_KERNELS = {
+    "chunk_states": _WIDE, "values_backward": Schedule(32, 4, 2), "delta_effects_backward": Schedule(32, 4, 2),
+}  # fmt: skip
+# Keys of two kinds are held at once.
+_LOOKUP_KERNELS = {"delta_inverse": Schedule(32, 1, 1)}
+_FLOAT32_LOOKUP_KERNELS = {"delta_states": Schedule(16, 8, 1, 32)}
 # With one tile of features and values there are no loops to load in, and everything is in registers at once.
 _SINGLE = Schedule(32, 8, 2)
 _SINGLE_KERNELS = ("queries_backward", "keys_backward", "values_backward")
@@ -81,9 +102,12 @@ def schedule(setting: Setting, name: str) -> Schedule:
     if name == "gate_sums":
         return Schedule(32, 4 if setting.form.gate == "channel" else 1, 1)
     if not setting.narrow:
-        return _FLOAT32_KERNELS.get(name, _FLOAT32)
+        of_lookups = _FLOAT32_LOOKUP_KERNELS if setting.form.lookup else {}
+        return of_lookups.get(name, _FLOAT32_KERNELS.get(name, _FLOAT32))
     if setting.form.gate == "channel" and name in _CHANNEL_KERNELS:
         return _CHANNEL_KERNELS[name]
+    if setting.form.lookup and name in _LOOKUP_KERNELS:
+        return _LOOKUP_KERNELS[name]
     if setting.widest <= 64 and name in _SINGLE_KERNELS:
         return _SINGLE
     return _NARROW_KERNELS.get(name, _NARROW)
@@ -96,7 +120,8 @@ def notation(form: LinearForm, share: int) -> list[str]:
     new = "k[c,t,d] * v[c,t,e]"
     lines = []
     if form.lookup:
-        new += " - erase[c,t,d] * sum_d lookup[c,t,d] * S[c,t-1,d,e]"
+        new += " + erase[c,t,d] * u[c,t,e]"
+        lines.append("u[c,t,e]   = -sum_d lookup[c,t,d] * S[c,t-1,d,e]")
     elif form.erase:
         new = "k[c,t,d] * u[c,t,e]"
         lines.append(f"u[c,t,e]   = erase[c,t] * (v[c,t,e] - sum_d k[c,t,d] * {decay}S[c,t-1,d,e])")

@@ -49,14 +49,14 @@ class Sample:
     initial: Tensor | None = None
     lookup: Tensor | None = None
 
-    def unsupported(self, engine: str, trained: bool = False) -> str | None:
-        """Why an engine cannot run it, and its gradients where it is `trained`; None where it can. `tiled` runs every
-        form."""
+    def unsupported(self, engine: str) -> str | None:
+        """Why an engine cannot run it and its gradients; None where it can. `tiled` runs every form."""
         if debug.disabled(engine):
             return debug.off(engine)
         if engine != "triton":
             return None
-        return linear_triton.supports(self.form, self.q, self.k, self.v, self.gate, trained)
+        rest = self.gate, self.erase, self.initial, self.lookup
+        return linear_triton.supports(self.form, self.q, self.k, self.v, *rest)
 
     def kernel_path(self, plan: Plan) -> str | None:
         """Where the generated source of the kernel that writes the results is kept, for engines that generate it."""
@@ -101,18 +101,18 @@ def choose_linear(work: LinearWork, sample: Sample, device: Any, engine: str | N
     if trained and debug.disabled("training"):
         return Leave(f"needs gradients, and {debug.off('training')}")
     if engine is not None:
-        return _forced(work, sample, device, engine, trained)
+        return _forced(work, sample, device, engine)
     if not sample.form.causal and not sample.form.sums and work.width >= work.keys:
         return Leave(
             f"a product of three matrices, with no fewer features than keys: no order of them is cheaper, at {work}"
         )
     if work.passes is not None:
-        return _single_step(work, work.passes, sample, device, trained)
+        return _single_step(work, work.passes, sample, device)
     if work.spelled == "linear":
         return Leave(f"its cost is linear in the length already, at {work}")
     declined = ""
     if device.type != "cpu":
-        reason = sample.unsupported("triton", trained)
+        reason = sample.unsupported("triton")
         if reason is None:
             return _on_device(work, sample)
         declined = f"; the triton engine does not take it: {reason}"
@@ -129,19 +129,19 @@ def choose_linear(work: LinearWork, sample: Sample, device: Any, engine: str | N
     return Chosen(plan, f"about {leave / cost:.1f} times faster in chunks of {plan.block_k}, at {work}{declined}")
 
 
-def _forced(work: LinearWork, sample: Sample, device: Any, engine: str, trained: bool) -> Chosen | Leave:
+def _forced(work: LinearWork, sample: Sample, device: Any, engine: str) -> Chosen | Leave:
     if engine not in ENGINES:
         return Leave(f"the {engine} engine has no linear attention; engine='tiled' has")
     must_run(engine, device)
-    reason = sample.unsupported(engine, trained)
+    reason = sample.unsupported(engine)
     if reason is not None:
         return Leave(f"the {engine} engine does not take it: {reason}")
     return Chosen(_plan_of(work, sample, engine), f"engine={engine!r} was asked for")
 
 
-def _single_step(work: LinearWork, passes: Passes, sample: Sample, device: Any, trained: bool) -> Chosen | Leave:
+def _single_step(work: LinearWork, passes: Passes, sample: Sample, device: Any) -> Chosen | Leave:
     """What a step costs is the way of its state through memory."""
-    reason = sample.unsupported("triton", trained) if device.type != "cpu" else "on a CPU a state stays in the caches"
+    reason = sample.unsupported("triton") if device.type != "cpu" else "on a CPU a state stays in the caches"
     if reason is not None:
         return Leave(f"a single step, which is no slower as it is spelled: {reason}; engine='tiled' runs it")
     told = f"a single step: the state goes through memory {passes.spelled} times as it is spelled, fused {passes.fused}"
@@ -160,7 +160,8 @@ def _on_device(work: LinearWork, sample: Sample) -> Chosen | Leave:
 def _plan_of(work: LinearWork, sample: Sample, engine: str) -> Plan:
     if engine != "triton":
         return linear_plan(work, engine)
-    chunk = linear_triton.default_chunk(sample.q, sample.k, sample.v)
+    others = (sample.erase, sample.lookup) if sample.form.lookup else ()
+    chunk = linear_triton.default_chunk(sample.q, sample.k, sample.v, *others)
     return Plan(engine, schedule="chunked", block_q=chunk, block_k=chunk)
 
 

@@ -2,7 +2,8 @@
 
 forward     gate_sums, chunk_states, chunk_outputs; a single step is one kernel
 backward    the same states again, chunk_states_backward, and one kernel for each gradient
-the delta rule in between: delta_inverse, delta_effects and delta_states, and their backward
+the delta rule, and states that are looked up by other keys, in between: delta_inverse, delta_effects and delta_states,
+            and their backward
 """
 
 from __future__ import annotations
@@ -33,28 +34,23 @@ Gradients = tuple[Tensor | None, ...]
 R = TypeVar("R")
 
 
-def supports(
-    form: LinearForm, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None = None, trained: bool = False
-) -> str | None:  # fmt: skip
-    """Why there are no kernels for this call, or for its gradients where it is `trained`; None where there are."""
+def supports(form: LinearForm, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> str | None:
+    """Why there are no kernels for this call and its gradients; None where there are. `rest`: gate, erase, initial,
+    lookup, of which the last may be left out."""
     if not form.causal:
         return "without an order the form is two products of matrices"
-    if form.lookup and (trained or k.shape[1] > 1):
-        return "there are no kernels of states that are looked up by other keys than are written, but for single steps"
-    if form.erase and not form.lookup and form.gate == "channel":
-        return "there are no kernels of the delta rule with gates for each channel"
-    for name, x in (("q", q), ("k", k), ("v", v), ("gate", gate)):
-        if x is not None and dtype_name(x) not in OUT_DTYPES:
+    for name, x in zip(NAMES, (q, k, v, *rest)):
+        if x is not None and name != "initial" and dtype_name(x) not in OUT_DTYPES:
             return f"{name} is {dtype_name(x)}"
     if not 0 < min(q.shape[2], v.shape[2]) <= max(q.shape[2], v.shape[2]) <= WIDEST:
         return f"the state is {q.shape[2]} by {v.shape[2]}; the kernels hold {WIDEST} by {WIDEST} at most"
     return None
 
 
-def default_chunk(q: Tensor, k: Tensor, v: Tensor) -> int:
-    """Steps of a chunk where nothing asks for another number: products of float32 run without tensor cores, and are
-    better small."""
-    return 64 if q.dtype == k.dtype == v.dtype and dtype_name(q) in NARROW else 32
+def default_chunk(q: Tensor, *others: Tensor | None) -> int:
+    """Steps of a chunk where nothing asks for another number: products of float32, which are taken where not all
+    `others` that are multiplied are as narrow as q, run without tensor cores, and are better small."""
+    return 64 if dtype_name(q) in NARROW and all(x is None or x.dtype == q.dtype for x in others) else 32
 
 
 def kernel_path(
@@ -62,10 +58,10 @@ def kernel_path(
     initial: Tensor | None, lookup: Tensor | None = None,
 ) -> Path:  # fmt: skip
     """The file of the kernel that writes the results of such a call."""
-    step = k.shape[1] == 1
-    given = (q, k, v, gate, *((erase, initial, lookup) if step else ()))
-    setting = Call(form, chunk, {name: x for name, x in zip(NAMES, given) if x is not None}).setting(out=v.dtype)
-    return (chunk_step.step if step else chunk_forward.outputs)(setting).path
+    call = _call(form, chunk, q, k, v, gate, erase, initial, lookup)
+    if call.length == 1:
+        return chunk_step.step(call.setting(out=v.dtype)).path
+    return chunk_forward.outputs(delta_call.reading(call) if form.erase else call.setting(out=v.dtype)).path
 
 
 def forward(
@@ -120,9 +116,9 @@ def _fitted(
     what: str, form: LinearForm, chunk: int, given: tuple[Tensor | None, ...], attempt: Callable[[int], R]
 ) -> R:
     """`attempt` with this chunk, or with a smaller one."""
-    q, k, v, gate, *_ = given
+    q, k, v, *rest = given
     assert q is not None and k is not None and v is not None
-    reason = supports(form, q, k, v, gate, what == "backward")
+    reason = supports(form, q, k, v, *rest)
     largest = MOST_STEPS // 2 if form.erase else MOST_STEPS
     if not SMALLEST <= chunk <= largest or chunk & (chunk - 1):
         reason = f"chunks of {chunk}, which must be a power of two from {SMALLEST} to {largest}"

@@ -32,22 +32,11 @@ class Module(nn.Module):
 def forms() -> list[LinearForm]:
     """Every causal form that the kernels know: with all that a state can have, and with nothing."""
     out = []
-    for gate, erase, strict, full in product(("none", "head", "channel"), (False, True), (False, True), (False, True)):
-        if not (erase and gate == "channel"):
-            out.append(
-                LinearForm(
-                    strict=strict, gate=gate, erase=erase, sums=full and not erase, initial=full, final=full
-                )
-            )  # fmt: skip
+    for kind in ("sums", "erase", "lookup"):
+        for gate, strict, full in product(("none", "head", "channel"), (False, True), (False, True)):
+            more = {"erase": kind != "sums", "lookup": kind == "lookup", "sums": full and kind == "sums"}
+            out.append(LinearForm(strict=strict, gate=gate, initial=full, final=full, **more))
     return out
-
-
-def steps() -> list[LinearForm]:
-    """Forms of which there are kernels for a single step only, and not for its gradients."""
-    return [
-        LinearForm(strict=strict, gate=gate, erase=True, lookup=True, initial=full, final=full)
-        for gate, strict, full in product(("none", "head", "channel"), (False, True), (False, True))
-    ]
 
 
 def tensors(
@@ -61,8 +50,8 @@ def tensors(
     low: float = 0.5,
     high: float = 1 - 1e-5,
 ) -> list[Tensor | None]:
-    """q, k, v, gate, erase, initial, lookup. Decays lie between `low` and `high`; keys are of unit length, as the delta
-    rule wants them."""
+    """q, k, v, gate, erase, initial, lookup. Decays lie between `low` and `high`; keys of all sorts are of unit length,
+    as the delta rule wants them."""
     generator = torch.Generator().manual_seed(length + d)
 
     def random(*shape: int) -> Tensor:
@@ -74,7 +63,7 @@ def tensors(
         shape = (heads, length, d) if form.gate == "channel" else (heads, length)
         gate = (torch.rand(shape, generator=generator) * (high - low) + low).log()
     if form.lookup:
-        erase, lookup = (0.3 * random(heads, length, d) for _ in range(2))
+        erase, lookup = (torch.nn.functional.normalize(random(heads, length, d), dim=-1) for _ in range(2))
     elif form.erase:
         erase = torch.rand(heads, length, generator=generator)
     if form.initial:

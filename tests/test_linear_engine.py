@@ -50,15 +50,50 @@ class Everywhere(nn.Module):
         return (q @ k.mT) @ v
 
 
+class RankOne(nn.Module):
+    """RWKV-7's recurrence: each channel decays, and what a key finds in the state is taken away along another."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        w, x = torch.exp(-0.6 * torch.sigmoid(g)), torch.nn.functional.normalize(g + q, dim=-1)
+        state, rows, a = v.new_zeros(*v.shape[:2], v.shape[-1], k.shape[-1]), [], torch.sigmoid(q - 0.3)
+        for t in range(q.shape[2]):
+            found = state @ -x[:, :, t, :, None]
+            state = state * w[:, :, t, None] + found @ (x * a)[:, :, t, None] + v[:, :, t, :, None] @ k[:, :, t, None]
+            rows.append((state @ q[:, :, t, :, None]).squeeze(-1))
+        return torch.stack(rows, 2)
+
+
+class DeltaByChannel(nn.Module):
+    """The delta rule of a state whose channels decay each in its own way, that is kept from call to call."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        k, gate, rows = torch.nn.functional.normalize(k, dim=-1), torch.nn.functional.logsigmoid(g), []
+        beta = torch.sigmoid(q.sum(-1, keepdim=True))
+        for t in range(q.shape[2]):
+            state = state * gate[:, :, t, :, None].exp()
+            left = beta[:, :, t] * (v[:, :, t] - (k[:, :, t, None] @ state).squeeze(-2))
+            state = state + k[:, :, t, :, None] * left[..., None, :]
+            rows.append((q[:, :, t, None] @ state).squeeze(-2))
+        return torch.stack(rows, 2), state
+
+
 def tensors(length: int = 40) -> list[Tensor]:
     drawn = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, length, 8, generator=drawn) for _ in range(3))
     return [q, k, v, torch.randn(1, 2, length, generator=drawn)]
 
 
+def by_channel() -> list[Tensor]:
+    """Of more steps than one chunk has, and no whole chunks."""
+    drawn = torch.Generator().manual_seed(1)
+    return [torch.rand(1, 2, 40, 8, generator=drawn) for _ in range(4)]
+
+
 MODELS: dict[str, Callable[[], tuple[nn.Module, list[Tensor]]]] = {
     "gated": lambda: (Gated(), tensors()),
     "normalised": lambda: (Normalised(), tensors()[:3]),
+    "rank one": lambda: (RankOne(), by_channel()),
+    "delta by channel": lambda: (DeltaByChannel(), [*by_channel(), torch.ones(1, 2, 8, 8)]),
 }
 
 
@@ -115,6 +150,18 @@ def test_on_a_gpu_the_kernels_are_the_default() -> None:
     found = outcome()
     assert isinstance(found, Chosen) and found.plan.engine == "triton" and found.plan.block_k == 64
     assert isinstance(half := outcome(dtype=torch.float32), Chosen) and half.plan.block_k == 32
+
+
+@pytest.mark.parametrize("gate", ["none", "head", "channel"])
+def test_other_keys_run_in_the_kernels_with_their_gradients(gate: str) -> None:
+    """What is multiplied in float32 goes in shorter chunks."""
+    work, sample = asked()
+    form = LinearForm(gate=gate, erase=True, lookup=True)
+    gates = None if gate == "none" else sample.q if gate == "channel" else sample.q[..., 0]
+    sample = replace(sample, form=form, gate=gates, erase=sample.q, lookup=sample.q)
+    for given, chunk in ((sample, 64), (replace(sample, lookup=sample.q.float()), 32)):
+        found = choose_linear(replace(work, spelled="steps"), given, CUDA, None, trained=True)
+        assert isinstance(found, Chosen) and found.plan.engine == "triton" and found.plan.block_k == chunk
 
 
 def test_few_pairs_stay() -> None:
