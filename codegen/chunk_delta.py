@@ -290,9 +290,9 @@ def states(setting: Setting) -> ChunkKernel:
     if form.lookup:
         w.tile(loop, "value", "v", "e")
     _decays(w, loop, "kept", "left")
-    for d, state in _tiles(w):
-        _decays(w, loop, "kept", "left", d=d)
-        for name, key, value in written:
+    for name, key, value in written:
+        for d, state in _tiles(w):
+            _decays(w, loop, *(("kept", "left") if key == "k" else ("left",)), d=d)
             w.tile(loop, name, key, d)
             if w.gated:
                 if key == "k":

@@ -85,7 +85,7 @@ _CHANNEL_KERNELS = {
     "chunk_states": _WIDE, "values_backward": Schedule(32, 4, 2), "delta_effects_backward": Schedule(32, 4, 2),
 }  # fmt: skip
 # Keys of two kinds are held at once.
-_LOOKUP_KERNELS = {"delta_inverse": Schedule(32, 1, 1)}
+_LOOKUP_KERNELS = {"delta_inverse": Schedule(32, 1, 1), "queries_backward": Schedule(32, 8, 2)}
 _FLOAT32_LOOKUP_KERNELS = {"delta_states": Schedule(16, 8, 1, 32)}
 # With one tile of features and values there are no loops to load in, and everything is in registers at once.
 _SINGLE = Schedule(32, 8, 2)

@@ -48,6 +48,16 @@ def test_cases_run_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert data["bandwidth"] > 0
 
 
+@pytest.mark.slow
+def test_recurrences_run_by_their_operator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spelled as a triangular system, as their authors do not, they must be the same function all the same."""
+    names = [c.key for c in CASES if c.suite == "linear" and c.kind in ("delta", "lookup") and not c.trained]
+    data = tiny(tmp_path, monkeypatch, "--suite", "linear", "--only", *names)
+    assert set(data["cases"]) == set(names) and len(names) == 2
+    for entry in data["cases"].values():
+        assert entry["peers"]["refocus"]["agrees"] and entry["peers"]["eager"]["seconds"] > 0
+
+
 # One case of each suite, the first with a gradient where there is one.
 ONE = {name: next((c for c in suite.cases if c.trained), suite.cases[0]).key for name, suite in SUITES.items()}
 
