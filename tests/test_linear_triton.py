@@ -318,7 +318,7 @@ def test_source_has_nothing_that_is_not_used(form: LinearForm) -> None:
             loaded = {n.id for n in names if isinstance(n.ctx, ast.Load)}
             assert {n.id for n in names if isinstance(n.ctx, ast.Store)} | arguments <= loaded, kernel.source
             lines = kernel.source.splitlines()
-            assert len(lines) < 220 and all(len(line) <= 120 for line in lines)
+            assert len(lines) < 240 and all(len(line) <= 120 for line in lines)
             assert not any(word in kernel.source for word in ("atomic", "constexpr)", "exp(-"))
 
 
