@@ -31,6 +31,11 @@ def _not_linear(op: str | None) -> Declined:
     return Declined(f"the normaliser is not linear in the scores (`{op}` of them)", op)
 
 
+def _is_of_scores(factor: Expr) -> bool:
+    """Whether a factor is a function of a sum that is no decay: of scores."""
+    return isinstance(factor, Call) and factor.op not in ("exp", "exp2") and holds_sum(factor)
+
+
 def _same_dots(total: Reduce, roles: Roles) -> Reduce:
     """A sum over features of its own, named as those of the weights, where these are what its queries are read at."""
     summed = product_of(total).summed
@@ -70,7 +75,7 @@ def shared_by(total: Reduce, roles: Roles, product: Product) -> tuple[Shared, tu
     plain = product_of(total)
     own = [a for a in plain.summed if a not in roles.dot]
     if len(own) != 1 or own[0].size != roles.key.size or len(plain.summed) != len(roles.dot) + 1:
-        changed = [f for f in plain.factors if holds_sum(f) and {roles.query, *own} <= f.axes and isinstance(f, Call)]
+        changed = [f for f in plain.factors if _is_of_scores(f) and {roles.query, *own} <= f.axes]
         if changed:
             raise Stop(_not_linear(blamed(changed[0])))
         raise Stop(Declined("the normaliser is no sum of the weights over the keys"))

@@ -275,7 +275,7 @@ def test_a_shorter_last_chunk(function: Function) -> None:
         (gated, "keeps", "no sum of the gates between key and query"),
         (gated, "keys", "other queries, keys or values"),
         (normalised, "undecayed", "the normaliser is no sum of the weights"),
-        (normalised, "squares", "the normaliser is no sum of the weights"),
+        (normalised, "squares", "the normaliser is not linear in the scores (`square` of them)"),
         (own_last, "state", "the last step"),
         (own_last, "mask", "the last step"),
     ],
