@@ -51,6 +51,8 @@ def read_update(
     update: Expr, state: str, own: tuple[Expr, ...], step: Axis, log: Callable[[Expr], Expr | None]
 ) -> Update:
     """Read S' as a function of loads of `state`, over the axes `own`. Raises Stop."""
+    if _count(update, state, {}) > _MOST_TERMS:
+        raise Stop(Declined("a loop's update has too many terms to be read"))
     keeps: list[Product] = []
     erases: list[tuple[Product, Load]] = []
     terms = summands(update, state)
@@ -225,6 +227,22 @@ def _times(factors: Sequence[Expr], dtype: str) -> Expr:
 
 def _holds(e: Expr, state: str) -> bool:
     return any(isinstance(n, Load) and n.tensor == state for n in e.walk())
+
+
+_MOST_TERMS = 256  # of several steps taken for one, there are exponentially many
+
+
+def _count(e: Expr, state: str, known: dict[Expr, int]) -> int:
+    """How many `summands` there are that hold the state, at least."""
+    if e not in known:
+        counts = [n for x in e.children if (n := _count(x, state, known))]
+        if isinstance(e, Load) and e.tensor == state:
+            known[e] = 1
+        elif isinstance(e, Call) and e.op in ("add", "sub"):
+            known[e] = sum(counts)
+        else:
+            known[e] = math.prod(counts) if counts else 0
+    return known[e]
 
 
 def summands(e: Expr, state: str, looked_up: bool = False) -> list[Expr]:

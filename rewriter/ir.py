@@ -310,18 +310,20 @@ def rewrite(expr: Expr, visit: Callable[[Expr], Expr | None], build: Callable[[E
     """Bottom-up rewrite: `visit(node)` may replace a node outright; else its children are rewritten and
     `build(node, children)` puts it together again (use `refocus.simplify.rebuild` to keep it canonical)."""
     memo: dict[Expr, Expr] = {}
-
-    def go(node: Expr) -> Expr:
-        done = memo.get(node)
-        if done is None:
+    stack = [(expr, False)]  # not calls of itself: loops make expressions hundreds of nodes deep
+    while stack:
+        node, entered = stack.pop()
+        if entered:
+            children = tuple(memo[c] for c in node.children)
+            memo[node] = node if all(a is b for a, b in zip(children, node.children)) else build(node, children)
+        elif node not in memo:
             done = visit(node)
-            if done is None:
-                children = tuple(go(c) for c in node.children)
-                done = node if all(a is b for a, b in zip(children, node.children)) else build(node, children)
-            memo[node] = done
-        return done
-
-    return go(expr)
+            if done is not None:
+                memo[node] = done
+            else:
+                stack.append((node, True))
+                stack.extend((c, False) for c in reversed(node.children))
+    return memo[expr]
 
 
 _NAMES: dict[str, Any] = {
