@@ -9,9 +9,10 @@ from typing import Any
 from torch import fx
 
 from refocus import simplify as s
-from refocus.ir import BOOL, Const, Expr
+from refocus.ir import BOOL, ONE, ZERO, Const, Expr
 from refocus.lift import Handler, Index, Lifter, dtype_of
 from refocus.lift_views import arguments_of
+from refocus.sizes import shape_of
 
 # What a formula is given: the value, its dtype, and the parameters of the activation in the order of its schema.
 Formula = Callable[..., Expr]
@@ -105,6 +106,28 @@ def _mish(x: Expr, dtype: str) -> Expr:
     return _times(dtype, x, s.call("tanh", s.call("softplus", x, dtype=dtype), dtype=dtype))
 
 
+def _threshold(x: Expr, dtype: str, threshold: float, value: float) -> Expr:
+    """What is no number stays so."""
+    return s.where(s.call("le", x, Const(float(threshold), dtype), dtype=BOOL), Const(float(value), dtype), x)
+
+
+def _shrunk(x: Expr, dtype: str, width: float, by: float) -> Expr:
+    """Zero from -width to width, and less by so much beyond."""
+    low, high = Const(-float(width), dtype), Const(float(width), dtype)
+    inside = s.call("and", s.call("le", low, x, dtype=BOOL), s.call("le", x, high, dtype=BOOL), dtype=BOOL)
+    below = s.call("lt", x, low, dtype=BOOL)
+    return s.where(inside, Const(0.0, dtype), s.where(below, _plus(dtype, x, by), _plus(dtype, x, -by)))
+
+
+def _prelu(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    """One slope for all, or one for each position of the second dimension."""
+    source, slope = arguments_of(node, "self", "weight")
+    shape = shape_of(slope)
+    at = tuple(ZERO if size == ONE else index[1] for size in shape)
+    x, dtype = lift.broadcast(source, index), dtype_of(node)
+    return s.where(_is_positive(x, dtype), x, _times(dtype, lift.at(slope, at), x))
+
+
 ACTIVATIONS: dict[str, Handler] = {
     "leaky_relu": _activation(_leaky_relu, negative_slope=0.01),
     "hardtanh": _activation(_clamped, min_val=-1.0, max_val=1.0),
@@ -118,4 +141,10 @@ ACTIVATIONS: dict[str, Handler] = {
     "hardsigmoid": _activation(_hardsigmoid),
     "hardswish": _activation(_hardswish),
     "mish": _activation(_mish),
+    "celu": _activation(lambda x, dtype, alpha: _elu(x, dtype, alpha, 1.0, 1.0 / alpha), alpha=1.0),
+    "threshold": _activation(_threshold, threshold=0.0, value=0.0),
+    "hardshrink": _activation(lambda x, dtype, width: _shrunk(x, dtype, width, 0.0), lambd=0.5),
+    "softshrink": _activation(lambda x, dtype, width: _shrunk(x, dtype, width, width), lambd=0.5),
+    "prelu": _prelu,
+    "special_expit": _activation(lambda x, dtype: s.call("sigmoid", x, dtype=dtype)),
 }

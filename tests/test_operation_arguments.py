@@ -49,6 +49,13 @@ CHANGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "maximum with zeros": lambda s, b: torch.maximum(s, torch.zeros_like(s)),
     "minimum with a number": lambda s, b: torch.minimum(s, torch.zeros((), dtype=s.dtype)),
     "maximum with a tensor": lambda s, b: torch.maximum(s, b),
+    "threshold": lambda s, b: F.threshold(s, 0.0, -2.0),
+    "hardshrink": lambda s, b: F.hardshrink(s, 0.2) + F.hardshrink(s + 0.3, 0.3),
+    "softshrink": lambda s, b: F.softshrink(s, 0.2) + F.softshrink(s - 0.3, 0.3),
+    "celu": lambda s, b: F.celu(s, 0.7),
+    "a slope for each head": lambda s, b: F.prelu(s, b[:, 0, 3] - 0.5),
+    "one slope": lambda s, b: F.prelu(s, b[0, 0, :1] + 0.3),
+    "expit": lambda s, b: torch.special.expit(s),
 }
 
 
