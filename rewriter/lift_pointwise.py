@@ -238,14 +238,14 @@ def _clamp_one(op: str, name: str) -> Handler:
     return handler
 
 
-def _extreme(op: str) -> Handler:
+def _extreme(op: str, shares: bool = True) -> Handler:
     """The larger, or smaller, of two tensors; the reductions of the same name are in `lift_reductions`."""
 
     def handler(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
         if len(arguments(node)) != 2 or not is_tensor(arguments(node)[1]):
             return None
         value = _plain(op)(lift, node, index)
-        return value if value is None or not value.is_float else _shared(value)
+        return _shared(value) if shares and value is not None and value.is_float else value
 
     return handler
 
@@ -253,7 +253,7 @@ def _extreme(op: str) -> Handler:
 def _shared(value: Expr) -> Expr:
     """Where two tensors are equal a gradient flows to each by half, also where one of them holds one number only: half
     of it is lost there, which the extreme of a value and a bound would pass on. At fills and for maxima of rows, by
-    which exponents are shifted, it makes no difference."""
+    which exponents are shifted, it makes no difference (`LARGER`)."""
     if not (isinstance(value, Call) and value.op in ("min", "max")):
         return value
     bounds = [a for a in value.args if isinstance(a, Const)]
@@ -362,6 +362,8 @@ def _diff(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     later = minus(read(source, here), read(source, s.sub(here, 1)))
     return s.where(s.le(here, 0), first, later)
 
+
+LARGER = _extreme("max", shares=False)
 
 POINTWISE: dict[str, Handler] = {
     **{name: _plain(name) for name in (

@@ -20,7 +20,7 @@ from refocus.ir import Axis, Call, Const, Expr, Load, Reduce
 from refocus.joint import moved
 from refocus.lift import Index, Lifter, arguments, dtype_of, op_name
 from refocus.lift_joins import JOINS
-from refocus.lift_pointwise import POINTWISE
+from refocus.lift_pointwise import LARGER, POINTWISE
 from refocus.lift_reductions import CONTRACTIONS, REDUCTIONS
 from refocus.lift_views import VIEWS
 from refocus.patterns.declined import Declined, Stop
@@ -438,7 +438,7 @@ class RunningRows(_Running):
         return shift
 
 
-_MOST = {"amax": REDUCTIONS["amax"], "maximum": POINTWISE["maximum"], "max": POINTWISE["max"]}
+_MOST = {"amax": REDUCTIONS["amax"], "maximum": LARGER, "max": LARGER}
 
 
 def _at(terms: Counter[Expr], names: dict[Expr, Expr]) -> Counter[Expr]:
