@@ -240,6 +240,16 @@ def test_spans_follow_one_another(gate: str, kind: str, initial: bool, monkeypat
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_batch(kind: str) -> None:
+    form = form_of(kind, gate="head", final=True)
+    given = [x if x is None else x[:0] for x in tensors(form, 20)]
+    out, _, final = chunked.forward(form, 16, *given)
+    assert final is not None and (out.shape, final.shape) == ((0, 20, 5), (0, 6, 5))
+    found = chunked.backward(form, 16, *given, (torch.zeros_like(out), None, torch.zeros_like(final)))
+    assert [x.shape for x in found if x is not None] == [x.shape for x in given if x is not None]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_long_sequence_needs_the_memory_of_one_span(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor but results is as long as the sequence, in the forward and in the backward."""
     monkeypatch.setattr(spans, "_MOST", 1 << 14)
