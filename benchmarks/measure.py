@@ -27,7 +27,8 @@ from torch.utils._pytree import tree_leaves
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
-_M_MMAP_THRESHOLD = -3  # from malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # from malloc.h
+_MMAP_MAX = 1 << 16  # blocks mapped one by one, unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,23 @@ def return_free_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, _MMAP_MAX)
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
         libc.malloc_trim(0)
+
+
+def keep_free_memory() -> None:
+    """Have the C allocator serve calls, after a few of them, from memory that earlier ones gave back, of any size.
+
+    glibc maps each block of more than 32 MiB anew, and the system clears its pages one by one (1 to 2 us for 4 KiB on a
+    virtual machine, more than it takes to compute what they hold): time then jumps where a buffer crosses that size.
+    Allocators that PyTorch's guide for CPUs advises (jemalloc, tcmalloc) keep such blocks. Does nothing where the C
+    library has no such function.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def _resident(field: str) -> int:

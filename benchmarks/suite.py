@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.isolation import run_isolated
-from benchmarks.measure import Timing, largest_difference, machine, peak_memory, time_peers
+from benchmarks.measure import Timing, keep_free_memory, largest_difference, machine, peak_memory, time_peers
 from benchmarks.peers import COMPILE, EAGER, REFOCUS
 
 RESULTS = Path(__file__).parent / "results"
@@ -70,6 +70,7 @@ def measure(task: Task, subject: Subject) -> Measured:
     import refocus
 
     torch.set_num_threads(task.threads)
+    keep_free_memory()
     peers: dict[str, Callable[..., Any]] = {}
     if subject.dense:
         peers = {EAGER: subject.call, COMPILE: torch.compile(subject.call)}
@@ -127,7 +128,8 @@ def markdown(title: str, note: str, entries: list[dict[str, Any]], where: dict[s
         f"# {title}",
         "",
         f"{where['processor']}, {where['threads']} threads, torch {where['torch']}, float32. {note} "
-        "Medians of calls taken in turns in one process; memory is the peak of one call beyond what is alive before it "
+        "Medians of calls taken in turns in one process, whose allocator keeps what is given back; memory is the peak "
+        "of one call beyond what is alive before it "
         "(the model, its inputs); `alone` is the fastest call of Refocus where no peer takes turns with it; the "
         "difference is relative to the largest value.",
         "",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +66,33 @@ def test_peak_memory_is_what_is_alive_at_the_worst_moment() -> None:
         pytest.skip("this system does not tell")
     # Threads that earlier tests left behind give memory back when they please: the middle one of three.
     assert 2 * 64e6 * 0.9 < sorted(peaks)[len(peaks) // 2] < 2 * 64e6 * 1.2
+
+
+_FAULTS = """
+import resource, torch
+from benchmarks.measure import keep_free_memory, peak_memory
+{first}
+faults = []
+for _ in range(20):
+    torch.ones(32 << 20)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[-1] - faults[-2], peak_memory(lambda: torch.ones(32 << 20), device=torch.device("cpu")))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_large_blocks_are_kept_where_time_is_measured_and_given_back_where_memory_is() -> None:
+    def measured(first: str) -> list[int]:
+        command = [sys.executable, "-c", _FAULTS.format(first=first)]
+        return [int(word) for word in subprocess.run(command, capture_output=True, check=True).stdout.split()]
+
+    pages = (128 << 20) // 4096
+    mapped, peak = measured("")
+    if mapped < pages / 2:
+        pytest.skip("pages are larger than the system says")
+    kept, peak_kept = measured("keep_free_memory()")
+    assert kept < pages / 100
+    assert min(peak, peak_kept) > 0.9 * (128 << 20)
 
 
 def test_peers_take_turns() -> None:
