@@ -150,7 +150,7 @@ def may_look(pairs: Pairs, plan: Plan, sizes: Mapping[Sym, int]) -> bool:
     """Whether a look at pairs may empty more tiles, of enough to be worth it on each call."""
     region = pairs.fitted.region
     tiles = -(-size_of(region.query.size, sizes) // plan.block_q) * -(-size_of(pairs.key.size, sizes) // plan.block_k)
-    return tiles >= _MANY_TILES and leaves_open(pairs.mask, region.query, pairs.key)
+    return tiles >= _MANY_TILES and leaves_open(pairs.mask, region.query, pairs.key, (plan.block_q, plan.block_k))
 
 
 @dataclass(frozen=True)

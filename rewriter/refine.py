@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from refocus.evaluate import evaluate
-from refocus.ir import Axis, Call, Expr
+from refocus.ir import Axis, Call, Const, Expr
 from refocus.polynomial import poly_sub, to_poly
 from refocus.simplify import conjuncts
 from refocus.tiling import Tiling
@@ -21,11 +21,13 @@ _SAMPLES = (8, 48)  # pairs of a tile that are tried first, and next
 _CHUNK = 1 << 20  # pairs evaluated at once
 
 
-def leaves_open(mask: Expr, query: Axis, key: Axis) -> bool:
+def leaves_open(mask: Expr, query: Axis, key: Axis, blocks: tuple[int, int] = (0, 0)) -> bool:
     """Whether interval arithmetic may leave a tile open that pairs decide. Not so where one linear form of query and
-    key is bounded: it takes every value between its ends on a tile."""
-    pairs = [p for p in conjuncts(mask) if {query, key} <= p.axes]
-    if len(pairs) != len(conjuncts(mask)):
+    key is bounded: it takes every value between its ends on a tile. Nor of parts that are the same for a whole tile of
+    `blocks` queries and keys (0: not known), as lists of chosen blocks are."""
+    parts = [p for p in conjuncts(mask) if not all(map(_is_steady, (p, p), (query, key), blocks))]
+    pairs = [p for p in parts if {query, key} <= p.axes]
+    if len(pairs) != len(parts):
         return bool(pairs)
     for part in pairs:
         if not (isinstance(part, Call) and part.op == "le" and all(a.is_int for a in part.args)):
@@ -35,6 +37,13 @@ def leaves_open(mask: Expr, query: Axis, key: Axis) -> bool:
         if moving != {(query,), (key,)} or form[query,] * form[key,] != -1:
             return True
     return False
+
+
+def _is_steady(expr: Expr, axis: Axis, block: int) -> bool:
+    """Whether a value is the same for all positions of a tile of so many."""
+    if isinstance(expr, Call) and expr.op == "floordiv" and expr.args[0] == axis and isinstance(expr.args[1], Const):
+        return block > 0 and expr.args[1].value % block == 0
+    return expr != axis and all(_is_steady(child, axis, block) for child in expr.children)
 
 
 def refine(state: Tensor, mask: Expr, tiling: Tiling, budget: int) -> Tensor:

@@ -41,7 +41,8 @@ def tile_rows(mask: Expr, tiling: Tiling, at_once: int = _AT_ONCE, budget: int =
     tiling = tiling.seen_by(mask)
     block = tiling.block_q
     full = [size_of(b.size, tiling.sizes) for b in tiling.batch]
-    if not is_exact(mask) or not leaves_open(mask, tiling.query, tiling.key) or debug.disabled("refined-tiles"):
+    is_open = leaves_open(mask, tiling.query, tiling.key, (block, tiling.block_k))
+    if not is_exact(mask) or not is_open or debug.disabled("refined-tiles"):
         budget = 0
     across = max(1, -(-tiling.keys // tiling.block_k) * prod(full))
     count, rows = max(1, at_once // across), -(-tiling.queries // block)

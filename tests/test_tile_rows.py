@@ -52,6 +52,16 @@ def test_one_linear_form_leaves_no_tile_open() -> None:
         assert leaves_open(s.and_(causal, other), space.i, space.j)
 
 
+def test_conditions_on_whole_tiles_leave_none_open() -> None:
+    i, j = Axis("i", Const(256)), Axis("j", Const(256))
+    table = Load("chosen", (s.floordiv(i, 64), Const(0)), "int64")
+    chosen, causal = s.eq(s.floordiv(j, 32), table), s.le(j, i)
+    for mask in (chosen, s.and_(chosen, causal), s.or_(chosen, s.eq(s.floordiv(i, 64), s.floordiv(j, 32)))):
+        assert not leaves_open(mask, i, j, (64, 32)) and not leaves_open(mask, i, j, (32, 16))
+        assert leaves_open(mask, i, j) and leaves_open(mask, i, j, (64, 64)) and leaves_open(mask, i, j, (48, 32))
+    assert leaves_open(s.or_(chosen, causal), i, j, (64, 32))
+
+
 @pytest.mark.parametrize("name", ["neighbours", "windows by head", "chosen blocks", "chosen tiles"])
 def test_tiles_are_counted_in_less_memory_than_a_map_or_what_it_reads(name: str) -> None:
     n, side = 1 << 17, 1 << 8
