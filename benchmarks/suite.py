@@ -45,7 +45,8 @@ class Task:
 class Measured:
     """Timings and peak bytes by peer; the largest difference from the first peer's result, relative to the largest.
 
-    `alone`: Refocus before the peers take turns, none of which then has just emptied the caches or moved gigabytes."""
+    `alone`: Refocus where no peer takes turns, which would empty the caches or move gigabytes, and with an allocator
+    that keeps what is given back (`benchmarks.measure.keep_free_memory`)."""
 
     timings: dict[str, Timing]
     alone: Timing
@@ -70,7 +71,6 @@ def measure(task: Task, subject: Subject) -> Measured:
     import refocus
 
     torch.set_num_threads(task.threads)
-    keep_free_memory()
     peers: dict[str, Callable[..., Any]] = {}
     if subject.dense:
         peers = {EAGER: subject.call, COMPILE: torch.compile(subject.call)}
@@ -97,8 +97,9 @@ def measure(task: Task, subject: Subject) -> Measured:
             some, device=torch.device("cpu"), repeats=task.repeats, warmup=1, at_least=1.0, budget=task.budget
         )
 
-    alone = timed({REFOCUS: calls[REFOCUS]})[REFOCUS]
     timings = timed(calls)
+    keep_free_memory()
+    alone = timed({REFOCUS: calls[REFOCUS]})[REFOCUS]
     memory = {name: peak_memory(call, device=torch.device("cpu")) for name, call in calls.items()}
     return Measured(timings, alone, memory, difference)
 
@@ -128,10 +129,9 @@ def markdown(title: str, note: str, entries: list[dict[str, Any]], where: dict[s
         f"# {title}",
         "",
         f"{where['processor']}, {where['threads']} threads, torch {where['torch']}, float32. {note} "
-        "Medians of calls taken in turns in one process, whose allocator keeps what is given back; memory is the peak "
-        "of one call beyond what is alive before it "
-        "(the model, its inputs); `alone` is the fastest call of Refocus where no peer takes turns with it; the "
-        "difference is relative to the largest value.",
+        "Medians of calls taken in turns in one process; memory is the peak of one call beyond what is alive before it "
+        "(the model, its inputs); `alone` is the fastest call of Refocus where no peer takes turns with it, its "
+        "memory mapped already; the difference is relative to the largest value.",
         "",
         "| what | tokens | eager ms | compile ms | refocus ms | over eager | over compile | eager MiB | compile MiB "
         "| refocus MiB | alone ms | difference |",
