@@ -22,6 +22,7 @@ from benchmarks.suite import Measured, Subject, Task, drive, measure, parser, ta
 from benchmarks.torchvision_ops import import_torchvision
 
 HEADS, WIDTH, WINDOW = 8, 64, 64
+GROUP = 4  # heads of queries to one of keys, where they are grouped
 ROUTED = 4  # regions that a region of BiFormer attends to
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -42,6 +43,23 @@ def gather(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     key, value = key[:, :, place], value[:, :, place]
     weights = ((query.unsqueeze(3) @ key.mT).squeeze(3) / math.sqrt(WIDTH)).softmax(-1)
     return (weights.unsqueeze(3) @ value).squeeze(3)
+
+
+def grouped_unfold(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """As `unfold`, where four heads of queries [b, key head, head, token, d] share one of keys."""
+    half = WINDOW // 2
+    key, value = (F.pad(t, (0, 0, half, half - 1)).unfold(2, WINDOW, 1) for t in (key, value))
+    weights = (torch.einsum("bhgnd,bhndw->bhgnw", query, key) / math.sqrt(WIDTH)).softmax(-1)
+    return torch.einsum("bhgnw,bhndw->bhgnd", weights, value)
+
+
+def grouped_gather(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """As `gather`, where four heads of queries [b, key head, head, token, d] share one of keys."""
+    half, tokens = WINDOW // 2, key.shape[2]
+    place = torch.arange(tokens).clamp(half, tokens - half)[:, None] + torch.arange(-half, half)
+    key, value = key[:, :, place], value[:, :, place]
+    weights = (query.transpose(2, 3) @ key.mT / math.sqrt(WIDTH)).softmax(-1)
+    return (weights @ value).transpose(2, 3)
 
 
 def blocks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -87,7 +105,8 @@ def routed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 ATTENTIONS: dict[str, Attend] = {
-    "unfold": unfold, "gather": gather, "blocks": blocks, "neighbours": neighbours, "routed": routed,
+    "unfold": unfold, "gather": gather, "grouped-unfold": grouped_unfold, "grouped-gather": grouped_gather,
+    "blocks": blocks, "neighbours": neighbours, "routed": routed,
 }  # fmt: skip
 SIZES = {"neighbours": 56 * 56, "routed": 56 * 56}
 KINDS = (*ATTENTIONS, "swin")
@@ -101,7 +120,11 @@ def build(task: Task) -> Subject:
 
         model = timm.create_model("swin_tiny_patch4_window7_224", img_size=task.tokens).train(task.training)
         return Subject(model, {"x": torch.randn(1, 3, task.tokens, task.tokens)}, list(model.parameters()))
-    qkv = [torch.randn(1, HEADS, task.tokens, WIDTH, requires_grad=task.training) for _ in range(3)]
+    key_heads = HEADS // GROUP if task.kind.startswith("grouped") else HEADS
+    grouped = (1, key_heads, GROUP, task.tokens, WIDTH)
+    plain = (1, key_heads, task.tokens, WIDTH)
+    shapes = (plain if key_heads == HEADS else grouped, plain, plain)
+    qkv = [torch.randn(shape, requires_grad=task.training) for shape in shapes]
     return Subject(ATTENTIONS[task.kind], dict(zip(("query", "key", "value"), qkv)), qkv)
 
 

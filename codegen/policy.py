@@ -44,6 +44,7 @@ _FEW_QUERIES = 16
 # and 4 heads ran at 3.6 ns a pair, and lost to cpp's 3.8 end to end.
 _CACHED_PAIRS = 1 << 23
 _NS_A_BYTE = 0.03
+_SCATTER = 2.2  # ns to add one element to where it was copied from
 LAUNCH = 60e3  # ns: the operator, Inductor's wrapper, making views
 _TILE = 1.5e3  # ns: reading the lists of one query tile
 _LARGEST_MASK = 64 << 20  # bytes that a written-out mask may take
@@ -129,19 +130,28 @@ def _eager_cost(work: Work) -> float:
     return work.pairs * (3.8 + work.width / 24) * cached + work.reading * (1 + copied)
 
 
-def gathered_cost(region: Region, numbers: Mapping[Sym, int], training: bool = False) -> float:
-    """As `_eager_cost`, where keys and values are gathered for each query or block of queries.
+def gathered_cost(region: Region, numbers: Mapping[Sym, int], trained: Region | None = None) -> float:
+    """As `_eager_cost`, where keys and values are gathered for each query or block of queries. `trained`: with the
+    backward, of the same attention over axes without copies.
 
     Inductor fuses products of one row with the gather: forward it takes 3.5 to 7.5 ns a pair (d=64), but its backward
     scatters every gathered element, which with the rest takes 265 to 330 ns a pair. Blocks are copied and multiplied:
-    8 ns a pair, 11 to 18 with the backward (4096 tokens, window 64, one core, `benchmarks/windows.py`)."""
-    pairs = pairs_of(region, numbers)
-    sides = [region.values, *(dot.key for dot in region.dots)]
-    copied = sum(math.prod(size_of(a.size, numbers) for a in side.axes) for side in sides)
+    8 ns a pair, 11 to 18 with the backward (4096 tokens, window 64, one core, `benchmarks/windows.py`), which for a few
+    rows of queries again is less than what scattering takes."""
+    pairs, copied = pairs_of(region, numbers), _keys_and_values(region, numbers)
     width = copied / max(1, pairs) * size_of(region.query.size, numbers)
     if size_of(region.query.size, numbers) == 1:
-        return pairs * width * (2.2 if training else 0.045)
-    return pairs * (3.8 + width / 48) * (2.0 if training else 1.0) + copied * 4 * _NS_A_BYTE * 3
+        return pairs * width * (0.045 if trained is None else _SCATTER)
+    computed = pairs * (3.8 + width / 48)
+    if trained is not None:
+        computed = computed * 2.0 + max(0, copied - _keys_and_values(trained, numbers)) * _SCATTER
+    return computed + copied * 4 * _NS_A_BYTE * 3
+
+
+def _keys_and_values(region: Region, numbers: Mapping[Sym, int]) -> int:
+    """Elements on the keys' side of all products."""
+    sides = [region.values, *(dot.key for dot in region.dots)]
+    return sum(math.prod(size_of(a.size, numbers) for a in side.axes) for side in sides)
 
 
 def _sdpa_cost(region: Region, work: Work, numbers: Mapping[Sym, int]) -> float:

@@ -35,7 +35,7 @@ def choose_training(
     plan = training_plan(region, numbers, written)
     leave = batch * queries * keys * (7.0 if was_sdpa else 17.0)
     if written is not None:
-        leave = gathered_cost(written, numbers, training=True)
+        leave = gathered_cost(written, numbers, trained=region)
     cost = _cost(region, plan.block_q, numbers, written) + LAUNCH
     sizes = f"{batch} heads x {queries} queries x {keys} keys"
     if cost > GAIN * leave or leave - cost < LEAST_GAIN:
