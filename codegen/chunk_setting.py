@@ -87,6 +87,8 @@ _CHANNEL_KERNELS = {
 # Keys of two kinds are held at once.
 _LOOKUP_KERNELS = {"delta_inverse": Schedule(32, 1, 1), "queries_backward": Schedule(32, 8, 2)}
 _FLOAT32_LOOKUP_KERNELS = {"delta_states": Schedule(16, 8, 1, 32)}
+# With decays as tiles, more than 64 features only fit where loads are spread over the loop.
+_FLOAT32_CHANNEL_KERNELS = {"delta_states": Schedule(16, 8, 2, 32)}
 # With one tile of features and values there are no loops to load in, and everything is in registers at once.
 _SINGLE = Schedule(32, 8, 2)
 _SINGLE_KERNELS = ("queries_backward", "keys_backward", "values_backward")
@@ -102,8 +104,10 @@ def schedule(setting: Setting, name: str) -> Schedule:
     if name == "gate_sums":
         return Schedule(32, 4 if setting.form.gate == "channel" else 1, 1)
     if not setting.narrow:
-        of_lookups = _FLOAT32_LOOKUP_KERNELS if setting.form.lookup else {}
-        return of_lookups.get(name, _FLOAT32_KERNELS.get(name, _FLOAT32))
+        known = {**_FLOAT32_KERNELS, **(_FLOAT32_LOOKUP_KERNELS if setting.form.lookup else {})}
+        if setting.form.gate == "channel" and setting.widest > 64:
+            known |= _FLOAT32_CHANNEL_KERNELS
+        return known.get(name, _FLOAT32)
     if setting.form.gate == "channel" and name in _CHANNEL_KERNELS:
         return _CHANNEL_KERNELS[name]
     if setting.form.lookup and name in _LOOKUP_KERNELS:

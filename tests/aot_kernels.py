@@ -216,8 +216,7 @@ GROUPS: dict[str, Callable[[], Iterator[Compiled]]] = {
     "linear 64": partial(linear, 64, HALF, targets=ALL),
     "linear 128": partial(linear, 128, HALF),
     "linear float32 64": partial(linear, 64, SINGLE),
-    # By channel, the two recurrences' states take a few registers more than sm_90 has.
-    "linear float32 128": partial(linear, 128, SINGLE, ("plain", "head", "channel", "delta", "lookup")),
+    "linear float32 128": partial(linear, 128, SINGLE),
     "linear float16 64": partial(linear, 64, FLOAT16, ("head", "delta", "lookup")),
     "linear float16 128": partial(linear, 128, FLOAT16, ("head", "delta", "lookup")),
 }
