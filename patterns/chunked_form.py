@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import permutations
+from itertools import combinations, permutations
 
 from refocus import simplify as s
 from refocus.ir import ONE, TRUE, Axis, Call, Const, Expr, Load, Reduce, rewrite
@@ -34,6 +34,7 @@ from refocus.patterns.linear import (
     product_of,
     terms_of,
 )
+from refocus.patterns.summands import summands, times
 from refocus.polynomial import order_key
 
 
@@ -113,7 +114,8 @@ class Joined:
 
 def over_all(value: Expr, at: Cut, values: Values = no_values) -> Joined:
     """What both parts are together. `values`: what is known of constants. Raises `Stop`."""
-    parts = _two_parts(_as_exponentials(value, values))
+    terms = _terms(_as_exponentials(value, values), at)
+    parts = _two_parts(s.call("add", *terms, dtype=value.dtype) if len(terms) > 1 else terms[0])
     for inside, outer in (parts, parts[::-1]):
         for z, apart in _earlier(outer, at):
             return _Parts(inside, apart, z, at, values).joined()
@@ -123,15 +125,12 @@ def over_all(value: Expr, at: Cut, values: Values = no_values) -> Joined:
 def normalised(value: Expr, at: Cut, values: Values = no_values) -> Joined:
     """The same for a quotient of such sums: what is divided by is written as a function of sums over all positions."""
     parts = product_of(value)
-    if not parts.divisors or parts.summed or parts.exponents or parts.conditions:
+    inner = any(d.axes & {*parts.summed} for d in parts.divisors)
+    if not parts.divisors or inner or parts.exponents or parts.conditions:
         return over_all(value, at, values)
-    weighted = [f for f in parts.factors if holds_sum(f)]
-    if len(weighted) != 1:
-        raise Stop(Declined("what is in a chunk is not added to what is before it"))
-    over = weighted[0]
-    for f in parts.factors:
-        if f is not over:
-            over = s.call("mul", over, f, dtype=over.dtype)
+    over = times(sorted(parts.factors, key=holds_sum), value.dtype)
+    for axis in reversed(parts.summed):
+        over = Reduce("sum", axis, over, value.dtype)
     joined = over_all(over, at, values)
     of_query: dict[Expr, Expr] = dict(zip((at.chunk, at.row), at.split(at.query)))
     divisors = tuple(s.substitute(_with_sums(d, at, values, joined), of_query) for d in parts.divisors)
@@ -150,24 +149,50 @@ def _with_sums(divisor: Expr, at: Cut, values: Values, weights: Joined) -> Expr:
     """A divisor with the sums of its two parts written as one sum over all positions each."""
 
     def visit(node: Expr) -> Expr | None:
-        if not (isinstance(node, Call) and node.op in ("add", "sub")):
-            return None
-        try:
-            found = over_all(node, at, values)
-        except Stop:
-            return None
-        product, names = found.product, _same_gate(found, weights, at)
-        total: Expr = Const(1.0, node.dtype)
-        for factor in product.factors:
-            total = s.call("mul", total, s.substitute(factor, names), dtype=node.dtype)
-        if found.weight.gate is not None:
-            total = s.call("mul", total, s.call("exp", _decay(weights, at), dtype=node.dtype), dtype=node.dtype)
-        total = s.where(s.and_(*product.conditions), total, Const(0.0, node.dtype))
-        for axis in product.summed:
-            total = Reduce("sum", names.get(axis, axis), total, node.dtype)  # type: ignore[arg-type]
-        return total
+        terms = _terms(node, at)
+        for pair in combinations(terms, 2):
+            try:
+                found = over_all(s.call("add", *pair, dtype=node.dtype), at, values)
+            except Stop:
+                continue
+            whole = _as_sum(found, _same_gate(found, weights, at), node.dtype, _decay(weights, at))
+            others = [x for x in terms if x not in pair]
+            return s.call("add", whole, *others, dtype=node.dtype) if others else whole
+        if len(terms) > 1:
+            raise Stop(Declined("the normaliser is no sum of the weights over the keys"))
+        return None
 
     return rewrite(divisor, visit, s.rebuild)
+
+
+def _as_sum(found: Joined, names: dict[Expr, Expr], dtype: str, decay: Expr) -> Expr:
+    """An attention to numbers as a sum; what its axes are called in the weights is in `names`."""
+    total: Expr = times([s.substitute(factor, names) for factor in found.product.factors], dtype)
+    if found.weight.gate is not None:
+        total = s.call("mul", total, s.call("exp", decay, dtype=dtype), dtype=dtype)
+    total = s.where(s.and_(*found.product.conditions), total, Const(0.0, dtype))
+    for axis in found.product.summed:
+        total = Reduce("sum", names.get(axis, axis), total, dtype)  # type: ignore[arg-type]
+    return total
+
+
+def _terms(e: Expr, at: Cut) -> list[Expr]:
+    """The terms of a value, multiplied out where one of them is a sum over earlier chunks (the state of a running sum
+    that goes on inside of a chunk is read once for both)."""
+
+    def holds(x: Expr) -> bool:
+        return any(isinstance(n, Reduce) and _over_earlier(n, at) for n in x.walk())
+
+    return summands(e, holds, apart=False)
+
+
+def _over_earlier(total: Reduce, at: Cut) -> bool:
+    """Whether a sum runs over the chunks before one."""
+    before = (s.lt(total.axis, at.chunk), s.le(total.axis, at.chunk))
+    return any(
+        isinstance(n, Call) and n.op == "where" and any(c in before for c in s.conjuncts(n.args[0]))
+        for n in total.body.walk()
+    )
 
 
 def _same_gate(found: Joined, weights: Joined, at: Cut) -> dict[Expr, Expr]:

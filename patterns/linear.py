@@ -61,6 +61,8 @@ def product_of(e: Expr, pair: Pair | None = None) -> Product:
             for a in args[1:]:
                 out = _multiplied(out, product_of(a, pair))
             return out
+        if e.op == "div" and isinstance(args[1], Call) and args[1].op == "exp":
+            return product_of(args[0], pair).times(product_of(_inverse(args[1]), pair))
         if e.op == "div":
             if holds_sum(args[1]):
                 return product_of(args[0], pair).times(Product(divisors=(args[1],)))
@@ -68,6 +70,8 @@ def product_of(e: Expr, pair: Pair | None = None) -> Product:
             known = isinstance(by, Const) and by.value
             inverse = Const(1 / by.value, e.dtype) if known else s.call("reciprocal", by, dtype=e.dtype)  # type: ignore[attr-defined]
             return product_of(args[0], pair).times(Product(factors=(inverse,)))
+        if e.op == "reciprocal" and isinstance(args[0], Call) and args[0].op == "exp":
+            return product_of(_inverse(args[0]), pair)
         if e.op == "reciprocal" and holds_sum(args[0]):
             return Product(divisors=(args[0],))
         if e.op == "neg":
@@ -92,6 +96,11 @@ def product_of(e: Expr, pair: Pair | None = None) -> Product:
             if e.op == "pow" and args[1].is_int:
                 return _power(args[0], args[1], pair)
     return Product(factors=(e,))
+
+
+def _inverse(e: Call) -> Expr:
+    """One over an exponential."""
+    return s.call("exp", s.call("neg", e.args[0], dtype=e.dtype), dtype=e.dtype)
 
 
 def _multiplied(a: Product, b: Product) -> Product:

@@ -19,6 +19,16 @@ def sums_in(e: Expr, query: Axis) -> list[Reduce]:
     return list(dict.fromkeys(found for child in e.children for found in sums_in(child, query)))
 
 
+def of_one_row(total: Expr) -> bool:
+    """Whether a sum runs over the features of a position: all that it sums up is read at once from some tensor that has
+    its axes, and summing that is no more work than reading it. (An epsilon on each feature of summed keys is one.)"""
+    return (
+        isinstance(total, Reduce)
+        and not any(isinstance(n, Reduce) or (isinstance(n, Call) and n.op == "where") for n in total.body.walk())
+        and any(total.body.axes <= load.axes for load in total.body.loads)
+    )
+
+
 @dataclass(frozen=True)
 class Shared:
     """The factors and conditions that the weights and their sum over the keys have in common."""

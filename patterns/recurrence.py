@@ -13,12 +13,12 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import product as combinations
 
 from refocus import simplify as s
 from refocus.ir import TRUE, Axis, Call, Const, Expr, Load, Reduce
 from refocus.patterns.declined import Declined, Stop
-from refocus.patterns.linear import Product, product_of, terms_of
+from refocus.patterns.linear import Product, product_of
+from refocus.patterns.summands import minus, summands, times
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def read_update(
         raise Stop(Declined("a loop's update has too many terms to be read"))
     keeps: list[Product] = []
     erases: list[tuple[Product, Load]] = []
-    terms = summands(update, state)
+    terms = summands(update, lambda e: _holds(e, state))
     writes = [term for term in terms if not _holds(term, state)]
     for found in _collected([_contracted(product_of(term)) for term in terms if _holds(term, state)], update.dtype):
         loads = [f for f in found.factors if isinstance(f, Load) and f.tensor == state]
@@ -117,9 +117,9 @@ def _looked_up(changes: Sequence[tuple[Product, Moved]], dtype: str) -> tuple[Ex
     one_key, one_rest = (all(Counter(x) == Counter(side[0]) for x in side) for side in (keys, rests))
     if len(overs) > 1 or not (one_key or one_rest):
         raise Stop(Declined("a step of a loop changes its state by more than a decay and one key that is looked up"))
-    key = _sum([_times(x, dtype) for x in (keys[:1] if one_key else keys)])
-    erase = _sum([_times(x, dtype) for x in (rests if one_key else rests[:1])])
-    return _minus(erase), Lookup(key, tuple(a for a, _ in changes[0][1]))
+    key = _sum([times(x, dtype) for x in (keys[:1] if one_key else keys)])
+    erase = _sum([times(x, dtype) for x in (rests if one_key else rests[:1])])
+    return minus(erase), Lookup(key, tuple(a for a, _ in changes[0][1]))
 
 
 def _sum(values: Sequence[Expr]) -> Expr:
@@ -167,7 +167,7 @@ def _erased(
         return None
     values += [Const(number, write.dtype)] if number != 1.0 else []
     scalars += [Const(-sign, write.dtype)] if sign != -1.0 else []
-    return _times(scalars, write.dtype), tuple(keys), _times([*keys, *values], write.dtype)
+    return times(scalars, write.dtype), tuple(keys), times([*keys, *values], write.dtype)
 
 
 def _contracted(product: Product) -> Product:
@@ -218,13 +218,6 @@ def _others(product: Product) -> tuple[Sequence[object], ...]:
     return product.divisors, product.exponents, product.conditions
 
 
-def _times(factors: Sequence[Expr], dtype: str) -> Expr:
-    out: Expr = Const(1.0, dtype)
-    for factor in factors:
-        out = s.call("mul", out, factor, dtype=dtype)
-    return out
-
-
 def _holds(e: Expr, state: str) -> bool:
     return any(isinstance(n, Load) and n.tensor == state for n in e.walk())
 
@@ -243,45 +236,6 @@ def _count(e: Expr, state: str, known: dict[Expr, int]) -> int:
         else:
             known[e] = math.prod(counts) if counts else 0
     return known[e]
-
-
-def summands(e: Expr, state: str, looked_up: bool = False) -> list[Expr]:
-    """The terms of a sum, products over those that hold the state multiplied out. What is `looked_up` in a state, by
-    sums over it, may be blended with other values, or be looked up by a matrix that is a sum: then all is."""
-    if not _holds(e, state):
-        return [e]
-    if isinstance(e, Call) and e.is_float:
-        args = e.args
-        if e.op in ("add", "sub"):
-            found = summands(args[0], state, looked_up)
-            for a in args[1:]:
-                found += [x if e.op == "add" else _minus(x) for x in summands(a, state, looked_up)]
-            return found
-        if e.op == "neg":
-            return [_minus(x) for x in summands(args[0], state, looked_up)]
-        if e.op == "mul":
-            sums = looked_up or any(isinstance(n, Reduce) and _holds(n, state) for n in e.walk())
-            parts = [
-                _multiplied_out(a) if sums and not _holds(a, state) else summands(a, state, looked_up) for a in args
-            ]
-            return [_times(chosen, e.dtype) for chosen in combinations(*parts)]
-        if e.op == "div" and not _holds(args[1], state):
-            return [s.call("div", x, args[1], dtype=e.dtype) for x in summands(args[0], state, looked_up)]
-    if isinstance(e, Reduce) and e.op == "sum":
-        return [Reduce("sum", e.axis, x, e.dtype) for x in summands(e.body, state, True)]
-    return [e]
-
-
-def _multiplied_out(e: Expr) -> list[Expr]:
-    """The terms of a factor, where they are finite."""
-    terms = list(terms_of(e, 1))
-    if any(conditions for _, _, conditions in terms):
-        return [e]
-    return [x if sign > 0 else _minus(x) for sign, x, _ in terms]
-
-
-def _minus(e: Expr) -> Expr:
-    return s.call("mul", Const(-1.0, e.dtype), e, dtype=e.dtype)
 
 
 def closed_form(

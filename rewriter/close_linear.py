@@ -37,7 +37,7 @@ from refocus.patterns.linear import (
     as_number,
     holds_sum,
 )
-from refocus.patterns.linear_sums import Shared, shared_by, sums_in
+from refocus.patterns.linear_sums import Shared, of_one_row, shared_by, sums_in
 from refocus.quotient import divisors
 from refocus.sizes import shape_of
 
@@ -125,7 +125,8 @@ def close(
 ) -> LinearSite:  # fmt: skip
     """`roll`: the loop that this was. `values`: of what the model keeps."""
     root = candidate.root
-    inner = [*(t for d in (*read.product.divisors, *roles.rows) for t in sums_in(d, roles.query))]
+    found = [t for d in (*read.product.divisors, *roles.rows) for t in sums_in(d, roles.query)]
+    inner = [t for t in found if not of_one_row(t)]
     ended = None if roll is None or roll.ends is None else roll.ends.final
     beside = _sums_beside(candidate, facts, read, roles, ended, values)
     read_sums = [*inner, *(total for _, _, total in beside)]
@@ -171,7 +172,7 @@ def close(
     if ends is not None and ends.final is not None:
         last = Load("final", tuple(back[a] for a in region.state_axes), "float32")
         outputs.append(Output(ends.final, tuple(x if isinstance(x, Axis) else None for x in ends.index), last))
-    if any(holds_sum(o.value) for o in outputs):
+    if any(isinstance(n, Reduce) and not of_one_row(n) for o in outputs for n in o.value.walk()):
         raise Stop(Declined("what the weights are normalised by is no function of their sums"))
     outputs.sort(key=lambda o: facts.order[o.node])
     interior = frozenset(candidate.interior - {o.node for o in outputs})

@@ -20,10 +20,15 @@ from refocus.loops import Loop
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.linear import Product, Weight
 from refocus.patterns.recurrence import Lookup
-from refocus.progressions import one_function
+from refocus.progressions import named_alike, one_function
 from refocus.sizes import shape_of
 
-BEFORE, AFTER = "state {} before", "state {} after"
+STATE = "state "
+BEFORE, AFTER = STATE + "{} before", STATE + "{} after"
+
+
+class OtherStart(Stop):
+    """A loop does not begin with nothing."""
 
 
 @dataclass
@@ -158,26 +163,42 @@ def lifted(
                 updates[n].append(earlier.at(states[t + 1 - late], own[n]))
         visited |= both.visited | earlier.visited
     out = as_one(outs, step)
+    if loop.from_nothing:
+        whole = tuple(_after_nothing(x, step) for x in updates)
+    else:
+        whole = tuple(as_one(x, step) for x in updates)
     shortened: set[str] = set()
     if loop.tail is not None:
+        if any(len(states) <= loop.steps - late for states in loop.states):
+            raise Stop(Declined("the last step of a loop is not the same function of what it reads"))
         ready: dict[fx.Node, tuple[str, Index]] = {
-            x[loop.steps]: (BEFORE.format(n), ()) for n, x in enumerate(loop.states)
+            x[loop.steps - late]: (BEFORE.format(n), ()) for n, x in enumerate(loop.states)
         }
         last = kind(facts, interior=loop.body, held=ready, firsts=loop.firsts, data=data)
         size = shape_of(loop.tail)[loop.dim]
         index = tuple(Axis(a.name, size) if k == loop.dim and isinstance(a, Axis) else a for k, a in enumerate(part))
         # Where the mask is causal, a shorter chunk is one whose last rows are not asked for.
+        out = from_before(out, whole, own)
         found = s.substitute(out, {step: Const(loop.steps)}), last.at(loop.tail, index)
         wide = shape_of(loop.parts[0])[loop.dim]
         rows = (wide, size) if _no_longer(loop) else (wide, wide)
         if not _shortened(*found, shortened, rows):
             raise Stop(Declined("the last step of a loop is not the same function of what it reads"))
         visited |= last.visited
-    if loop.from_nothing:
-        whole = tuple(_after_nothing(x, step) for x in updates)
-    else:
-        whole = tuple(as_one(x, step) for x in updates)
     return Steps(out, whole, frozenset(visited), frozenset(shortened))
+
+
+def from_before(out: Expr, updates: Sequence[Expr], own: Sequence[Index]) -> Expr:
+    """What a step gives out, as a function of the states before it alone."""
+    after = {AFTER.format(n): n for n in range(len(updates))}
+
+    def visit(node: Expr) -> Expr | None:
+        if isinstance(node, Load) and node.tensor in after:
+            n = after[node.tensor]
+            return s.substitute(updates[n], {a: x for a, x in zip(own[n], node.index) if isinstance(a, Axis)})
+        return None
+
+    return rewrite(out, visit, s.rebuild)
 
 
 def reaches_beyond(update: Expr, step: Axis, facts: Facts) -> bool:
@@ -198,11 +219,12 @@ def _after_nothing(updates: list[Expr], step: Axis) -> Expr:
     one = s.substitute(as_one(others, step), {step: s.sub(step, 1)})
 
     def nothing(node: Expr) -> Expr | None:
-        return Const(0.0, node.dtype) if isinstance(node, Load) and node.tensor.startswith("state ") else None
+        return Const(0.0, node.dtype) if isinstance(node, Load) and node.tensor.startswith(STATE) else None
 
-    begun = rewrite(s.substitute(one, {step: Const(0)}), nothing, _but_for_nothing)
-    if len(others) < 2 or begun != first:
-        raise Stop(Declined("a loop starts from a state that is not zero"))
+    # What only the first step is made of has no counterpart, and sums of its own.
+    begun, same = named_alike([rewrite(s.substitute(one, {step: Const(0)}), nothing, _but_for_nothing), first])
+    if len(others) < 2 or begun != same:
+        raise OtherStart(Declined("a loop starts from a state that is not zero"))
     return one
 
 

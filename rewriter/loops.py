@@ -104,7 +104,7 @@ def loop_at(gather: fx.Node, facts: Facts) -> Loop | None:
 def beginning(loop: Loop, facts: Facts) -> Loop | None:
     """The loop, if it may be one that begins with nothing (`state = 0` before it): with what only the first step's
     states are made of."""
-    if loop.tail is not None or any(len(states) != loop.steps for states in loop.states):
+    if any(len(states) != loop.steps for states in loop.states):
         return None
     own = {states[0] for states in loop.states}
     above = set().union(*(nx.ancestors(facts.flow, n) for n in own)) - loop.body

@@ -17,33 +17,70 @@ from refocus.facts import Facts
 from refocus.held_values import HeldValues
 from refocus.ir import Axis, Call, Const, Expr, Load, Reduce, rewrite
 from refocus.lift import Index
-from refocus.loop_steps import BEFORE, ApartStep, Ends, Rolled, Steps, ends_of, lifted, own_axes, step_axis
+from refocus.loop_steps import (
+    BEFORE,
+    STATE,
+    ApartStep,
+    Ends,
+    Rolled,
+    Steps,
+    ends_of,
+    from_before,
+    lifted,
+    own_axes,
+    step_axis,
+)
 from refocus.loops import Loop
 from refocus.patterns.chunked_form import Cut, Joined, normalised
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.linear import terms_of
 from refocus.patterns.recurrence import Update, closed_form, read_update
+from refocus.patterns.summands import cut_apart
 from refocus.sizes import shape_of
 
 
 def in_chunks(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
     """Raises Stop with the reason where a loop is none over chunks."""
-    solved = solved_by(loop, facts, data) if len(loop.states) == 1 else None
+    solved = solved_by(loop, facts, data) if len(loop.states) == 1 and not loop.from_nothing else None
     form = _Form(loop, facts, data, solved)
     steps = form.steps()
+    places = _places(steps, own_axes(loop))
     updates = [
-        read_update(update, BEFORE.format(n), own, form.step, _log)
-        for n, (update, own) in enumerate(zip(steps.updates, own_axes(loop)))
+        read_update(_at(update, own, place), BEFORE.format(n), place, form.step, _log)
+        for n, (update, own, place) in enumerate(zip(steps.updates, own_axes(loop), places))
     ]
     if any(update.erase is not None for update in updates):
         raise Stop(Declined("what a loop takes from its state is not what the delta rule does"))
     first: Stop | None = None
     for row in form.rows():
         try:
-            return form.whole(steps, updates, row)
+            return form.whole(steps, updates, places, row)
         except Stop as stop:
             first = first or stop
     raise first or Stop(Declined("a loop's results are no products of queries with its state"))
+
+
+def _holds_state(e: Expr) -> bool:
+    return any(isinstance(n, Load) and n.tensor.startswith(STATE) for n in e.walk())
+
+
+def _places(steps: Steps, own: Sequence[Index]) -> list[Index]:
+    """Where each state is read by the next step: all over its own axes, or at one place of some of them. A running sum
+    that a chunk ends with is read at its last row alone."""
+    found = []
+    for n, axes in enumerate(own):
+        reads = [x.index for e in (steps.out, *steps.updates) for x in e.loads if x.tensor == BEFORE.format(n)]
+        at = [{index[k] for index in reads} for k in range(len(axes))]
+        found.append(tuple(next(iter(x)) if _one_place(x) else a for a, x in zip(axes, at)))
+    return found
+
+
+def _one_place(entries: Set[Expr]) -> bool:
+    return len(entries) == 1 and not any(x.axes for x in entries)
+
+
+def _at(value: Expr, own: Index, place: Index) -> Expr:
+    return s.substitute(value, {a: x for a, x in zip(own, place) if isinstance(a, Axis)})
 
 
 def _log(decay: Expr) -> Expr | None:
@@ -80,7 +117,10 @@ class _Form:
         if self.solved is not None:
             held = [{node: (SOLUTION, (Const(t),))} for t, node in enumerate(self.solved.nodes)]
         index = tuple(Const(0) if a is None else a for a in self.part)
-        return lifted(self.loop, self.facts, self.data, index, self.step, ApartStep, held)
+        steps = lifted(self.loop, self.facts, self.data, index, self.step, ApartStep, held)
+        updates = tuple(cut_apart(x, _holds_state) for x in steps.updates)
+        out = from_before(cut_apart(steps.out, _holds_state), updates, own_axes(self.loop))
+        return replace(steps, out=out, updates=updates)
 
     def rows(self) -> Iterator[Axis]:
         """What may be the positions inside of a chunk."""
@@ -90,7 +130,7 @@ class _Form:
             return
         yield from (a for a in self.part if a is not None)
 
-    def whole(self, steps: Steps, updates: Sequence[Update], row: Axis) -> Rolled:
+    def whole(self, steps: Steps, updates: Sequence[Update], places: Sequence[Index], row: Axis) -> Rolled:
         """The loop as one function, if `row` are the positions inside of a chunk."""
         stacked = self.loop.stacked
         length = s.mul(self.step.size, row.size) if stacked else shape_of(self.loop.gather)[self.loop.dim]
@@ -101,7 +141,7 @@ class _Form:
         def state(node: Expr) -> Expr | None:
             if isinstance(node, Load) and node.tensor in before:
                 n = before[node.tensor]
-                return closed_form(updates[n], own_axes(self.loop)[n], node.index, self.step, earlier, s.lt)
+                return closed_form(updates[n], places[n], node.index, self.step, earlier, s.lt)
             return None
 
         before = {BEFORE.format(n): n for n in range(len(updates))}

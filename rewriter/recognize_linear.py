@@ -25,7 +25,7 @@ from refocus.held_values import HeldValues
 from refocus.ir import Axis, Call, Const, Dot, Expr, Reduce, rewrite
 from refocus.lift import Unliftable
 from refocus.linear_candidates import LinearCandidate, data_of, linear_candidates, upstream
-from refocus.loop_steps import Rolled
+from refocus.loop_steps import OtherStart, Rolled
 from refocus.loops import Loop, beginning, depends, loop_at
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.linear import (
@@ -197,10 +197,18 @@ def _weight(product: Product, pair: Pair, facts: Facts) -> Weight:
 def _of_loop(loop: Loop, facts: Facts, data: set[fx.Node]) -> LinearSite:
     """The site that a loop spells step by step. Raises Stop with what it lacks."""
     begun = beginning(loop, facts)
+    reason: Stop | None = None
     if begun is not None:
-        with suppress(Stop):
+        try:
             return _of_steps(begun, facts, data)
-    return _of_steps(loop, facts, data)
+        except OtherStart:
+            pass
+        except Stop as stop:
+            reason = stop
+    try:
+        return _of_steps(loop, facts, data)
+    except Stop as stop:
+        raise reason or stop from None
 
 
 def _of_steps(loop: Loop, facts: Facts, data: set[fx.Node]) -> LinearSite:

@@ -21,7 +21,7 @@ from refocus.decays import log_of
 from refocus.facts import Facts
 from refocus.ir import Axis, Const, Expr, Load, rewrite
 from refocus.lift import Index
-from refocus.loop_steps import AFTER, BEFORE, Rolled, Step, Steps, ends_of, lifted, own_axes, reaches_beyond
+from refocus.loop_steps import AFTER, BEFORE, STATE, Rolled, Step, Steps, ends_of, lifted, own_axes, reaches_beyond
 from refocus.loops import Loop
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.linear import blamed, product_of, settled
@@ -31,15 +31,13 @@ from refocus.roles import Axes
 from refocus.sizes import shape_of
 from refocus.substeps import in_substeps
 
-_STATE = BEFORE.split("{")[0]
-
 
 def rolled(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
     """Raises Stop with the reason where a loop is no recurrence of this kind."""
-    if loop.from_nothing:
-        return _step_by_step(loop, facts, data)
     if not loop.stacked and shape_of(loop.parts[0])[loop.dim] != Const(1):
         return in_chunks(loop, facts, data)
+    if loop.from_nothing:
+        return _step_by_step(loop, facts, data)
     try:
         return _step_by_step(loop, facts, data)
     except Stop:
@@ -66,7 +64,7 @@ def _step_by_step(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
         raise Stop(Declined("the first step of a loop is not the same function of what it reads"))
     _read_apart(out)
     for n, update in enumerate(steps.updates):
-        if any(x.tensor.startswith(_STATE) and x.tensor != BEFORE.format(n) for x in update.loads):
+        if any(x.tensor.startswith(STATE) and x.tensor != BEFORE.format(n) for x in update.loads):
             raise Stop(Declined("a state of a loop is changed by another one, as with a momentum"))
     read = [
         read_update(update, BEFORE.format(n), own[n], step, lambda x: log_of(x, facts))
@@ -101,7 +99,7 @@ def _read_apart(out: Expr) -> None:
     """Raises Stop where what reads a state was itself read from one, and is no sum of that any more."""
     product = product_of(out)
     for factor in product.factors:
-        within = [x for x in factor.loads if x.tensor.startswith(_STATE)]
+        within = [x for x in factor.loads if x.tensor.startswith(STATE)]
         if within and not isinstance(factor, Load) and factor.axes & {*product.summed}:
             raise Stop(Declined("what reads a state of a loop is itself a function of a state", blamed(factor)))
 
