@@ -240,19 +240,29 @@ def _count(e: Expr, state: str, known: dict[Expr, int]) -> int:
 
 def closed_form(
     update: Update, own: tuple[Expr, ...], at: tuple[Expr, ...], step: Axis, key: Axis,
-    seen: Callable[[Expr, Expr], Expr],
+    seen: Callable[[Expr, Expr], Expr], late: bool = False,
 ) -> Expr:  # fmt: skip
-    """The state that is read at the position `at` in a step: a sum over the steps `key` that it has `seen`."""
+    """The state that is read at the position `at` in a step: a sum over the steps `key` that it has `seen`. A state
+    that has decayed only up to the step before (`late`) is one of keys that are counted from one: what is written at a
+    step is a key of the next."""
     here: dict[Expr, Expr] = {a: x for a, x in zip(own, at) if isinstance(a, Axis)}
     between = Axis("between", step.size)
-    value = s.substitute(update.write, {**here, step: key})
+    wrote = before(key) if late else key
+    value = s.substitute(update.write, {**here, step: wrote})
     dtype = value.dtype
-    last = step if seen is s.le else s.sub(step, 1)
+    last = step if late or seen is s.le else s.sub(step, 1)
     for base in update.bases:
         power = Call("pow", (s.substitute(base, here), s.sub(last, key)), dtype)
         value = s.call("mul", value, power, dtype=dtype)
     for gate in update.gates:
         held = s.and_(s.le(between, last), s.lt(key, between))
-        inner = s.where(held, s.substitute(gate, {**here, step: between}), Const(0.0, gate.dtype))
+        there = s.substitute(gate, {**here, step: before(between) if late else between})
+        inner = s.where(held, there, Const(0.0, gate.dtype))
         value = s.call("mul", value, s.call("exp", Reduce("sum", between, inner, gate.dtype), dtype=dtype), dtype=dtype)
-    return Reduce("sum", key, s.where(seen(key, step), value, Const(0.0, dtype)), dtype)
+    keeps = s.and_(s.le(Const(1), key), s.le(key, step)) if late else seen(key, step)
+    return Reduce("sum", key, s.where(keeps, value, Const(0.0, dtype)), dtype)
+
+
+def before(position: Expr) -> Expr:
+    """The position before one; of the first, the first."""
+    return s.maximum(s.sub(position, 1), Const(0))

@@ -36,7 +36,7 @@ def summands(e: Expr, holds: Callable[[Expr], bool], looked_up: bool = False, ap
                 _multiplied_out(a) if sums and not holds(a) else summands(a, holds, looked_up, apart) for a in args
             ]
             return [times(chosen, e.dtype) for chosen in combinations(*parts)]
-        if e.op == "div" and not holds(args[1]):
+        if e.op == "div":
             return [s.call("div", x, args[1], dtype=e.dtype) for x in summands(args[0], holds, looked_up, apart)]
     if isinstance(e, Reduce) and e.op == "sum":
         return [Reduce("sum", e.axis, x, e.dtype) for x in summands(e.body, holds, True, apart)]

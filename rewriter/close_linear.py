@@ -79,12 +79,14 @@ def sources_of(site: LinearSite, facts: Facts) -> list[fx.Node]:
 
 @dataclass(frozen=True)
 class Read:
-    """A candidate's root at its free axes, taken apart."""
+    """A candidate's root at its free axes, taken apart. `local` is added to the sum over the keys before it is
+    divided."""
 
     free: tuple[Axis, ...]
     dims: tuple[Axis | None, ...]
     product: Product
     visited: Set[fx.Node]
+    local: tuple[Expr, ...] = ()
 
 
 # What is float32, whatever the dtype of the tensors.
@@ -165,12 +167,17 @@ def close(
     placed: dict[Expr, Expr] = {} if roll is None else {roles.query: roll.place}
     for row in parts.rows:
         out = s.call("mul", out, s.substitute(s.substitute(row, known), placed), dtype=dtype)
+    for term in read.local:
+        out = s.call("add", out, s.substitute(term, placed), dtype=dtype)
     for divisor in read.product.divisors:
         out = s.call("div", out, s.substitute(s.substitute(divisor, known), placed), dtype=dtype)
     outputs = [Output(root, read.dims, out)]
     outputs += [Output(node, dims, known[total]) for node, dims, total in beside]
     if ends is not None and ends.final is not None:
-        last = Load("final", tuple(back[a] for a in region.state_axes), "float32")
+        last: Expr = Load("final", tuple(back[a] for a in region.state_axes), "float32")
+        if ends.last is not None:
+            kept, added = ends.last
+            last = s.call("add", s.call("mul", kept, last, dtype="float32"), added, dtype="float32")
         outputs.append(Output(ends.final, tuple(x if isinstance(x, Axis) else None for x in ends.index), last))
     if any(isinstance(n, Reduce) and not of_one_row(n) for o in outputs for n in o.value.walk()):
         raise Stop(Declined("what the weights are normalised by is no function of their sums"))

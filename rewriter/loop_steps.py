@@ -79,12 +79,14 @@ class ApartStep(_OfStep, Factored):
 class Ends:
     """The states before the first step and after the last: of what the loop starts with, None for zero, and the node
     that it ends with, where that is read. `index`: a state's dimensions, as axes of the result and of the sums.
-    `written`: the factors of what is written to the state, or None where they are known to be the keys' and values'."""
+    `written`: the factors of what is written to the state, or None where they are known to be the keys' and values'.
+    `last`: where the keys are those of the steps before, what is kept and what is added in the last step."""
 
     initial: Expr | None
     final: fx.Node | None
     index: Index
     written: tuple[Expr, ...] | None
+    last: tuple[Expr, Expr] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ class Rolled:
     already. `dims` are those of what it gives out, at the position `place`, over the axes `free` and the query.
     `erase`: what the delta rule takes away at each key, of which `keys` are the factors of what is looked up; or what
     is taken away for what another key, `lookup`, finds. `rows`: how many positions are in a chunk; 1 where there are
-    none."""
+    none. `local` is added to the sum over the keys before it is divided. `late`: the keys are those of the steps
+    before."""
 
     product: Product
     weight: Weight | None
@@ -107,6 +110,8 @@ class Rolled:
     lookup: Lookup | None = None
     rows: Expr = ONE
     ends: Ends | None = None
+    local: tuple[Expr, ...] = ()
+    late: bool = False
 
     @property
     def free(self) -> tuple[Axis, ...]:

@@ -223,7 +223,7 @@ def _of_steps(loop: Loop, facts: Facts, data: set[fx.Node]) -> LinearSite:
 def _rolled_site(root: fx.Node, roll: Rolled, interior: frozenset[fx.Node], facts: Facts) -> LinearSite:
     """The site of what is an attention over all positions. Raises Stop with what it lacks."""
     pair = roll.query, roll.key
-    read = Read(roll.free, roll.dims, roll.product, roll.visited)
+    read = Read(roll.free, roll.dims, roll.product, roll.visited, roll.local)
     # The state of a loop may be a vector: sums of keys, say, that a normaliser reads.
     roles = sort(read.product, read.free, *pair, of_numbers=True)
     if roles is None:
@@ -231,6 +231,10 @@ def _rolled_site(root: fx.Node, roll: Rolled, interior: frozenset[fx.Node], fact
             raise Stop(Declined("a decay for each value channel"))
         raise Stop(Declined("the results are no products of queries with a state"))
     weight = roll.weight or _weight(read.product, pair, facts)
+    if roll.late and weight.gate is not None:
+        # The gates of a step are those of the one before; what a loop starts from has not decayed in the first.
+        gate = s.substitute(weight.gate, {roll.key: s.maximum(roll.key, Const(1))})
+        weight = replace(weight, gate=s.where(s.le(Const(1), roll.key), gate, Const(0.0, gate.dtype)))
     candidate = LinearCandidate(root, frozenset(), interior)
     return close(candidate, facts, read, roles, weight, roll)
 

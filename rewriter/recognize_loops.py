@@ -10,7 +10,7 @@ sum; what is erased is read apart, and goes with the form of the rest. So is wha
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from contextlib import suppress
 from dataclasses import replace
 
@@ -21,11 +21,13 @@ from refocus.decays import log_of
 from refocus.facts import Facts
 from refocus.ir import Axis, Const, Expr, Load, rewrite
 from refocus.lift import Index
-from refocus.loop_steps import AFTER, BEFORE, STATE, Rolled, Step, Steps, ends_of, lifted, own_axes, reaches_beyond
+from refocus.loop_steps import AFTER, BEFORE, STATE, Ends, Rolled, Step, Steps, ends_of, lifted, own_axes, reaches_beyond
 from refocus.loops import Loop
 from refocus.patterns.declined import Declined, Stop
-from refocus.patterns.linear import blamed, product_of, settled
-from refocus.patterns.recurrence import Update, closed_form, read_update
+from refocus.patterns.linear import as_number, blamed, product_of, settled
+from refocus.patterns.local_terms import with_local
+from refocus.patterns.recurrence import Update, before, closed_form, read_update
+from refocus.patterns.summands import summands, times
 from refocus.recognize_chunk_loops import in_chunks
 from refocus.roles import Axes
 from refocus.sizes import shape_of
@@ -74,34 +76,60 @@ def _step_by_step(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
     if erasing and len(read) > 1:
         raise Stop(Declined("a loop has several states, and the delta rule"))
 
+    late = _is_late(out, read)
+
     def visit(node: Expr) -> Expr | None:
         if isinstance(node, Load):
             for n, update in enumerate(read):
                 for name, last in ((BEFORE.format(n), s.lt), (AFTER.format(n), s.le)):
                     if node.tensor == name:
-                        return closed_form(update, own[n], node.index, step, key, last)
+                        return closed_form(update, own[n], node.index, step, key, last, late)
         return None
 
     value = s.substitute(rewrite(out, visit, s.rebuild), {step: query})
     there = _at_root(erasing[0], own[0], out, step, key) if erasing else Update((), (), out)
-    product = settled(product_of(value, (query, key)), (query, key))
+    product, local = with_local(value, (query, key))
     ends = ends_of(loop, facts, out, None)
     if ends is not None:
         here: dict[Expr, Expr] = {a: x for a, x in zip(own[0], ends.index) if isinstance(a, Axis)}
-        here[step] = key
-        ends = replace(ends, written=product_of(s.substitute(read[0].write, here)).factors)
+        ends = _written(ends, read[0], here, step, key, late)
     return Rolled(
-        product, None, dims, query, key, query, steps.visited, there.erase, there.keys, there.lookup, ends=ends
-    )
+        settled(product, (query, key)), None, dims, query, key, query, steps.visited, there.erase, there.keys,
+        there.lookup, ends=ends, local=local, late=late,
+    )  # fmt: skip
+
+
+def _is_late(out: Expr, read: Sequence[Update]) -> bool:
+    """Whether states that decay are read as the step before left them, and not as the step makes them."""
+    names = {x.tensor for x in out.loads if x.tensor.startswith(STATE)}
+    decays = any((u.gates or u.bases) and u.erase is None for u in read)
+    return decays and names <= {BEFORE.format(n) for n in range(len(read))}
+
+
+def _written(ends: Ends, update: Update, here: dict[Expr, Expr], step: Axis, key: Axis, late: bool) -> Ends:
+    """The ends of a loop, with what it writes to its state."""
+    if not late:
+        return replace(ends, written=product_of(s.substitute(update.write, {**here, step: key})).factors)
+    first = as_number(s.le(Const(1), key))
+    factors = product_of(s.substitute(update.write, {**here, step: before(key)})).factors
+    end: dict[Expr, Expr] = {**here, step: s.sub(step.size, 1)}
+    decays = [s.call("exp", gate, dtype=gate.dtype) for gate in update.gates]
+    kept = times([s.substitute(x, end) for x in (*decays, *update.bases)], update.write.dtype)
+    return replace(ends, written=(*factors, first), last=(kept, s.substitute(update.write, end)))
 
 
 def _read_apart(out: Expr) -> None:
     """Raises Stop where what reads a state was itself read from one, and is no sum of that any more."""
-    product = product_of(out)
-    for factor in product.factors:
-        within = [x for x in factor.loads if x.tensor.startswith(STATE)]
-        if within and not isinstance(factor, Load) and factor.axes & {*product.summed}:
-            raise Stop(Declined("what reads a state of a loop is itself a function of a state", blamed(factor)))
+    for term in summands(out, lambda e: any(x.tensor.startswith(STATE) for x in _loads(e)), apart=False):
+        product = product_of(term)
+        for factor in product.factors:
+            within = [x for x in factor.loads if x.tensor.startswith(STATE)]
+            if within and not isinstance(factor, Load) and factor.axes & {*product.summed}:
+                raise Stop(Declined("what reads a state of a loop is itself a function of a state", blamed(factor)))
+
+
+def _loads(e: Expr) -> tuple[Load, ...]:
+    return (e,) if isinstance(e, Load) and not e.loads else e.loads
 
 
 def _at(axes: Axes, loop: Loop, facts: Facts, data: Set[fx.Node], step: Axis) -> Steps:
