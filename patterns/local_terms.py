@@ -1,7 +1,8 @@
 """Sums over keys to which something of the query's own position is added: a bonus for the current token, say.
 
     out[i, e] = sum over d of q[i, d] * ((sum over j < i of k[j, d] * v[j, e]) + u[d] * k[i, d] * v[i, e])
-              = (sum over j < i, d of q[i, d] * k[j, d] * v[j, e])  +  (sum over d of q[i, d] * u[d] * k[i, d]) * v[i, e]
+              = sum over j < i and d of q[i, d] * k[j, d] * v[j, e]
+              + (sum over d of q[i, d] * u[d] * k[i, d]) * v[i, e]
 
 The second is no part of the attention: it takes no more work than what it is made of, and is added afterwards.
 """
@@ -22,7 +23,7 @@ def with_local(value: Expr, pair: Pair) -> tuple[Product, tuple[Expr, ...]]:
     """A value as a product that is summed over the keys of a `pair`, and what is added to that before it is divided.
     Raises `Stop` where that is no value of the query's position."""
     whole = product_of(value, pair)
-    query, key = pair
+    key = pair[1]
     if key in whole.summed or whole.exponents or whole.conditions:
         return whole, ()
     if any(d.axes & {*whole.summed} for d in whole.divisors):
@@ -62,6 +63,7 @@ def _by_terms(divisor: Expr, key: Axis) -> Expr:
         terms = _terms(node, key) if isinstance(node, Reduce | Call) and node.is_float else [node]
         if len(terms) == 1:
             return None
-        return s.call("add", *(x if key in product_of(x).summed else of_position(x, key) for x in terms), dtype=node.dtype)
+        apart = [x if key in product_of(x).summed else of_position(x, key) for x in terms]
+        return s.call("add", *apart, dtype=node.dtype)
 
     return rewrite(divisor, visit, s.rebuild)

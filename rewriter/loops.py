@@ -23,6 +23,7 @@ from torch import fx
 
 from refocus.facts import Facts
 from refocus.lift import arguments, is_tensor, op_name
+from refocus.lift_tables import MOVES
 
 _GATHERS = ("stack", "cat", "concat", "concatenate")
 _MOST_STATES = 4
@@ -250,3 +251,18 @@ def depends(loop: Loop, facts: Facts) -> set[fx.Node]:
         if any(n in found for n in node.all_input_nodes):
             found.add(node)
     return found & loop.body
+
+
+def of_channels(loop: Loop, facts: Facts) -> bool:
+    """Whether the states are numbers of each channel, and what a step gives out is a quotient of what two of them
+    become: a softmax over the steps, one for each channel."""
+    if any(states[0].meta["val"].dim() > 2 for states in loop.states):
+        return False
+    result = loop.parts[-1]
+    while op_name(result) in MOVES and result.all_input_nodes:
+        result = result.all_input_nodes[0]
+    if op_name(result) != "div" or len(result.all_input_nodes) != 2:
+        return False
+    last = {states[loop.steps - 1] for states in loop.states}
+    above, below = (last & (nx.ancestors(facts.flow, n) | {n}) for n in result.all_input_nodes)
+    return bool(above - below and below - above)

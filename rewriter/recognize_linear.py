@@ -26,7 +26,7 @@ from refocus.ir import Axis, Call, Const, Dot, Expr, Reduce, rewrite
 from refocus.lift import Unliftable
 from refocus.linear_candidates import LinearCandidate, data_of, linear_candidates, upstream
 from refocus.loop_steps import OtherStart, Rolled
-from refocus.loops import Loop, beginning, depends, loop_at
+from refocus.loops import Loop, beginning, depends, loop_at, of_channels
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.linear import (
     Pair,
@@ -99,13 +99,14 @@ def _told(left: Left, reported: list[Left], facts: Facts) -> bool:
 
 
 def _loops(facts: Facts) -> list[tuple[fx.Node, Loop]]:
-    """The unrolled loops that hand a matrix for each batch from step to step; others are no attention. Two steps that
-    start from data are any two values of which one is made of the other: f(x) beside f(-x)."""
+    """The unrolled loops that hand a matrix for each batch from step to step, or numbers of each channel of which one
+    is divided by another; others are no attention. Two steps that start from data are any two values of which one is
+    made of the other: f(x) beside f(-x)."""
     found = [(node, loop) for node in facts.order if (loop := loop_at(node, facts)) is not None]
     return [
         (node, loop)
         for node, loop in found
-        if any(x[0].meta["val"].dim() > 2 for x in loop.states)
+        if (any(x[0].meta["val"].dim() > 2 for x in loop.states) or of_channels(loop, facts))
         and (loop.steps > 2 or all(x[0] in facts.closed for x in loop.states))
     ]
 
@@ -215,6 +216,8 @@ def _of_steps(loop: Loop, facts: Facts, data: set[fx.Node]) -> LinearSite:
     outside = loop.read_elsewhere()
     if outside is not None:
         raise Stop(Declined("a value inside a loop is read after it", outside.name))
+    if of_channels(loop, facts):
+        raise Stop(Declined("each channel has weights of its own, which are no products of queries and keys"))
     roll = rolled(loop, facts, data)
     inside = inside_of(loop.gather, roll.visited | loop.body, facts)
     return _rolled_site(loop.gather, roll, (inside | loop.body) - {loop.final}, facts)

@@ -21,7 +21,19 @@ from refocus.decays import log_of
 from refocus.facts import Facts
 from refocus.ir import Axis, Const, Expr, Load, rewrite
 from refocus.lift import Index
-from refocus.loop_steps import AFTER, BEFORE, STATE, Ends, Rolled, Step, Steps, ends_of, lifted, own_axes, reaches_beyond
+from refocus.loop_steps import (
+    AFTER,
+    BEFORE,
+    STATE,
+    Ends,
+    Rolled,
+    Step,
+    Steps,
+    ends_of,
+    lifted,
+    own_axes,
+    reaches_beyond,
+)
 from refocus.loops import Loop
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.linear import as_number, blamed, product_of, settled

@@ -140,3 +140,35 @@ NEAR_MISSES = [
 def test_near_miss(function: Function, reason: str) -> None:
     report = check(Module(function), inputs(4), fused=False, sites=1, lower=False).report
     assert reason in report.sites[0].reason
+
+
+def per_channel(k: Tensor, v: Tensor, decay: Tensor, first: Tensor) -> Tensor:
+    """RWKV-4, as transformers has it: each channel is a softmax of its own, with a running maximum."""
+    above, below, most = (torch.zeros_like(k[:, 0], dtype=torch.float32) for _ in range(3))
+    most, decay, out = most - 1e38, -torch.exp(decay), torch.zeros_like(k)
+    for t in range(k.shape[1]):
+        key, value = k[:, t].float(), v[:, t]
+        now = torch.maximum(most, key + first)
+        old, new = torch.exp(most - now), torch.exp(key + first - now)
+        out[:, t] = ((old * above + new * value) / (old * below + new)).to(k.dtype)
+        now = torch.maximum(most + decay, key)
+        old, new = torch.exp(most + decay - now), torch.exp(key - now)
+        above, below, most = old * above + new * value, old * below + new, now
+    return out
+
+
+def recurrent(k: Tensor, v: Tensor, decay: Tensor, first: Tensor) -> Tensor:
+    """No attention: what is divided is a state, and what it is divided by is made of the same."""
+    state, rows = torch.zeros_like(k[:, 0]), []
+    for t in range(k.shape[1]):
+        state = state * decay.exp() + k[:, t] * v[:, t]
+        rows.append(state / (1 + state.abs()) * first)
+    return torch.stack(rows, 1)
+
+
+def test_weights_of_each_channel_are_reported() -> None:
+    drawn = torch.Generator().manual_seed(0)
+    given = [torch.rand(shape, generator=drawn) for shape in ((2, 6, 8), (2, 6, 8), (8,), (8,))]
+    (site,) = check(Module(per_channel), given, fused=False, lower=False).report.sites
+    assert "each channel has weights of its own" in site.reason
+    check(Module(recurrent), given, fused=False, sites=0, lower=False)
