@@ -98,6 +98,30 @@ def product_of(e: Expr, pair: Pair | None = None) -> Product:
     return Product(factors=(e,))
 
 
+def value_of(product: Product, dtype: str) -> Expr:
+    """A product of factors and sums alone as a value."""
+    value: Expr = Const(1.0, dtype)
+    for factor in product.factors:
+        value = s.call("mul", value, factor, dtype=dtype)
+    if product.conditions:
+        value = s.where(s.and_(*product.conditions), value, Const(0.0, dtype))
+    for axis in reversed(product.summed):
+        value = Reduce("sum", axis, value, dtype)
+    return value
+
+
+def renamed(product: Product, here: dict[Axis, Expr]) -> Product:
+    """A product with other positions in place of axes."""
+    places: dict[Expr, Expr] = dict(here.items())
+    return Product(
+        tuple(a for a in (here.get(a, a) for a in product.summed) if isinstance(a, Axis)),
+        tuple(s.substitute(x, places) for x in product.factors),
+        tuple(s.substitute(x, places) for x in product.divisors),
+        tuple((sign, s.substitute(x, places)) for sign, x in product.exponents),
+        tuple(s.substitute(x, places) for x in product.conditions),
+    )
+
+
 def _inverse(e: Call) -> Expr:
     """One over an exponential."""
     return s.call("exp", s.call("neg", e.args[0], dtype=e.dtype), dtype=e.dtype)

@@ -30,6 +30,7 @@ from refocus.linear_ir import LinearRegion, notation
 from refocus.loop_steps import Ends, Rolled
 from refocus.normal_form import BATCH_NAMES
 from refocus.patterns.declined import Declined, Stop
+from refocus.patterns.directions import Turned
 from refocus.patterns.linear import (
     Product,
     Roles,
@@ -80,13 +81,14 @@ def sources_of(site: LinearSite, facts: Facts) -> list[fx.Node]:
 @dataclass(frozen=True)
 class Read:
     """A candidate's root at its free axes, taken apart. `local` is added to the sum over the keys before it is
-    divided."""
+    divided. `turned`: where positions of queries and keys are counted from the end."""
 
     free: tuple[Axis, ...]
     dims: tuple[Axis | None, ...]
     product: Product
     visited: Set[fx.Node]
     local: tuple[Expr, ...] = ()
+    turned: Turned | None = None
 
 
 # What is float32, whatever the dtype of the tensors.
@@ -158,13 +160,14 @@ def close(
         parts = _stateful(ends, parts, read_sums)
     names, region, bindings = _region(read, roles, weight, parts, dtype, bool(read_sums), _Erased.of(roll), ends)
     back: dict[Axis, Expr] = {new: old for old, new in names.items()}
-    if roll is not None:
-        back[region.query] = roll.place
+    place = roll.place if roll is not None else read.turned.place if read.turned is not None else None
+    if place is not None:
+        back[region.query] = place
     out: Expr = Load("out", tuple(back[a] for a in region.out_axes), dtype)
     sums = Load("sums", tuple(back[a] for a in region.sums_axes), "float32")
     known: dict[Expr, Expr] = {t: _times(rest, sums) for t, rest in besides.items()}
     # In chunks, a position is not an axis of the results but made of two of them.
-    placed: dict[Expr, Expr] = {} if roll is None else {roles.query: roll.place}
+    placed: dict[Expr, Expr] = {} if place is None else {roles.query: place}
     for row in parts.rows:
         out = s.call("mul", out, s.substitute(s.substitute(row, known), placed), dtype=dtype)
     for term in read.local:
@@ -272,9 +275,11 @@ def _total_at(
     rows = [a for a in read.dims if a is not None and a not in roles.value]
     first: tuple[tuple[Axis | None, ...], Reduce] | None = None
     for dims in _orders(shape_of(node), rows):
-        lifter = Expander(facts, interior=candidate.interior | {node}, query_axes={roles.query}, key_axes={roles.key})
+        query = roles.query if read.turned is None else read.turned.old
+        lifter = Expander(facts, interior=candidate.interior | {node}, query_axes={query}, key_axes={roles.key})
         value = lifter.at(node, [Const(0) if a is None else a for a in dims])
         value = value if values is None else written_out(value, values)
+        value = value if read.turned is None else read.turned.sums(value)
         if not isinstance(value, Reduce) or roles.query not in value.axes:
             continue
         first = first or (dims, value)

@@ -93,8 +93,13 @@ def step_of(value: Expr, axis: Axis, facts: Facts) -> Expr:
             if op_name(node) == "cumsum" and not {node, source} & facts.opaque:
                 given: Any = arguments(node)[1] if len(arguments(node)) > 1 else node.kwargs["dim"]
                 dim = int(given) % len(below.index)
-                others = (e for k, e in enumerate(below.index) if k != dim)
-                if below.index[dim] == axis and not any(axis in e.axes for e in others):
+                others = [e for k, e in enumerate(below.index) if k != dim]
+                place, alone = below.index[dim], not any(axis in e.axes for e in others)
+                if place == axis and alone:
                     return Lifter(facts).at(source, below.index)
+                if place == s.sub(s.sub(axis.size, 1), axis) and alone:  # counted from the end
+                    after = s.minimum(s.add(place, 1), s.sub(axis.size, 1))
+                    step = Lifter(facts).at(source, (*below.index[:dim], after, *below.index[dim + 1 :]))
+                    return s.call("neg", step, dtype=step.dtype)
     before = s.substitute(value, {axis: s.maximum(s.sub(axis, 1), Const(0))})
     return s.call("sub", value, before, dtype=value.dtype)

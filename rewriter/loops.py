@@ -35,7 +35,7 @@ class Loop:
     """An unrolled loop. Each state has one value more than there are steps, or as many, where nobody reads the last.
     `firsts`: the counterpart of each node of the body in the earliest step that has one. `tail`: a last part that has
     fewer rows than the others. `from_nothing`: the first value of each state is the one after the first step, which
-    adds to nothing."""
+    adds to nothing. `backwards`: the gather has the result of the last step first; `parts` are as steps are."""
 
     gather: fx.Node
     dim: int
@@ -46,6 +46,7 @@ class Loop:
     firsts: dict[fx.Node, fx.Node]
     tail: fx.Node | None = None
     from_nothing: bool = False
+    backwards: bool = False
 
     @property
     def steps(self) -> int:
@@ -72,6 +73,8 @@ def loop_at(gather: fx.Node, facts: Facts) -> Loop | None:
     parts = tuple(arguments(gather)[0])
     if len(parts) < 2 or len(set(parts)) < len(parts):
         return None
+    backwards = facts.order[parts[0]] > facts.order[parts[-1]]
+    parts = parts[::-1] if backwards else parts
     tail: fx.Node | None = None
     if op_name(gather) != "stack" and len(parts) > 2 and not _same_kind(parts[-2], parts[-1]):
         *whole, tail = parts
@@ -98,7 +101,8 @@ def loop_at(gather: fx.Node, facts: Facts) -> Loop | None:
         return None  # the first step hands nothing to the second: these are branches, beside one another
     dim: Any = arguments(gather)[1] if len(arguments(gather)) > 1 else gather.kwargs.get("dim", 0)
     rank = gather.meta["val"].dim()
-    loop = Loop(gather, dim % rank, op_name(gather) == "stack", parts, tuple(states), body, firsts)
+    stacked = op_name(gather) == "stack"
+    loop = Loop(gather, dim % rank, stacked, parts, tuple(states), body, firsts, backwards=backwards)
     return loop if tail is None else _with_tail(loop, tail, facts)
 
 

@@ -41,6 +41,8 @@ from refocus.sizes import shape_of
 
 def in_chunks(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
     """Raises Stop with the reason where a loop is none over chunks."""
+    if loop.backwards:
+        raise Stop(Declined("a loop over chunks runs from the last to the first"))
     solved = solved_by(loop, facts, data) if len(loop.states) == 1 and not loop.from_nothing else None
     form = _Form(loop, facts, data, solved)
     steps = form.steps()

@@ -8,7 +8,7 @@ close       normalisers, operands, outputs                                      
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
 from dataclasses import replace
 
@@ -28,6 +28,7 @@ from refocus.linear_candidates import LinearCandidate, data_of, linear_candidate
 from refocus.loop_steps import OtherStart, Rolled
 from refocus.loops import Loop, beginning, depends, loop_at, of_channels
 from refocus.patterns.declined import Declined, Stop
+from refocus.patterns.directions import looks_ahead, turned_around, upright
 from refocus.patterns.linear import (
     Pair,
     Product,
@@ -35,10 +36,15 @@ from refocus.patterns.linear import (
     holds_sum,
     obstacle,
     product_of,
+    renamed,
     settled,
     sort,
+    value_of,
     weight_of,
 )
+from refocus.patterns.local_terms import of_position
+from refocus.patterns.mask_sums import one_sum
+from refocus.patterns.summands import summands
 from refocus.recognize import Left, Site
 from refocus.recognize_chunked import chunked_at, inside_of
 from refocus.recognize_decoding import decoding_at
@@ -143,32 +149,44 @@ def _first(root: fx.Node, facts: Facts, data: set[fx.Node], closed: set[fx.Node]
     return declined
 
 
-def _expand(
-    candidate: LinearCandidate, facts: Facts, node: fx.Node, pair: Pair | None, values: HeldValues | None = None
-) -> Read:  # fmt: skip
+def _value(
+    candidate: LinearCandidate, facts: Facts, node: fx.Node, queries: Set[Axis], keys: Set[Axis],
+    values: HeldValues | None = None,
+) -> tuple[tuple[Axis | None, ...], Expr, Set[fx.Node]]:  # fmt: skip
+    """A node over axes of its dimensions, and what was looked at for it."""
     dims = tuple(None if d == Const(1) else Axis(f"o{k}", d) for k, d in enumerate(shape_of(node)))
     lifter = Expander(facts, interior=candidate.interior | {node}, root=node)
-    if pair is not None:
-        lifter.query_axes.add(pair[0])
-        lifter.key_axes.add(pair[1])
+    lifter.query_axes |= queries
+    lifter.key_axes |= keys
     value = lifter.at(node, [Const(0) if a is None else a for a in dims])
     value = rewrite(value if values is None else written_out(value, values), _detached, s.rebuild)
+    return dims, value, lifter.visited
+
+
+def _expand(candidate: LinearCandidate, facts: Facts, pair: Pair | None, values: HeldValues | None = None) -> Read:
+    queries, keys = (set(), set()) if pair is None else ({pair[0]}, {pair[1]})
+    dims, value, visited = _value(candidate, facts, candidate.root, queries, keys, values)
     product = product_of(value, pair)
     product = product if pair is None else settled(product, pair)
-    return Read(tuple(a for a in dims if a is not None), dims, product, lifter.visited)
+    return Read(tuple(a for a in dims if a is not None), dims, product, visited)
 
 
 def _attempt(candidate: LinearCandidate, facts: Facts) -> LinearSite | None:
     """The site of a candidate; None where it has nothing of an attention. Raises Stop with what it lacks."""
-    first = _expand(candidate, facts, candidate.root, None)
+    first = _expand(candidate, facts, None)
     pair = _pair_of(first)
-    if pair is None:
-        reason = obstacle(first.product, first.free)
-        if reason is not None:
-            raise Stop(reason)
-        return None
     values = HeldValues(facts)
-    read = _expand(candidate, facts, candidate.root, pair, values)
+    if pair is not None:
+        read = _expand(candidate, facts, pair, values)
+    else:
+        added = _added_up(candidate, facts, values)
+        reason = obstacle(first.product, first.free)
+        if added is None and reason is not None:
+            raise Stop(reason)
+        if added is None:
+            return None
+        read, pair = added
+    read, pair = _facing_back(read, pair)
     roles = sort(read.product, read.free, *pair)
     if roles is None:
         return None
@@ -181,6 +199,50 @@ def _attempt(candidate: LinearCandidate, facts: Facts) -> LinearSite | None:
     site = close(candidate, facts, read, roles, weight, values=values)
     values.assume()
     return site
+
+
+def _added_up(candidate: LinearCandidate, facts: Facts, values: HeldValues) -> tuple[Read, Pair] | None:
+    """The one sum over keys that several are together, where they differ in their masks; None where there are not
+    several. Raises Stop with what they lack."""
+    dims, value, visited = _value(candidate, facts, candidate.root, set(), set())
+    free = tuple(a for a in dims if a is not None)
+    products = [product_of(x) for x in summands(value, holds_sum, apart=False)]
+    pairs = [pair for p in products for pair in _pairs_of(Read(free, dims, p, visited))]
+    masked = [pair for pair in pairs if any({*pair} <= c.axes for p in products for c in p.conditions)]
+    if len(products) < 2:
+        return None
+    for query, key in dict.fromkeys(masked[:1] or pairs):
+        keys = {j for p in products for j in p.summed if j.size == key.size and sort(p, free, query, j) is not None}
+        try:
+            dims, value, visited = _value(candidate, facts, candidate.root, {query}, keys, values)
+            terms = [_over(x, query, keys, key) for x in summands(value, holds_sum, apart=False)]
+            found, rest = one_sum(terms, (query, key))
+            local = tuple(of_position(value_of(p, value.dtype), key) for p in rest)
+        except Stop:
+            if masked:
+                raise
+            continue  # products that are added up, like many others
+        return Read(free, dims, settled(found, (query, key)), visited, local), (query, key)
+    return None
+
+
+def _over(term: Expr, query: Axis, keys: Set[Axis], key: Axis) -> Product:
+    """A term taken apart, its keys counted by `key`."""
+    own = next((a for a in product_of(term).summed if a in keys and a.size == key.size), None)
+    if own is None:
+        return product_of(term)
+    product = settled(product_of(term, (query, own)), (query, own))
+    return upright(renamed(product, {own: key}), (query, key))
+
+
+def _facing_back(read: Read, pair: Pair) -> tuple[Read, Pair]:
+    """A reading in which a query sees what is before it: where it saw what is after, with all counted from the end."""
+    product = upright(read.product, pair)
+    if not looks_ahead(product, pair):
+        return replace(read, product=product), pair
+    product, turned = turned_around(product, pair)
+    free = tuple(turned.new if a == turned.old else a for a in read.free)
+    return replace(read, free=free, product=product, turned=turned), (turned.new, pair[1])
 
 
 def _detached(node: Expr) -> Expr | None:
@@ -249,5 +311,9 @@ def _pair_of(read: Read) -> Pair | None:
     def length(axis: Axis) -> int:
         return int(axis.size.value) if isinstance(axis.size, Const) else 1 << 40
 
-    pairs = [(i, j) for j in read.product.summed for i in read.free if sort(read.product, read.free, i, j) is not None]
-    return max(pairs, key=lambda pair: length(pair[0]) * length(pair[1]), default=None)
+    return max(_pairs_of(read), key=lambda pair: length(pair[0]) * length(pair[1]), default=None)
+
+
+def _pairs_of(read: Read) -> list[Pair]:
+    """What may be the query and key axis."""
+    return [(i, j) for j in read.product.summed for i in read.free if sort(read.product, read.free, i, j) is not None]

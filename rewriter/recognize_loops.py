@@ -67,10 +67,11 @@ def _step_by_step(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
     gather = loop.gather
     shape = shape_of(gather)
     axes = Axes([[] if d == Const(1) else [Axis(f"o{k}", d)] for k, d in enumerate(shape)])
-    query = Axis(f"o{loop.dim}", shape[loop.dim])
+    outer = Axis(f"o{loop.dim}", shape[loop.dim])
+    query = Axis("position", outer.size) if loop.backwards else outer
     step, own = Axis("step", Const(loop.steps)), own_axes(loop)
     steps = _at(axes, loop, facts, data, step)
-    while (split := axes.split([steps.out], {*axes.flat()} - {query})) is not None:  # heads that each step merges
+    while (split := axes.split([steps.out], {*axes.flat()} - {outer})) is not None:  # heads that each step merges
         axes, steps = split, _at(split, loop, facts, data, step)
     dims = tuple(a for group in axes.dims for a in group or (None,))
     key, out = Axis(f"{gather.name}.key", query.size), steps.out
@@ -101,12 +102,13 @@ def _step_by_step(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
     value = s.substitute(rewrite(out, visit, s.rebuild), {step: query})
     there = _at_root(erasing[0], own[0], out, step, key) if erasing else Update((), (), out)
     product, local = with_local(value, (query, key))
+    place = s.sub(s.sub(outer.size, 1), outer) if loop.backwards else query
     ends = ends_of(loop, facts, out, None)
     if ends is not None:
         here: dict[Expr, Expr] = {a: x for a, x in zip(own[0], ends.index) if isinstance(a, Axis)}
         ends = _written(ends, read[0], here, step, key, late)
     return Rolled(
-        settled(product, (query, key)), None, dims, query, key, query, steps.visited, there.erase, there.keys,
+        settled(product, (query, key)), None, dims, query, key, place, steps.visited, there.erase, there.keys,
         there.lookup, ends=ends, local=local, late=late,
     )  # fmt: skip
 

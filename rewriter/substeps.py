@@ -61,7 +61,7 @@ def in_substeps(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
     ends = ends_of(loop, facts, steps.out, None)
     if ends is not None:
         ends = replace(ends, written=product_of(there.write).factors)
-    query = index[loop.dim]
+    query = s.sub(loop.steps - 1, index[loop.dim]) if loop.backwards else index[loop.dim]
     place = s.add(s.mul(query, len(changes)), len(changes) - 1)
     weight = Weight(True, False, there.gates[0] if there.gates else None)
     return Rolled(
