@@ -34,7 +34,7 @@ from refocus.patterns.linear import (
     product_of,
     terms_of,
 )
-from refocus.patterns.summands import summands, times
+from refocus.patterns.summands import terms_that, times
 from refocus.polynomial import order_key
 
 
@@ -183,7 +183,7 @@ def _terms(e: Expr, at: Cut) -> list[Expr]:
     def holds(x: Expr) -> bool:
         return any(isinstance(n, Reduce) and _over_earlier(n, at) for n in x.walk())
 
-    return summands(e, holds, apart=False)
+    return terms_that(holds, e)
 
 
 def _over_earlier(total: Reduce, at: Cut) -> bool:

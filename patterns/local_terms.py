@@ -16,7 +16,7 @@ from refocus.ir import Axis, Call, Expr, Reduce, rewrite
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.linear import Pair, Product, product_of
 from refocus.patterns.linear_sums import of_one_row
-from refocus.patterns.summands import summands, times
+from refocus.patterns.summands import terms_that, times
 
 
 def with_local(value: Expr, pair: Pair) -> tuple[Product, tuple[Expr, ...]]:
@@ -53,7 +53,7 @@ def of_position(term: Expr, key: Axis) -> Expr:
 
 
 def _terms(e: Expr, key: Axis) -> list[Expr]:
-    return summands(e, lambda x: any(isinstance(n, Reduce) and n.axis == key for n in x.walk()), apart=False)
+    return terms_that(lambda x: any(isinstance(n, Reduce) and n.axis == key for n in x.walk()), e)
 
 
 def _by_terms(divisor: Expr, key: Axis) -> Expr:

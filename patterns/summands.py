@@ -7,6 +7,7 @@ Whatever else is added up inside of a factor stays one value.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import product as combinations
 
@@ -41,6 +42,31 @@ def summands(e: Expr, holds: Callable[[Expr], bool], looked_up: bool = False, ap
     if isinstance(e, Reduce) and e.op == "sum":
         return [Reduce("sum", e.axis, x, e.dtype) for x in summands(e.body, holds, True, apart)]
     return [e]
+
+
+_MOST_TERMS = 64  # products of sums of products have exponentially many
+
+
+def terms_that(holds: Callable[[Expr], bool], e: Expr) -> list[Expr]:
+    """The terms of a value, multiplied out where one of them holds what is asked for and nowhere else; the value itself
+    where there would be very many."""
+    known: dict[Expr, bool] = {}
+
+    def held(x: Expr) -> bool:
+        if x not in known:
+            known[x] = holds(x)
+        return known[x]
+
+    return [e] if _count(e, held, {}) > _MOST_TERMS else summands(e, held, apart=False)
+
+
+def _count(e: Expr, holds: Callable[[Expr], bool], known: dict[Expr, int]) -> int:
+    if e not in known:
+        inner = e.children if holds(e) and isinstance(e, Call | Reduce) and e.is_float else ()
+        counts = [_count(x, holds, known) for x in inner if x.is_float]
+        is_sum = isinstance(e, Call) and e.op in ("add", "sub")
+        known[e] = (sum if is_sum else math.prod)(counts) if counts else 1
+    return known[e]
 
 
 def cut_apart(e: Expr, holds: Callable[[Expr], bool]) -> Expr:

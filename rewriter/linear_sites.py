@@ -15,7 +15,7 @@ from refocus.codegen.linear_policy import LinearWork, Passes, Sample, choose_lin
 from refocus.codegen.plan import Chosen, Leave, Plan
 from refocus.evaluate import size_of
 from refocus.facts import Facts
-from refocus.ir import Axis, Expr, Load, Sym, rewrite
+from refocus.ir import ONE, Axis, Expr, Load, Sym, rewrite
 from refocus.lift import op_name
 from refocus.linear_ir import mask_of, notation
 from refocus.report import Cost
@@ -120,22 +120,30 @@ def describe_linear(name: str, site: LinearSite, plan: Plan | None, reason: str,
 
 
 def _epilogues(site: LinearSite) -> list[str]:
-    """What becomes of the sums, where it is more than the site's own results."""
+    """What becomes of the sums, where it is more than the site's own results; of positions that are counted from the
+    end, or of which only some are asked for, where they are: at `t`."""
     region = site.region
     names = {"out": "O", "sums": "Z"}
     back: dict[Axis, Axis] = {}
     for binding, operand in zip(site.bindings, region.operands):
         back |= dict(zip(binding.axes, region.axes_of(operand.name)))
+    moved = site.rows == ONE and any(not isinstance(x, Axis) for o in site.outputs for x in _index(o.value))
+    if moved:
+        back |= {a: Axis("t", a.size) for o in site.outputs for a in o.dims if a is not None and a not in back}
 
     def visit(node: Expr) -> Expr | None:
         if isinstance(node, Axis):
             return back.get(node, node)
         if isinstance(node, Load) and node.tensor in names:
-            return Load(names[node.tensor], tuple(back.get(x, x) for x in node.index), node.dtype)  # type: ignore[call-overload]
+            return Load(names[node.tensor], tuple(rewrite(x, visit, rebuild) for x in node.index), node.dtype)
         return None
 
-    values = [rewrite(o.value, visit, rebuild) for o in site.outputs if not isinstance(o.value, Load)]
+    values = [rewrite(o.value, visit, rebuild) for o in site.outputs if moved or not isinstance(o.value, Load)]
     return [f"result = {notes.notation(value)}" for value in values]
+
+
+def _index(value: Expr) -> tuple[Expr, ...]:
+    return next((x.index for x in value.walk() if isinstance(x, Load) and x.tensor == "out"), ())
 
 
 def _costs(site: LinearSite, facts: Facts) -> tuple[Cost, Cost]:

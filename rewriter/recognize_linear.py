@@ -44,7 +44,7 @@ from refocus.patterns.linear import (
 )
 from refocus.patterns.local_terms import of_position
 from refocus.patterns.mask_sums import one_sum
-from refocus.patterns.summands import summands
+from refocus.patterns.summands import terms_that
 from refocus.recognize import Left, Site
 from refocus.recognize_chunked import chunked_at, inside_of
 from refocus.recognize_decoding import decoding_at
@@ -206,7 +206,7 @@ def _added_up(candidate: LinearCandidate, facts: Facts, values: HeldValues) -> t
     several. Raises Stop with what they lack."""
     dims, value, visited = _value(candidate, facts, candidate.root, set(), set())
     free = tuple(a for a in dims if a is not None)
-    products = [product_of(x) for x in summands(value, holds_sum, apart=False)]
+    products = [product_of(x) for x in terms_that(holds_sum, value)]
     pairs = [pair for p in products for pair in _pairs_of(Read(free, dims, p, visited))]
     masked = [pair for pair in pairs if any({*pair} <= c.axes for p in products for c in p.conditions)]
     if len(products) < 2:
@@ -215,7 +215,7 @@ def _added_up(candidate: LinearCandidate, facts: Facts, values: HeldValues) -> t
         keys = {j for p in products for j in p.summed if j.size == key.size and sort(p, free, query, j) is not None}
         try:
             dims, value, visited = _value(candidate, facts, candidate.root, {query}, keys, values)
-            terms = [_over(x, query, keys, key) for x in summands(value, holds_sum, apart=False)]
+            terms = [_over(x, query, keys, key) for x in terms_that(holds_sum, value)]
             found, rest = one_sum(terms, (query, key))
             local = tuple(of_position(value_of(p, value.dtype), key) for p in rest)
         except Stop:

@@ -39,7 +39,7 @@ from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.linear import as_number, blamed, product_of, settled
 from refocus.patterns.local_terms import with_local
 from refocus.patterns.recurrence import Update, before, closed_form, read_update
-from refocus.patterns.summands import summands, times
+from refocus.patterns.summands import terms_that, times
 from refocus.recognize_chunk_loops import in_chunks
 from refocus.roles import Axes
 from refocus.sizes import shape_of
@@ -134,7 +134,7 @@ def _written(ends: Ends, update: Update, here: dict[Expr, Expr], step: Axis, key
 
 def _read_apart(out: Expr) -> None:
     """Raises Stop where what reads a state was itself read from one, and is no sum of that any more."""
-    for term in summands(out, lambda e: any(x.tensor.startswith(STATE) for x in _loads(e)), apart=False):
+    for term in terms_that(lambda e: any(x.tensor.startswith(STATE) for x in _loads(e)), out):
         product = product_of(term)
         for factor in product.factors:
             within = [x for x in factor.loads if x.tensor.startswith(STATE)]

@@ -167,6 +167,8 @@ def test_spelling(function: Function, mask: str) -> None:
     trains = function is not backward_in_place  # which eager code itself cannot differentiate
     (site,) = check(Module(function), given, family="linear", sites=1, lower=False, gradients=trains).report.sites
     assert site.mask == mask
+    backwards = function.__name__.startswith(("backward", "later", "turned", "upper"))
+    assert ("O[b,h,-t + 5,e]" in site.notation) == backwards
 
 
 def test_both_ways() -> None:
