@@ -62,10 +62,6 @@ def windowed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores(q, k).masked_fill((distance < 0) | (distance > 5), 0) @ v
 
 
-def upper(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return scores(q, k).triu() @ v
-
-
 def quadratic_decay(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores(q, k) * torch.exp(-0.01 * index(q.shape[2]) ** 2)).tril() @ v
 
@@ -107,7 +103,6 @@ NEAR_MISSES = [
     (relu, "not linear in the scores (`relu` of them)"),
     (shifted, "not linear in the scores (`add` of them)"),
     (windowed, "needs a causal mask or none"),
-    (upper, "needs a causal mask or none"),
     (quadratic_decay, "not linear in the distance"),
     (both_ways, "without a causal mask"),
     (unmatched_gates, "no difference of gates"),
