@@ -33,7 +33,9 @@ def with_local(value: Expr, pair: Pair) -> tuple[Product, tuple[Expr, ...]]:
         above = Reduce("sum", axis, above, value.dtype)
     products = [(x, product_of(x, pair)) for x in _terms(above, key)]
     mains = [p for _, p in products if key in p.summed]
-    if len(mains) != 1 or mains[0].divisors:
+    if len(mains) > 1:
+        raise Stop(Declined("what is read from several states is added up", several=True))
+    if not mains or mains[0].divisors:
         return whole, ()
     divisors = tuple(_by_terms(d, key) for d in whole.divisors)
     return replace(mains[0], divisors=divisors), tuple(of_position(x, key) for x, p in products if p is not mains[0])

@@ -52,10 +52,15 @@ class Loop:
     def steps(self) -> int:
         return len(self.parts)
 
-    def read_elsewhere(self) -> fx.Node | None:
-        """A value of the body that is read outside of the loop, other than by its gather; the last state may be."""
+    def read_elsewhere(self, facts: Facts) -> fx.Node | None:
+        """A value of the body that is read outside of the loop, other than by its gather. The last state may be, and
+        so may what is made without a state."""
+        return next(iter(self.shared() & depends(self, facts)), None)
+
+    def shared(self) -> set[fx.Node]:
+        """What is read outside of the loop, too, but for the last state."""
         inside = self.body | {self.gather}
-        return next((n for n in self.body - {self.final} for user in n.users if user not in inside), None)
+        return {n for n in self.body - {self.final} if any(user not in inside for user in n.users)}
 
     @property
     def final(self) -> fx.Node | None:

@@ -22,6 +22,7 @@ import torch
 from torch import fx
 
 from refocus import debug
+from refocus.added_states import split_apart
 from refocus.assumptions import Assumption, model_buffers
 from refocus.attention import Left, Site
 from refocus.bodies import closed_attentions, fused_attentions, with_bodies
@@ -95,6 +96,16 @@ def _rewrite_outer(gm: fx.GraphModule, options: Options, inputs: Sequence[Any]) 
     if made_equal(traced.graph, found):
         facts = gather_facts(traced, buffers)
         found = recognize_linear(facts, recognize(facts))
+    if splits := split_apart(found):
+        facts = gather_facts(traced, buffers)
+        found = recognize_linear(facts, recognize(facts))
+        linear = {x.root for x in found if isinstance(x, LinearSite)}
+        left = [x for x in splits if not linear.issuperset(x.gathers)]
+        for split in left:
+            split.undo()
+        if left:
+            facts = gather_facts(traced, buffers)
+            found = recognize_linear(facts, recognize(facts))
     debug.dump("recognize", found)
     operands = {node for site in found if isinstance(site, LinearSite) for node in sources_of(site, facts)}
     ready_made = given_scores(facts, operands)

@@ -275,14 +275,16 @@ def _of_loop(loop: Loop, facts: Facts, data: set[fx.Node]) -> LinearSite:
 
 
 def _of_steps(loop: Loop, facts: Facts, data: set[fx.Node]) -> LinearSite:
-    outside = loop.read_elsewhere()
+    outside = loop.read_elsewhere(facts)
     if outside is not None:
         raise Stop(Declined("a value inside a loop is read after it", outside.name))
     if of_channels(loop, facts):
         raise Stop(Declined("each channel has weights of its own, which are no products of queries and keys"))
     roll = rolled(loop, facts, data)
-    inside = inside_of(loop.gather, roll.visited | loop.body, facts)
-    return _rolled_site(loop.gather, roll, (inside | loop.body) - {loop.final}, facts)
+    inside = inside_of(loop.gather, roll.visited | loop.body, facts) | loop.body
+    shared = loop.shared()  # and what that is made of: it stays
+    stays = shared.union(*(nx.ancestors(facts.flow, n) for n in shared))
+    return _rolled_site(loop.gather, roll, inside - stays - {loop.final}, facts)
 
 
 def _rolled_site(root: fx.Node, roll: Rolled, interior: frozenset[fx.Node], facts: Facts) -> LinearSite:

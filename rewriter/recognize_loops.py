@@ -87,7 +87,7 @@ def _step_by_step(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
     ]
     erasing = [u for u in read if u.erase is not None]
     if erasing and len(read) > 1:
-        raise Stop(Declined("a loop has several states, and the delta rule"))
+        raise Stop(Declined("a loop has several states, and the delta rule", several=True))
 
     late = _is_late(out, read)
 
