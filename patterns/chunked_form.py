@@ -158,11 +158,12 @@ def _with_sums(divisor: Expr, at: Cut, values: Values, weights: Joined) -> Expr:
             whole = _as_sum(found, _same_gate(found, weights, at), node.dtype, _decay(weights, at))
             others = [x for x in terms if x not in pair]
             return s.call("add", whole, *others, dtype=node.dtype) if others else whole
-        if len(terms) > 1:
-            raise Stop(Declined("the normaliser is no sum of the weights over the keys"))
         return None
 
-    return rewrite(divisor, visit, s.rebuild)
+    found = rewrite(divisor, visit, s.rebuild)
+    if any(isinstance(n, Reduce) and _over_earlier(n, at) for n in found.walk()):
+        raise Stop(Declined("the normaliser is no sum of the weights over the keys"))
+    return found
 
 
 def _as_sum(found: Joined, names: dict[Expr, Expr], dtype: str, decay: Expr) -> Expr:

@@ -34,7 +34,7 @@ def with_local(value: Expr, pair: Pair) -> tuple[Product, tuple[Expr, ...]]:
     products = [(x, product_of(x, pair)) for x in _terms(above, key)]
     mains = [p for _, p in products if key in p.summed]
     if len(mains) > 1:
-        raise Stop(Declined("what is read from several states is added up", several=True))
+        raise Stop(Declined("several reads of states are added up", several=True))
     if not mains or mains[0].divisors:
         return whole, ()
     divisors = tuple(_by_terms(d, key) for d in whole.divisors)
