@@ -24,10 +24,10 @@ def with_local(value: Expr, pair: Pair) -> tuple[Product, tuple[Expr, ...]]:
     Raises `Stop` where that is no value of the query's position."""
     whole = product_of(value, pair)
     key = pair[1]
-    if key in whole.summed or whole.exponents or whole.conditions:
-        return whole, ()
     if any(d.axes & {*whole.summed} for d in whole.divisors):
         return whole, ()
+    if key in whole.summed or whole.exponents or whole.conditions:
+        return replace(whole, divisors=tuple(_by_terms(d, key) for d in whole.divisors)), ()
     above: Expr = times(whole.factors, value.dtype)
     for axis in reversed(whole.summed):
         above = Reduce("sum", axis, above, value.dtype)
@@ -55,7 +55,11 @@ def of_position(term: Expr, key: Axis) -> Expr:
 
 
 def _terms(e: Expr, key: Axis) -> list[Expr]:
-    return terms_that(lambda x: any(isinstance(n, Reduce) and n.axis == key for n in x.walk()), e)
+    return terms_that(lambda x: _sums_keys(x, key), e)
+
+
+def _sums_keys(e: Expr, key: Axis) -> bool:
+    return any(isinstance(n, Reduce) and n.axis == key for n in e.walk())
 
 
 def _by_terms(divisor: Expr, key: Axis) -> Expr:
@@ -65,7 +69,11 @@ def _by_terms(divisor: Expr, key: Axis) -> Expr:
         terms = _terms(node, key) if isinstance(node, Reduce | Call) and node.is_float else [node]
         if len(terms) == 1:
             return None
-        apart = [x if key in product_of(x).summed else of_position(x, key) for x in terms]
-        return s.call("add", *apart, dtype=node.dtype)
+        return s.call("add", *(apart(x) for x in terms), dtype=node.dtype)
+
+    def apart(term: Expr) -> Expr:
+        if not _sums_keys(term, key):
+            return of_position(term, key)
+        return term if key in product_of(term).summed else rewrite(term, visit, s.rebuild)
 
     return rewrite(divisor, visit, s.rebuild)

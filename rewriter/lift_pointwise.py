@@ -325,6 +325,8 @@ def _cumsum(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     source, dim = arguments(node)[0], _argument(node, 1, "dim")
     rank = len(index)
     dim = dim + rank if dim < 0 else dim
+    if shape_of(source)[dim] == Const(1):
+        return lift.at(source, index)
     step = lift.bound(node, 0, shape_of(source)[dim])
     if lift.expands and index[dim].axes & lift.query_axes and step not in lift.key_axes:
         lift.query_axes.add(step)  # what is summed for a query is still of queries

@@ -165,3 +165,8 @@ def test_near_miss(function: Function, reason: str) -> None:
     given = inputs(function.__code__.co_argcount)
     report = check(Module(function), given, fused=False, lower=False).report
     assert [site.reason for site in report.sites if reason in site.reason], report
+
+
+def test_chunks_of_one_position() -> None:
+    """`chunk` is told how many there are."""
+    check(Module(performer, chunks=6), inputs(3), family="linear", sites=1, lower=False, gradients=True)
