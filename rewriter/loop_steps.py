@@ -224,13 +224,21 @@ def _after_nothing(updates: list[Expr], step: Axis) -> Expr:
     one = s.substitute(as_one(others, step), {step: s.sub(step, 1)})
 
     def nothing(node: Expr) -> Expr | None:
-        return Const(0.0, node.dtype) if isinstance(node, Load) and node.tensor.startswith(STATE) else None
+        state = isinstance(node, Load) and node.tensor.startswith(STATE)
+        return Const(0.0, node.dtype) if state or _is_decayed_nothing(node) else None
 
-    # What only the first step is made of has no counterpart, and sums of its own.
-    begun, same = named_alike([rewrite(s.substitute(one, {step: Const(0)}), nothing, _but_for_nothing), first])
+    # What only the first step is made of has no counterpart, and sums of its own; the number 0 may decay, too.
+    begun = rewrite(s.substitute(one, {step: Const(0)}), nothing, _but_for_nothing)
+    begun, same = named_alike([begun, rewrite(first, nothing, _but_for_nothing)])
     if len(others) < 2 or begun != same:
         raise OtherStart(Declined("a loop starts from a state that is not zero"))
     return one
+
+
+def _is_decayed_nothing(node: Expr) -> bool:
+    """Whether a value is a state that is the number 0, decayed."""
+    zeros = (isinstance(x, Const) and x.value == 0 for x in node.children)
+    return isinstance(node, Call) and node.op == "mul" and node.is_float and any(zeros)
 
 
 def _but_for_nothing(node: Expr, children: tuple[Expr, ...]) -> Expr:

@@ -192,7 +192,7 @@ class _Laid:
     def joined(self, facts: Facts) -> _Laid:
         """What a loop starts from may be made like a state (zeros plus what is handed in). Several values of the first
         step then meet what is no counterpart of theirs, and all of them are for one value that has one: the state."""
-        if self.missing > 1 or (self.fits and len(self.starts) < 2):
+        if self.fits and len(self.starts) < 2:
             return self
         found, first = self, set(self.follows) - set(self.follows.values())
         for state in sorted(first.difference(self.starts, self.parts), key=facts.order.__getitem__):

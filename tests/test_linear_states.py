@@ -23,6 +23,24 @@ def normalised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(rows, 2)
 
 
+def decaying(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """What decays before the first step is the number, in a tensor of the decay's shape."""
+    state, rows = 0, []
+    for t in range(q.shape[2]):
+        state = torch.sigmoid(g[:, :, t, :1])[..., None] * state + outer(k[:, :, t], v[:, :, t])
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2)
+
+
+def decaying_backwards(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """By channel, from the last position to the first."""
+    state, rows = 0, []
+    for t in reversed(range(q.shape[2])):
+        state = state * torch.sigmoid(g[:, :, t, :, None]) + outer(k[:, :, t], v[:, :, t])
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows[::-1], 2)
+
+
 def ending(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     state, rows = 0, []
     for t in range(q.shape[2]):
@@ -52,6 +70,11 @@ def test_spelling(function: Function, sites: int) -> None:
     assert all(site.mask == "j <= i" for site in report.sites)
 
 
+@pytest.mark.parametrize("function", [decaying, decaying_backwards])
+def test_the_number_0_may_decay(function: Function) -> None:
+    check(Module(function), inputs(4), family="linear", sites=1, lower=False, gradients=True)
+
+
 # ---------------------------------------------------------------------------------------------------- near misses
 
 
@@ -70,6 +93,16 @@ def first_key_apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     state, rows = 0, []
     for t in range(q.shape[2]):
         state = state + outer(k[:, :, max(t, 1)], v[:, :, t])
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2)
+
+
+def first_decay_apart(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """As from the number 0, but for a first step that is another one."""
+    state = torch.sigmoid(g[:, :, 0, :1])[..., None] * 0.5 + outer(k[:, :, 0], v[:, :, 0])
+    rows = [read(q[:, :, 0], state)]
+    for t in range(1, q.shape[2]):
+        state = torch.sigmoid(g[:, :, t, :1])[..., None] * state + outer(k[:, :, t], v[:, :, t])
         rows.append(read(q[:, :, t], state))
     return torch.stack(rows, 2)
 
@@ -98,6 +131,7 @@ def slots_alone(q: Tensor, k: Tensor, v: Tensor, f: Tensor) -> Tensor:
 NEAR_MISSES = [
     (first_step_apart, "the first step of a loop"),
     (first_key_apart, "the first step of a loop"),
+    (first_decay_apart, "the first step of a loop"),
     (slots, "itself a function of a state"),
     (slots_alone, "a decay for each value channel"),
 ]
