@@ -206,8 +206,9 @@ def _pow(node: Call, cotangent: Expr) -> Iterator[tuple[Expr, Expr]]:
         into_base = Const(0.0, node.dtype)
     yield base, into_base
     if exponent.loads:
-        positive = s.not_(_le(base, Const(0.0, base.dtype)))
-        yield exponent, _only_if(positive, _times(cotangent, node, s.call("log", base, dtype=node.dtype)))
+        vanishes = s.call("eq", base, Const(0.0, base.dtype), dtype="bool")
+        constant = s.and_(vanishes, _le(Const(0.0, exponent.dtype), exponent))
+        yield exponent, _only_if(s.not_(constant), _times(cotangent, node, s.call("log", base, dtype=node.dtype)))
 
 
 def _logaddexp(node: Call, cotangent: Expr) -> Iterator[tuple[Expr, Expr]]:
@@ -219,7 +220,8 @@ def _remainder(node: Call, cotangent: Expr) -> Iterator[tuple[Expr, Expr]]:
     above, below = node.args
     round_ = "floor" if node.op == "mod" else "trunc"
     yield above, cotangent
-    yield below, _negated(_times(cotangent, s.call(round_, _over(above, below), dtype=node.dtype)))
+    quotient = s.call("div", above, below, dtype=node.dtype)  # what is divided may be integers
+    yield below, _negated(_times(cotangent, s.call(round_, quotient, dtype=node.dtype)))
 
 
 def _nothing(node: Call, cotangent: Expr) -> Iterator[tuple[Expr, Expr]]:

@@ -351,7 +351,7 @@ def _laid_out(node: fx.Node, source: fx.Node) -> bool:
     return True
 
 
-_CASTS = frozenset(("to", "_to_copy", "type_as", "float", "half", "bfloat16", "double"))
+_CASTS = frozenset(("to", "_to_copy", "type_as"))
 
 _LAYOUTS = frozenset(
     (

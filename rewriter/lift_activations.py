@@ -86,10 +86,6 @@ def _softplus(x: Expr, dtype: str, beta: float, threshold: float) -> Expr:
     return s.where(s.call("lt", Const(float(threshold), dtype), scaled, dtype=BOOL), x, curve)
 
 
-def _softsign(x: Expr, dtype: str) -> Expr:
-    return s.call("div", x, _plus(dtype, s.call("abs", x, dtype=dtype), 1.0), dtype=dtype)
-
-
 def _log_sigmoid(x: Expr, dtype: str) -> Expr:
     return s.call("neg", s.call("softplus", s.call("neg", x, dtype=dtype), dtype=dtype), dtype=dtype)
 
@@ -136,7 +132,6 @@ ACTIVATIONS: dict[str, Handler] = {
     "selu": _activation(_selu),
     "gelu": _activation(_gelu, approximate="none"),
     "softplus": _activation(_softplus, beta=1.0, threshold=20.0),
-    "softsign": _activation(_softsign),
     "log_sigmoid": _activation(_log_sigmoid),
     "hardsigmoid": _activation(_hardsigmoid),
     "hardswish": _activation(_hardswish),

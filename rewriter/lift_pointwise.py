@@ -214,16 +214,21 @@ def _round(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
 def _clamp(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     kind = _kind(node)
     value = lift.broadcast(arguments(node)[0], index, kind)
-    for op, bound in (("max", _argument(node, 1, "min")), ("min", _argument(node, 2, "max"))):
+    low, high = _argument(node, 1, "min"), _argument(node, 2, "max")
+    least, most = (None if bound is None else lift.broadcast(bound, index, kind) for bound in (low, high))
+    if least is not None and most is not None and low in lift.known.needs_grad:
+        # A value below two bounds that are equal: its result is neither's, as far as gradients go.
+        least = s.where(s.call("lt", least, most, dtype=BOOL), least, s.call("detach", least, dtype=kind))
+    for op, bound in (("max", least), ("min", most)):
         if bound is not None:
-            value = _bounded(op, value, lift.broadcast(bound, index, kind), kind)
+            value = _bounded(op, value, bound, kind)
     return value
 
 
 def _bounded(op: str, value: Expr, bound: Expr, kind: str) -> Expr:
-    """A value that meets its bound is the one that a gradient flows to. Of two tensors that are no more than extremes
-    of each other both would get a share, so that there it is a choice."""
-    if not (value.loads and bound.loads) or kind in (INT, BOOL):
+    """A value that meets its bound is the one that a gradient flows to. Of tensors that are no more than extremes of
+    each other the bound would get a share, so that there it is a choice."""
+    if not bound.loads or kind in (INT, BOOL):
         return s.call(op, value, bound, dtype=kind)
     beyond = (value, bound) if op == "max" else (bound, value)
     return s.where(s.call("lt", *beyond, dtype=BOOL), bound, value)
@@ -251,16 +256,18 @@ def _extreme(op: str, shares: bool = True) -> Handler:
 
 
 def _shared(value: Expr) -> Expr:
-    """Where two tensors are equal a gradient flows to each by half, also where one of them holds one number only: half
-    of it is lost there, which the extreme of a value and a bound would pass on. At fills and for maxima of rows, by
-    which exponents are shifted, it makes no difference (`LARGER`)."""
+    """Where two tensors are equal a gradient flows to each by half, also where one of them holds one number only, or
+    positions: half of it is lost there, which the extreme of a value and a bound would pass on. At fills and for maxima
+    of rows, by which exponents are shifted, it makes no difference (`LARGER`)."""
     if not (isinstance(value, Call) and value.op in ("min", "max")):
         return value
-    bounds = [a for a in value.args if isinstance(a, Const)]
+    bounds = [a for a in value.args if not a.loads]
     others = [a for a in value.args if a.loads and not any(isinstance(n, Reduce) for n in a.walk())]
-    if len(bounds) != 1 or len(others) != 1 or not MASK_FILL < bounds[0].value < -MASK_FILL:
+    if len(bounds) != 1 or len(others) != 1:
         return value
     (bound,), (other,) = bounds, others
+    if isinstance(bound, Const) and not MASK_FILL < bound.value < -MASK_FILL:
+        return value
     half = Const(0.5, value.dtype)
     middle = s.call("add", *(s.call("mul", a, half, dtype=value.dtype) for a in (other, bound)), dtype=value.dtype)
     return s.where(s.call("eq", other, bound, dtype=BOOL), middle, value)
@@ -361,7 +368,8 @@ def _diff(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     if shape_of(before)[dim] != Const(1):
         return None
     first = minus(read(source, Const(0)), read(before, Const(0)))
-    later = minus(read(source, here), read(source, s.sub(here, 1)))
+    earlier = s.maximum(s.under(s.sub(here, 1), s.assume(s.ge(here, 1))), 0)  # a load is carried out at the start, too
+    later = minus(read(source, here), read(source, earlier))
     return s.where(s.le(here, 0), first, later)
 
 

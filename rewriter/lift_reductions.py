@@ -248,6 +248,8 @@ def _tensordot_at(
 ) -> tuple[tuple[Axis, ...], list[tuple[fx.Node, Index]]] | None:
     """Pairs of dimensions are summed over; the others are those of the left operand, then those of the right."""
     left, right, *dims = arguments(node)
+    if not dims and not (shape_of(left) and shape_of(right)):
+        return None  # an inner product with a number multiplies
     pairs = [[d % len(shape_of(x)) for d in ds] for x, ds in zip((left, right), dims or ([-1], [-1]))]
     sizes = [[shape_of(x)[d] for d in ds] for x, ds in zip((left, right), pairs)]
     if sizes[0] != sizes[1]:

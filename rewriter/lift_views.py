@@ -88,8 +88,11 @@ def reindex(index: Index, out_shape: Index, in_shape: Index) -> Index:
     return tuple(result)
 
 
-def _reshape(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+def _reshape(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    """x.view(dtype) is none: it reads the bits of its elements as other numbers."""
     source = arguments(node)[0]
+    if node.target is torch.ops.aten.view.dtype:
+        return None
     return lift.at(source, reindex(index, shape_of(node), shape_of(source)))
 
 
@@ -115,6 +118,8 @@ def _t(lift: Lifter, node: fx.Node, index: Index) -> Expr:
 
 
 def _swap_last(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    if len(index) < 2:
+        return lift.at(arguments(node)[0], index)
     return lift.at(arguments(node)[0], (*index[:-2], index[-1], index[-2]))
 
 
@@ -301,8 +306,10 @@ def _index_select(lift: Lifter, node: fx.Node, index: Index) -> Expr:
     return lift.at(source, (*index[:dim], at, *index[dim + 1 :]))
 
 
-def _gather(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+def _gather(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     source, dim, which = arguments_of(node, "self", "dim", "index")
+    if node.kwargs.get("sparse_grad") and source in lift.known.needs_grad:
+        return None  # its gradient is a sparse tensor, which a region has none of
     at = lift.at(which, index)
     dim = dimension(dim, len(index))
     return lift.at(source, (*index[:dim], at, *index[dim + 1 :]))
@@ -313,18 +320,19 @@ def _take_along_dim(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     if dim is None:
         return None
     dim = dimension(dim, len(index))
-    at = lift.broadcast(which, index)
+    at = _wrap(lift.broadcast(which, index), shape_of(source)[dim])
     position = [Const(0) if d == Const(1) else x for d, x in zip(shape_of(source), index)]
     position[dim] = at
     return lift.at(source, position)
 
 
 def _embedding(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
-    """No gradient flows to the row of a padding index. One that is scaled by how often a row is read has no reading."""
-    table, which, padding, scaled = arguments_of(
-        node, "weight", "indices", "padding_idx", "scale_grad_by_freq", padding_idx=-1
+    """No gradient flows to the row of a padding index. One that is scaled by how often a row is read, or is a sparse
+    tensor, has no reading."""
+    table, which, padding, scaled, sparse = arguments_of(
+        node, "weight", "indices", "padding_idx", "scale_grad_by_freq", "sparse", padding_idx=-1
     )
-    if scaled:
+    if (scaled or sparse) and table in lift.known.needs_grad:
         return None
     row = lift.at(which, index[:-1])
     value = lift.at(table, (row, index[-1]))
@@ -387,7 +395,7 @@ VIEWS: dict[str, Handler] = {
     **dict.fromkeys(("repeat", "tile"), _repeat),
     **dict.fromkeys(("contiguous", "clone", "alias", "detach", "lift_fresh", "lift_fresh_copy", "positive"), _same),
     **dict.fromkeys(("squeeze", "squeeze_copy"), _squeeze),
-    **dict.fromkeys(("to", "_to_copy", "type_as", "float", "half", "bfloat16", "double"), _as_typed),
+    **dict.fromkeys(("to", "_to_copy", "type_as"), _as_typed),
     **dict.fromkeys(PARTS, _part), "permute": _permute, "repeat_interleave": _repeat_interleave, "getitem": _getitem,
     "index": _advanced, "index_select": _index_select,
     "gather": _gather, "take_along_dim": _take_along_dim, "embedding": _embedding, "flip": _flip, "roll": _roll,

@@ -33,6 +33,8 @@ def tensors() -> tuple[Tensor, Tensor, Tensor]:
     return q * 1.3, k * 1.3, v
 
 
+DISTANCE = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
+
 CHANGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "softplus, steeper": lambda s, b: F.softplus(s, beta=3.0),
     "softplus, linear early": lambda s, b: F.softplus(s, threshold=0.5),
@@ -56,6 +58,14 @@ CHANGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a slope for each head": lambda s, b: F.prelu(s, b[:, 0, 3] - 0.5),
     "one slope": lambda s, b: F.prelu(s, b[0, 0, :1] + 0.3),
     "expit": lambda s, b: torch.special.expit(s),
+    "clamp between equal bounds": lambda s, b: s.clamp(b, b + 0.5 * (DISTANCE > 3)),
+    "distances below a tensor": lambda s, b: s + torch.clamp_max(DISTANCE.to(s), b),
+    "the smaller of distances and a tensor": lambda s, b: s + torch.minimum(DISTANCE.to(s), b),
+    "distances modulo a tensor": lambda s, b: s + torch.remainder(DISTANCE, b + 3.5),
+    "the remainder of distances": lambda s, b: s + torch.fmod(DISTANCE, b + 3.5),
+    "powers of distances": lambda s, b: s + 0.1 * torch.pow(DISTANCE.clamp(0, 4), b),
+    "entries counted from the end": lambda s, b: s + torch.take_along_dim(b, -1 - DISTANCE.abs()[None], -1),
+    "bits as numbers": lambda s, b: s + DISTANCE.clamp(0).int().view(torch.float32).to(s),
 }
 
 
