@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from refocus import simplify
-from refocus.differentiate import NotDifferentiable, Share, differentiate
+from refocus.differentiate import NotDifferentiable, Share, connected, differentiate
 from refocus.ir import TRUE, Call, Const, Expr, Load, Region
 
 
@@ -88,17 +88,15 @@ def why_not_trainable(region: Region, wanted: Collection[str]) -> str | None:
 
 @lru_cache(maxsize=256)
 def flows_into(region: Region) -> frozenset[str]:
-    """The operands that have a gradient: floats that flow into the result, and those that cancelled and are not read.
+    """The operands that have a gradient, as in eager code: floats that flow into the result, be it by a function whose
+    derivative is zero, and those that cancelled and are not read.
 
-    What only a mask or an index reads has none, as in eager code: not even zeros."""
+    What only a mask or an index reads has none: not even zeros."""
     read = {load.tensor for e in region.expressions for load in e.loads}
     read |= {e.tensor for e in region.expressions if isinstance(e, Load)}
-    found = set()
-    for operand in region.operands:
-        shares = shares_of(cotangents(region, frozenset((operand.name,))))
-        if operand.name not in read or any(share.load.tensor == operand.name for share in shares):
-            found.add(operand.name)
-    return frozenset(found)
+    flowing = (region.values, region.score, region.logits, region.gate, *region.extra)
+    found = frozenset().union(*map(connected, flowing))
+    return found | {operand.name for operand in region.operands if operand.name not in read}
 
 
 def shares_of(found: Cotangents) -> tuple[Share, ...]:

@@ -102,9 +102,9 @@ def factored(e: Expr) -> Factored:
 
 
 def _is_read(weight: Expr) -> bool:
-    """Whether a value is made of tensors, and of no sum: its logarithm is a term of the scores like any other, of which
-    nothing cancels."""
-    if any(isinstance(n, Dot | Reduce) for n in weight.walk()):
+    """Whether a value is made of tensors, and of no sum: its logarithm is a term of the scores like any other, of
+    which nothing cancels."""
+    if any(isinstance(n, Reduce) for n in weight.walk()):
         return False
     return any(isinstance(n, Load) and n.is_float for n in weight.walk())
 

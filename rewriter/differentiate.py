@@ -82,6 +82,24 @@ def _reaches(node: Expr, wanted: Collection[str]) -> bool:
     return node.is_float and any(x.is_float and x.tensor in wanted for x in node.loads)
 
 
+def connected(root: Expr) -> frozenset[str]:
+    """The tensors that something flows back into from `root`, if only zeros: through a rounding, but not through a
+    comparison, a position or what is detached."""
+    found: set[str] = set()
+    seen: set[Expr] = set()
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        if node in seen or not node.is_float or (isinstance(node, Call) and node.op == "detach"):
+            continue
+        seen.add(node)
+        if isinstance(node, Load):
+            found.add(node.tensor)
+        else:
+            stack.extend(node.children)
+    return frozenset(found)
+
+
 def _is_zero(value: Expr) -> bool:
     return isinstance(value, Const) and value.value == 0
 

@@ -1,4 +1,4 @@
-"""Activations that are made of simpler operations: leaky_relu(x) = x where x > 0 else slope * x."""
+"""Activations and other functions that are made of simpler ones: leaky_relu(x) = x where x > 0 else slope * x."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from torch import fx
 
 from refocus import simplify as s
-from refocus.ir import BOOL, ONE, ZERO, Const, Expr
-from refocus.lift import Handler, Index, Lifter, dtype_of
+from refocus.ir import BOOL, INT, ONE, ZERO, Const, Expr
+from refocus.lift import Handler, Index, Lifter, dtype_of, kind_of
 from refocus.lift_views import arguments_of
 from refocus.sizes import shape_of
 
@@ -115,6 +115,48 @@ def _shrunk(x: Expr, dtype: str, width: float, by: float) -> Expr:
     return s.where(inside, Const(0.0, dtype), s.where(below, _plus(dtype, x, by), _plus(dtype, x, -by)))
 
 
+def _logit(x: Expr, dtype: str, eps: float | None) -> Expr:
+    if eps is not None:
+        least, most = Const(float(eps), dtype), Const(1.0 - float(eps), dtype)
+        above = s.where(s.call("lt", most, x, dtype=BOOL), most, x)
+        x = s.where(s.call("lt", x, least, dtype=BOOL), least, above)
+    rest = s.call("sub", Const(1.0, dtype), x, dtype=dtype)
+    return s.call("sub", s.call("log", x, dtype=dtype), s.call("log", rest, dtype=dtype), dtype=dtype)
+
+
+def _of_two(formula: Callable[[Expr, Expr, str], Expr | None]) -> Handler:
+    def handler(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
+        dtype = dtype_of(node)
+        if kind_of(dtype) in (INT, BOOL):
+            return None
+        given = arguments_of(node, "self", "other")
+        a, b = (s.cast(lift.broadcast(x, index, dtype), dtype) for x in given)
+        return formula(a, b, dtype)
+
+    return handler
+
+
+def _copysign(a: Expr, b: Expr, dtype: str) -> Expr | None:
+    """The sign of a zero counts: 1 / -0 is less than zero. Floats that are made of positions have lost it."""
+    zero, one = Const(0.0, dtype), Const(1.0, dtype)
+    if not isinstance(b, Const) and not any(x.is_float for x in b.loads):
+        return None
+    below = s.call("lt", s.call("reciprocal", b, dtype=dtype), zero, dtype=BOOL)
+    of_zero = s.where(below, Const(-1.0, dtype), one)
+    sign = s.where(s.call("eq", b, zero, dtype=BOOL), of_zero, s.call("sign", b, dtype=dtype))
+    return _times(dtype, s.call("abs", a, dtype=dtype), sign)
+
+
+def _hypot(a: Expr, b: Expr, dtype: str) -> Expr:
+    squares = (s.call("square", x, dtype=dtype) for x in (a, b))
+    return s.call("sqrt", s.call("add", *squares, dtype=dtype), dtype=dtype)
+
+
+def _logaddexp2(a: Expr, b: Expr, dtype: str) -> Expr:
+    natural = (_times(dtype, x, math.log(2)) for x in (a, b))
+    return _times(dtype, s.call("logaddexp", *natural, dtype=dtype), math.log2(math.e))
+
+
 def _prelu(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     """One slope for all, or one for each position of the second dimension."""
     source, slope = arguments_of(node, "self", "weight")
@@ -141,5 +183,7 @@ ACTIVATIONS: dict[str, Handler] = {
     "hardshrink": _activation(lambda x, dtype, width: _shrunk(x, dtype, width, 0.0), lambd=0.5),
     "softshrink": _activation(lambda x, dtype, width: _shrunk(x, dtype, width, width), lambd=0.5),
     "prelu": _prelu,
+    **dict.fromkeys(("logit", "special_logit"), _activation(_logit, eps=None)),
+    "copysign": _of_two(_copysign), "hypot": _of_two(_hypot), "logaddexp2": _of_two(_logaddexp2),
     "special_expit": _activation(lambda x, dtype: s.call("sigmoid", x, dtype=dtype)),
-}
+}  # fmt: skip

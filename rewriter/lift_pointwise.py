@@ -379,7 +379,7 @@ POINTWISE: dict[str, Handler] = {
     **{name: _plain(name) for name in (
         "neg", "exp", "exp2", "log", "log2", "log1p", "expm1", "sqrt", "rsqrt", "reciprocal", "tanh", "sigmoid",
         "relu", "erf", "sin", "cos", "floor", "ceil", "trunc", "sign", "isnan", "isinf", "square",
-        "mul", "logaddexp", "atan")},
+        "mul", "logaddexp", "atan", "fmod")},
     **dict.fromkeys(("abs", "absolute"), _absolute),
     **dict.fromkeys(("add",), _add_sub("add")), **dict.fromkeys(("sub", "subtract"), _add_sub("sub")),
     "rsub": _add_sub("sub", swapped=True), "multiply": _plain("mul"), "kron": _kron, "outer": _outer,
@@ -397,6 +397,7 @@ POINTWISE: dict[str, Handler] = {
     "clamp_min": _clamp_one("max", "min"), "clamp_max": _clamp_one("min", "max"),
     "round": _round, **dict.fromkeys(("minimum", "min"), _extreme("min")),
     **dict.fromkeys(("maximum", "max"), _extreme("max")),
-    "pow": _square, "dropout": _dropout, "tril": _triangle(True), "triu": _triangle(False),
+    **dict.fromkeys(("pow", "float_power"), _square),
+    "dropout": _dropout, "tril": _triangle(True), "triu": _triangle(False),
     "silu": _silu, "batch_norm": _batch_norm, "cumsum": _cumsum, "diff": _diff,
 }  # fmt: skip

@@ -145,7 +145,8 @@ def gradients(results: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
 # ------------------------------------------------------------------------------------------------ what is given
 
 # Of an argument: what it is in the plain call, then what it is in others. None of them need be fit for an operation:
-# what raises is no call. DEFAULT: it is left out. ONLY: it is nothing else (it would be read past its end, unnoticed).
+# what raises is no call. DEFAULT: it is left out. ONLY: it is nothing else (it would be no number, or
+# read past its end).
 DEFAULT, ONLY = object(), object()
 Values = list[Any]
 
@@ -241,6 +242,10 @@ _EXAMPLES: dict[str, dict[str, Values]] = {
     "diff": {
         "n": [DEFAULT, 2, 0], "prepend": [DEFAULT, *_matrices((3, 1), (3, 2))],
         "append": [DEFAULT, *_matrices((3, 1))],
+    },
+    "logit special_logit": {
+        "self": [*(x.abs().clamp(max=1) for x in _matrices((3, 4), (3, 4))), chosen(3, 4), ONLY],
+        "eps": [DEFAULT, 0.25, 1e-3],
     },
     "gelu": {"approximate": [DEFAULT, "tanh"]}, "prelu": {"weight": _matrices((1,), (4,), ())},
     "hardtanh": {"min_val": [DEFAULT, -0.5, -2, 0], "max_val": [DEFAULT, 0.5, 2, 0]},
