@@ -45,4 +45,6 @@ def _chosen(e: Expr) -> tuple[Call, float, Expr] | None:
     cond, fill, kept = e.args
     if isinstance(cond, Call) and cond.op == "not":
         cond, fill, kept = cond.args[0], kept, fill
+    elif isinstance(cond, Call) and cond.op == "lt" and cond.args[1] == fill:  # where(l > 0, l, 1)
+        cond, fill, kept = Call("le", cond.args[::-1], cond.dtype), kept, fill
     return (cond, fill.value, kept) if isinstance(cond, Call) and isinstance(fill, Const) else None

@@ -188,7 +188,9 @@ def match(core: Expr, key: Axis, of_scores: bool = True, by_hand: bool = False) 
     total = sums[0]
     top.divisors.remove(total)
     guarded = sum_under_guard(total)
-    if guarded is not None:
+    if guarded is not None and at_least_one(guarded):
+        total = guarded  # one at least, or no number
+    elif guarded is not None:
         rows = [e for _, e in top.exponents if key not in e.axes]
         if any(unguarded(e) is None for e in rows):
             return Declined("the normaliser is changed after the sum", "where")
@@ -222,7 +224,7 @@ def match(core: Expr, key: Axis, of_scores: bool = True, by_hand: bool = False) 
         found = _match_at(top, total, key, offset, int(surplus.value), extras, dtype)
         if found is None:
             continue
-        if found.cleaned and not _only_infinite(found.logits):
+        if found.cleaned and not only_infinite(found.logits):
             return Declined("probabilities that are no numbers are replaced, where it is not plain which these are")
         return replace(found, fills=UNCLEAR if not same else found.fills if by_hand else KEPT)
     return Declined("the exponents of the weights and of the normaliser differ")
@@ -276,7 +278,7 @@ def _renormalised(divisors: list[Expr]) -> list[Expr] | None:
     return None
 
 
-def _only_infinite(logits: Expr) -> bool:
+def only_infinite(logits: Expr) -> bool:
     """Whether a row has no number for a softmax only where a condition fills all of it with -inf: what is added from a
     tensor may hold infinities of its own, and beside a finite fill there is a softmax. One number that all scores are
     scaled by is taken for finite, like the scores."""

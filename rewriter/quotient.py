@@ -19,6 +19,7 @@ is read alike: what multiplies a row after the product is one of its factors, an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -27,11 +28,11 @@ from torch import fx
 
 from refocus import simplify as s
 from refocus.facts import Candidate, Facts, contraction_operands, taint_of
-from refocus.ir import Expr
+from refocus.ir import Const, Expr
 from refocus.lift import Index, Lifter, arguments, is_tensor, op_name
 from refocus.lift_views import VIEWS
 from refocus.patterns.declined import Declined, Stop
-from refocus.row_sums import PRODUCTS, Row, Walk, carried, divides
+from refocus.row_sums import PRODUCTS, Row, Walk, aligned, carried, divides
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,31 @@ def below_views(node: fx.Node) -> fx.Node:
     while op_name(node) in VIEWS and arguments(node) and is_tensor(arguments(node)[0]):
         node = arguments(node)[0]
     return node
+
+
+def past_guard(lifter: Lifter, node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
+    """l and its position, of where(l == 0, 1, l) at a position; None where there is no such guard."""
+    name, given = op_name(node), arguments(node)
+    if name not in GUARDS or len(given) < 3:
+        return None
+    condition, fill, kept = given[:3] if name == "where" else (given[1], given[2], given[0])
+    if not is_tensor(condition) or len(arguments(condition)) < 2:
+        return None
+    if op_name(condition) in ("ne", "not_equal", "gt", "greater"):
+        fill, kept = kept, fill
+    elif op_name(condition) not in ("eq", "le", "less_equal"):
+        return None
+    value, least = arguments(condition)[:2]
+    if not is_tensor(kept) or lifter.known.same.get(value, value) is not lifter.known.same.get(kept, kept):
+        return None
+    numbers = [lifter.broadcast(x, index) for x in (fill, least)]
+    if not all(isinstance(n, Const) and math.isfinite(n.value) for n in numbers):
+        return None
+    one, zero = (n.value for n in numbers if isinstance(n, Const))
+    return (kept, aligned(kept, index)) if one != 0 and zero == 0 else None
+
+
+GUARDS = ("where", "masked_fill")
 
 
 def lift_rescaled(quotient: Quotient, facts: Facts, lifter: Lifter, index: Index) -> Rescaled | None:

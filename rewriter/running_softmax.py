@@ -28,10 +28,10 @@ from refocus.patterns.factors import Factored, additive, but_for_base, factored
 from refocus.patterns.fills import KEPT, LOST, UNCLEAR
 from refocus.patterns.guards import unguarded
 from refocus.patterns.log_sums import LOG_SUM, LogSum, alone
-from refocus.patterns.softmax import Softmax, is_lost
+from refocus.patterns.softmax import Softmax, is_lost, only_infinite
 from refocus.piecewise import along, renamed, seamless
 from refocus.products import reads_of
-from refocus.quotient import Quotient, below_views, divisor_of, weights_of
+from refocus.quotient import GUARDS, Quotient, below_views, divisor_of, past_guard, weights_of
 from refocus.row_sums import Addend, Row, Walk, aligned, carried, opened, summed_dims
 from refocus.sizes import shape_of
 
@@ -107,7 +107,7 @@ def lift_chunked(quotient: Quotient, facts: Facts, index: Index, far: bool, toge
         raise Stop(Declined("several attentions are added, but not by the shares of their log-sum-exps", root.name))
     numerator = next(a for a in arguments(root)[:2] if a is not divisor)
     above = list(Walk(lifter, facts, set(products)).addends(numerator, aligned(numerator, index)))
-    total, at = _denominator(lifter, divisor, aligned(divisor, index))
+    total, at, is_guarded = _denominator(lifter, divisor, aligned(divisor, index))
     below = list(Walk(lifter, facts, _key_sums(total, between)).addends(total, at))
     numerators = [_valued(lifter, products[a.node], a) for a in above if a.value is None]
     if len(numerators) != len(above):
@@ -119,7 +119,10 @@ def lift_chunked(quotient: Quotient, facts: Facts, index: Index, far: bool, toge
     if normaliser.lost and not _is_maximum(lifter, shift, chunks):
         raise Stop(Declined("something other than an exponential is added to the normaliser", root.name))
     key, soft, value, whole = _joined(root, chunks, normaliser.extras)
-    soft = replace(soft, fills=_fills(lifter, shift, chunks))
+    soft = replace(soft, fills=_fills(lifter, shift, chunks), cleaned=is_guarded and not soft.extra)
+    if soft.cleaned and not only_infinite(soft.logits):
+        reason = "probabilities that are no numbers are replaced, where it is not plain which these are"
+        raise Stop(Declined(reason, op_name(divisor)))
     query = next(iter(lifter.query_axes), Axis("row", Const(1)))
     products_of, rows_of = (frozenset(n.name for n in nodes) for nodes in (scores, between))
     factors = dict.fromkeys(row for a in (*above, *below) for row in a.rows)
@@ -149,16 +152,20 @@ def lift_chunked(quotient: Quotient, facts: Facts, index: Index, far: bool, toge
     return Chunked(key, soft, value, whole, reader), lifter
 
 
-def _denominator(lifter: Lifter, divisor: fx.Node, index: Index) -> tuple[fx.Node, Index]:
-    """What is divided by, where the division is a multiplication with its reciprocal."""
-    if op_name(below_views(divisor)) != "reciprocal":
-        return divisor, index
-    while op_name(divisor) != "reciprocal":
-        below = moved(lifter, divisor, index)
+def _denominator(lifter: Lifter, divisor: fx.Node, index: Index) -> tuple[fx.Node, Index, bool]:
+    """What is divided by, where the division is a multiplication with its reciprocal; and whether a sum of nothing is
+    replaced by a number."""
+    is_guarded = False
+    while (name := op_name(below_views(divisor))) in ("reciprocal", *GUARDS):
+        below = moved(lifter, divisor, index) if op_name(divisor) != name else None
+        if op_name(divisor) == name == "reciprocal":
+            below = arguments(divisor)[0], index
+        elif op_name(divisor) == name:
+            below, is_guarded = past_guard(lifter, divisor, index), True
         if below is None:
             raise Stop(Declined("the normaliser is changed after the sum", op_name(divisor)))
         divisor, index = below
-    return arguments(divisor)[0], index
+    return divisor, index, is_guarded
 
 
 def _key_sums(divisor: fx.Node, between: set[fx.Node]) -> set[fx.Node]:
