@@ -34,7 +34,7 @@ def reads_shape(user: fx.Node, node: fx.Node) -> bool:
     """Whether a reader has no use for a node's values: it asks for a size, or fills all that it is given."""
     if op_name(user) in _OF_SHAPE:
         return node not in user.args[1:]
-    moves = op_name(user) in ("select", "slice", "narrow", "unsqueeze", "squeeze")
+    moves = op_name(user) in ("select", "slice", "narrow", "unsqueeze", "squeeze", "diagonal")
     return moves and bool(user.users) and all(reads_shape(reader, user) for reader in user.users)
 
 

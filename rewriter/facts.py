@@ -288,7 +288,7 @@ _COPIES = frozenset(
         "cat", "concat", "concatenate", "stack", "repeat", "tile", "repeat_interleave",
         "index", "index_select", "gather", "take_along_dim", "embedding", "flip", "roll",
         "pad", "constant_pad_nd", "clone", "_to_copy", "lift_fresh_copy", "block_diag", "diag_embed",
-        "slice_scatter", "select_scatter", "copy",
+        "slice_scatter", "select_scatter", "diagonal_scatter", "copy",
     )
 )  # fmt: skip
 

@@ -19,6 +19,7 @@ def make_functional(gm: fx.GraphModule, mode: Any) -> None:
     write to an input, or to memory seen in other ways, is left as it is (the lift never reads across it).
     """
     drop_unread_writes(gm)
+    _open_diagonals(gm, mode)
     order = {n: k for k, n in enumerate(gm.graph.nodes)}
     for node in list(gm.graph.nodes):
         functional = functional_overload(node)
@@ -59,6 +60,24 @@ def make_functional(gm: fx.GraphModule, mode: Any) -> None:
     for node in reversed(gm.graph.nodes):
         if node.op == "call_function" and not node.users and _is_exact_view(node):
             gm.graph.erase_node(node)  # a view that was made anew, and that nobody reads after the write
+
+
+def _open_diagonals(gm: fx.GraphModule, mode: Any) -> None:
+    """Of a matrix, x.fill_diagonal_(v) is x.diagonal().fill_(v)."""
+    aten = torch.ops.aten
+    for node in gm.graph.find_nodes(op="call_function", target=aten.fill_diagonal_.default):
+        target, value, wraps = (*node.args, False)[:3]
+        if _rank(target) != 2 or wraps:
+            continue
+        with gm.graph.inserting_before(node):
+            view = gm.graph.call_function(aten.diagonal.default, (target,))
+            fill = gm.graph.call_function(aten.fill_.Scalar, (view, value))
+        for new in (view, fill):
+            new.meta.update(node.meta)
+            with mode:
+                new.meta["val"] = aten.diagonal.default(target.meta["val"])  # type: ignore[union-attr]
+        node.replace_all_uses_with(target)  # type: ignore[arg-type]
+        gm.graph.erase_node(node)
 
 
 def drop_unread_writes(gm: fx.GraphModule) -> None:
@@ -183,7 +202,10 @@ def _only_seen_here(target: fx.Node, write: fx.Node, order: dict[fx.Node, int]) 
 # ---------------------------------------------------------------------------------------------- writes through views
 
 # Views that can be put back into what they view, by these operations.
-_SCATTERS = {"slice": torch.ops.aten.slice_scatter.default, "select": torch.ops.aten.select_scatter.default}
+_SCATTERS = {
+    "slice": torch.ops.aten.slice_scatter.default, "select": torch.ops.aten.select_scatter.default,
+    "diagonal": torch.ops.aten.diagonal_scatter.default,
+}  # fmt: skip
 _EXACT_VIEWS = frozenset((*_SCATTERS, "squeeze", "unsqueeze", "transpose", "view", "alias", "detach"))
 
 # A tensor painted in more strokes than this is left to be evaluated as a constant.

@@ -219,6 +219,20 @@ def _diag_embed(lift: Lifter, node: fx.Node, index: Index) -> Expr:
     return s.where(on, value, s.cast(Const(0), kind_of(dtype_of(node))))
 
 
+def _diagonal_scatter(lift: Lifter, node: fx.Node, index: Index) -> Expr:
+    """A tensor with another one on a diagonal of its matrices."""
+    source, new, offset, a, b = arguments_of(
+        node, "self", "src", "offset", "dim1", "dim2", offset=0, dim1=0, dim2=1
+    )
+    a, b = dimension(a, len(index)), dimension(b, len(index))
+    row, column = index[a], index[b]
+    on = s.eq(s.sub(column, row), Const(offset))
+    facts = s.assume(on)
+    place = clamped(s.under(row if offset >= 0 else column, facts), shape_of(new)[-1])
+    rest = [x for k, x in enumerate(index) if k not in (a, b)]
+    return s.where(on, _guarded(lift, new, (*rest, place), facts), lift.at(source, index))
+
+
 @dataclass(frozen=True)
 class _Stroke:
     """One write to a part of a tensor: `new` at `at` where `inside`, where some positions of the tensor are known."""
@@ -329,5 +343,5 @@ _TABLE = 1 << 20  # elements of a table that is written to tell which places are
 JOINS: dict[str, Handler] = {
     **dict.fromkeys(("cat", "concat", "concatenate"), _cat), **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
     "stack": _stack, "block_diag": _block_diag, "diag_embed": _diag_embed, "copy": _copied, "index_put": _put,
-    **dict.fromkeys(("slice_scatter", "select_scatter"), _scatter),
+    **dict.fromkeys(("slice_scatter", "select_scatter"), _scatter), "diagonal_scatter": _diagonal_scatter,
 }  # fmt: skip

@@ -402,6 +402,10 @@ def _weighted(candidate: Candidate, facts: Facts, axes: Axes, lifter: Lifter, fo
     if found.rescaled is not None:
         weights = found.rescaled.times_rows(lifter, weights)
     if not any(isinstance(n, Dot) for n in weights.walk()):
+        for node in (facts.nodes[load.tensor] for load in weights.loads):
+            if node in facts.opaque and taint_of(node, facts):
+                writer = facts.writers[facts.storage[node]][-1]
+                return Declined(f"scores are written in place (by `{op_name(writer)}`), too far to follow", writer.name)
         reason = "the weights hold no product of queries and keys"
         if lifter.blame is not None and op_name(lifter.blame) not in CONTRACTIONS:
             reason += f" (`{op_name(lifter.blame)}` is not understood)"

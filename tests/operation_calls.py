@@ -218,6 +218,11 @@ _EXAMPLES: dict[str, dict[str, Values]] = {
         "end": [3, along(4, start=2), along(9, start=2)], "step": [DEFAULT, along(2, start=0, end=3), along(2, end=9)],
     },
     "select_scatter": {"self": _matrices((4, 4)), "src": _matrices((4,)), "dim": [1, 0, -2], "index": [1, 0, -1]},
+    "diagonal_scatter": {
+        "self": _matrices((3, 4, 4)), "src": _matrices((3, 3)), "dim1": [1, along(2, dim2=1)],
+        "dim2": [2, along(1, dim1=2)],
+        "offset": [1, along(DEFAULT, src=quarters(3, 4)), along(-2, src=quarters(3, 2))],
+    },
     "unfold": {"size": [2, 3], "step": [DEFAULT, 1, 2]},
     "im2col": {
         "self": _matrices((1, 2, 4, 4)), "kernel_size": [[2, 2], [3, 2]], "dilation": [[1, 1], [2, 1], [1, 2]],

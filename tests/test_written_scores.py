@@ -40,11 +40,41 @@ def one_head_less(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return p @ v
 
 
-@pytest.mark.parametrize(
-    "function", [head_without_scores, first_key_counts_more, some_keys_shifted, one_head_less], ids=lambda f: f.__name__
-)
+def nobody_sees_itself(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = scores(q, k)
+    logits.diagonal(dim1=-2, dim2=-1).fill_(float("-inf"))
+    return logits.softmax(-1) @ v
+
+
+def one_head_that_does_not_see_itself(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = scores(q, k)[0, 0]
+    logits.fill_diagonal_(-1e9)
+    return logits.softmax(-1) @ v[0, 0]
+
+
+def numbers_next_to_the_diagonal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = torch.diagonal_scatter(scores(q, k), q[..., :10, 0], -2, 2, 3)
+    return logits.softmax(-1) @ v
+
+
+WRITTEN = [
+    head_without_scores, first_key_counts_more, some_keys_shifted, one_head_less, nobody_sees_itself,
+    one_head_that_does_not_see_itself, numbers_next_to_the_diagonal,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("function", WRITTEN, ids=lambda f: f.__name__)
 def test_parts_of_scores_and_weights_that_are_written_over(function: Callable[..., Tensor]) -> None:
     fuses(function, 10)
+
+
+def test_writes_through_other_views_are_not_followed() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        logits = scores(q, k)
+        logits.permute(0, 1, 3, 2)[:, :, 3].fill_(0.5)
+        return logits.softmax(-1) @ v
+
+    stays(function, r"scores are written in place \(by `fill_`\)", 10)
 
 
 # ------------------------------------------------------------------------------------------------ normalised in parts
