@@ -23,17 +23,19 @@ DISTANCE = "distance"
 @dataclass(frozen=True)
 class Hoisted:
     """An operand that is computed outside the region: `value` over `axes` (its dimensions), from loads of nodes.
-    `integers`: the dtype that positions and counts are put in, which a product with floats needs."""
+    `integers`: the dtype that positions and counts are put in, which a product with floats needs. `wide`: the one that
+    a sum has, which may be wider than that of what is summed."""
 
     value: Expr
     axes: tuple[Axis, ...]
     integers: str | None = None
+    wide: str | None = None
 
     @property
     def dtype(self) -> str:
         """That of the first tensor of floats among what it is made of, or its own."""
         own = self.integers if self.integers and self.value.is_int else self.value.dtype
-        return next((x.dtype for x in self.value.loads if x.is_float), own)
+        return self.wide or next((x.dtype for x in self.value.loads if x.is_float), own)
 
 
 def hoist_distances(logits: Expr, query: Axis, key: Axis) -> tuple[Expr, dict[str, Hoisted]]:
@@ -82,7 +84,7 @@ def hoist_sums(logits: Expr, query: Axis, key: Axis) -> tuple[Expr, dict[str, Ho
             left, right = body.args
             total = Dot((node.axis,), left, right, node.dtype)
         name = f"summed {len(found)}"
-        found[name] = Hoisted(total, axes)
+        found[name] = Hoisted(total, axes, wide=node.dtype)
         return Load(name, axes, node.dtype)
 
     return rewrite(logits, visit, s.rebuild), found

@@ -112,3 +112,14 @@ def test_no_gradient_for_a_padding_row() -> None:
 def test_gradients_of_rows_that_are_given(options: dict[str, bool]) -> None:
     bucket = torch.randint(0, 12, (2, LENGTH, LENGTH), generator=torch.Generator().manual_seed(2))
     check(Buckets(**options), (*tensors(), bucket), sites=1, lower=False, gradients=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_bias_that_is_normalised_in_a_wider_dtype(dtype: torch.dtype) -> None:
+    class Biased(Attention):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            bias = (self.bias - DISTANCE.abs()).softmax(-1, dtype=torch.float32)
+            return (q @ k.mT * 0.3 + bias.to(q.dtype)).softmax(-1) @ v
+
+    module = Biased(lambda s, b: s).to(dtype)
+    check(module, [x.to(dtype) for x in tensors()], sites=1, lower=False, gradients=True)
