@@ -17,11 +17,29 @@ _WRITES = (operator.setitem, operator.delitem)
 
 def remove_dead_code(graph: fx.Graph) -> None:
     """Erase the nodes of a graph, not of those inside it, that nobody reads and that do nothing but compute."""
-    tracing = torch._guards.TracingContext.try_get()
-    draws = True if tracing is None else bool(torch._inductor.config.fallback_random)
+    draws = _keeps_draws()
     for node in reversed(graph.nodes):
         if not node.users and not node.is_impure(draws) and not _writes(node):
             graph.erase_node(node)
+
+
+def live_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that `remove_dead_code` would keep."""
+    draws = _keeps_draws()
+    stack = [n for n in graph.nodes if n.is_impure(draws) or _writes(n)]
+    found = set(stack)
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                stack.append(source)
+    return found
+
+
+def _keeps_draws() -> bool:
+    """Whether numbers that are drawn and not read are drawn all the same, for those that follow."""
+    tracing = torch._guards.TracingContext.try_get()
+    return True if tracing is None else bool(torch._inductor.config.fallback_random)
 
 
 def _writes(node: fx.Node) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from refocus import simplify as s
+from refocus.chosen import chosen_among
 from refocus.ir import BOOL, INT, Const, Expr
 from refocus.lift import Handler, Index, Lifter, arguments, dtype_of, is_tensor, kind_of, op_name
 from refocus.sizes import shape_of, size_expr
@@ -322,7 +323,9 @@ def _take_along_dim(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     dim = dimension(dim, len(index))
     at = _wrap(lift.broadcast(which, index), shape_of(source)[dim])
     position = [Const(0) if d == Const(1) else x for d, x in zip(shape_of(source), index)]
-    position[dim] = at
+    among, size = chosen_among(which), shape_of(source)[dim]
+    known = among is not None and s.is_nonneg(s.sub(size, among))
+    position[dim] = at if known else s.mod(at, size)  # PyTorch takes the remainder of any index
     return lift.at(source, position)
 
 

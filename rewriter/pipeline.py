@@ -36,6 +36,7 @@ from refocus.equal_sizes import made_equal
 from refocus.errors import RegionNotFused
 from refocus.facts import Facts, gather_facts, given_scores
 from refocus.functional import drop_unread_writes
+from refocus.index_checks import check_indices
 from refocus.ir import Region
 from refocus.lift import op_name
 from refocus.linear_sites import describe_linear, plan_linear
@@ -126,6 +127,7 @@ def _rewrite_outer(gm: fx.GraphModule, options: Options, inputs: Sequence[Any]) 
         for node in fused_attentions(traced)
     ]
     if fused:
+        check_indices(traced, facts, _mode(traced))
         remove_dead_code(traced.graph)
         drop_unread_writes(traced)  # a matrix inverted in place, row by row
         placed = place_results(traced)

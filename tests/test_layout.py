@@ -29,7 +29,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "lift": (
         "blank", "bodies", "capture", "functional", "strokes", "fold", "sizes", "lift", "lift_*", "equal_values",
         "convolutions", "dead_code", "facts", "gathers", "native_layers", "held_numbers", "vmaps", "forwarded",
-        "widths", "conversions",
+        "widths", "conversions", "chosen",
     ),
     "patterns": ("patterns", "patterns.*"),
     "recognize": (
@@ -43,7 +43,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "codegen": ("codegen", "codegen.*"),
     "pipeline": (
         "mask_report", "sites", "splice", "output_chain", "training", "pipeline", "emit", "linear_sites",
-        "splice_linear",
+        "splice_linear", "index_checks",
     ),
     "backend": ("backend",),
     "front": ("", "api", "__main__", "testing"),
