@@ -4,7 +4,7 @@
 
 As the model wrote it, the scores would have to be there for a mask to be made. Where the image's shape is known only
 when the graph runs, it stays, but no value of it is read (`sources_of`). The same goes for tensors that are drawn at
-random, or that are not filled yet.
+random, or that are not filled yet; and for one that is expanded, viewed or converted like another.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ _FILLS = {"zeros_like": 0, "ones_like": 1, "new_zeros": 0, "new_ones": 1, "full_
 _MADE: dict[str, Any] = {
     "rand_like": torch.ops.aten.rand.default, "randn_like": torch.ops.aten.randn.default,
     "empty_like": torch.ops.aten.empty.memory_format, "new_empty": torch.ops.aten.empty.memory_format,
+}  # fmt: skip
+_ALIKE: dict[str, Any] = {
+    "expand_as": torch.ops.aten.expand.default, "view_as": torch.ops.aten.view.default,
+    "reshape_as": torch.ops.aten.reshape.default, "type_as": torch.ops.aten.to.dtype,
 }  # fmt: skip
 _NUMBERS = (bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -47,8 +51,15 @@ def is_made_alike(node: fx.Node) -> bool:
     return _name(node) in _MADE and isinstance(node.meta.get("val"), torch.Tensor)
 
 
+def is_put_alike(node: fx.Node) -> bool:
+    """Whether a tensor is another one in the shape or the dtype of a third."""
+    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and _name(node) in _ALIKE
+
+
 def sources_of(node: fx.Node) -> list[fx.Node]:
     """The nodes whose values a node's value is made of."""
+    if is_put_alike(node):
+        return [n for n in node.args[:1] if isinstance(n, fx.Node)]
     if not is_blank(node) and not is_made_alike(node):
         return node.all_input_nodes
     rest: list[fx.Node] = []
@@ -62,6 +73,8 @@ def detach_blanks(gm: fx.GraphModule, permuted: bool = False) -> None:
     for node in list(gm.graph.nodes):
         if is_made_alike(node):
             _make_apart(node)
+        elif is_put_alike(node):
+            _put_apart(node)
         if not is_blank(node) or _name(node) == "fill" or not isinstance(number_of(node), bool | int | float):
             continue
         value = node.meta["val"]
@@ -90,6 +103,21 @@ def _make_apart(node: fx.Node) -> None:
     made: Any = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
     with node.graph.inserting_before(node):
         new = node.graph.call_function(_MADE[_name(node)], (list(value.shape),), made)
+    new.meta.update(node.meta)
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
+def _put_apart(node: fx.Node) -> None:
+    """Let what is put in the image of a tensor be given the shape, or the dtype, itself."""
+    source, value = node.args[0], node.meta["val"]
+    typed = _name(node) == "type_as"
+    if source.meta["val"].device != value.device:  # type: ignore[union-attr]
+        return
+    if not typed and any(isinstance(size, torch.SymInt) for size in value.shape):
+        return
+    with node.graph.inserting_before(node):
+        new = node.graph.call_function(_ALIKE[_name(node)], (source, value.dtype if typed else list(value.shape)))
     new.meta.update(node.meta)
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)

@@ -6,6 +6,7 @@ import networkx as nx
 from torch import fx
 
 from refocus.attention import Part
+from refocus.blank import is_put_alike
 from refocus.facts import Candidate, Facts, contraction_operands
 from refocus.hoist import Hoisted
 from refocus.ir import Call, Region
@@ -34,6 +35,8 @@ def reads_shape(user: fx.Node, node: fx.Node) -> bool:
     """Whether a reader has no use for a node's values: it asks for a size, or fills all that it is given."""
     if op_name(user) in _OF_SHAPE:
         return node not in user.args[1:]
+    if is_put_alike(user):
+        return node is not user.args[0]
     moves = op_name(user) in ("select", "slice", "narrow", "unsqueeze", "squeeze", "diagonal")
     return moves and bool(user.users) and all(reads_shape(reader, user) for reader in user.users)
 

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from refocus import debug
-from refocus.blank import is_blank, number_of, sources_of
+from refocus.blank import is_blank, is_put_alike, number_of, sources_of
 from refocus.bodies import DATA
 from refocus.equal_values import equal_values
 from refocus.infer import closed_form, constant_form
@@ -137,7 +137,9 @@ class Facts:
                     raise ValueError("it is filled when the graph runs")
                 env[step] = torch.full(blank.shape, fill, dtype=blank.dtype, device="cpu")
             else:
-                args, kwargs = fx.map_arg((step.args, dict(step.kwargs)), lambda n: env[n])
+                image = step.args[1] if is_put_alike(step) else None
+                given = env if image is None else {image: _blank_of(image), **env}
+                args, kwargs = fx.map_arg((step.args, dict(step.kwargs)), given.__getitem__)
                 if "device" in kwargs:
                     kwargs = {**kwargs, "device": torch.device("cpu")}
                 env[step] = step.target(*args, **kwargs)  # type: ignore[operator]
@@ -157,6 +159,14 @@ class Facts:
             stack.extend(sources_of(n))
             stack.extend(w for w in self.writers.get(self.storage[n], ()) if self.order[w] < until)
         return found
+
+
+def _blank_of(image: Any) -> torch.Tensor:
+    """A tensor of the shape and dtype of one whose values are not known."""
+    value = image.meta["val"]
+    if any(isinstance(size, torch.SymInt) for size in value.shape):
+        raise ValueError("its shape is known when the graph runs")
+    return torch.empty(value.shape, dtype=value.dtype, device="cpu")
 
 
 def gather_facts(gm: fx.GraphModule, buffers: dict[fx.Node, torch.Tensor] | None = None) -> Facts:

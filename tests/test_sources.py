@@ -7,9 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import refocus
-from refocus.testing import check
+from refocus.testing import check, rewritten
+from refocus.tolerances import difference
 from tests.drawn import Attention, drawn, fuses, scores, stays
 
 # ---------------------------------------------------------------------------------------------------- shared scores
@@ -204,6 +206,54 @@ def test_a_mask_made_in_the_image_of_the_scores_reads_none(blank: Callable[[Tens
 
     chosen = torch.randint(0, 10, (2, 2, 24, 3), generator=torch.Generator().manual_seed(3))
     fuses(function, 10, more=(chosen,))
+
+
+class Neighbours(nn.Module):
+    """Stand-alone self-attention: rows and columns have embeddings, and weights are expanded like the values."""
+
+    def __init__(self, groups: int = 2, width: int = 8, window: int = 3) -> None:
+        super().__init__()
+        self.groups, self.window = groups, window
+        self.rows = nn.Parameter(torch.randn(width // 2, 1, 1, window, 1))
+        self.columns = nn.Parameter(torch.randn(width // 2, 1, 1, 1, window))
+        self.query, self.key, self.value = (nn.Conv2d(width, width, 1, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, width, height, length = x.shape
+        padded = F.pad(x, [self.window // 2] * 4)
+        k, v = (f(padded).unfold(2, self.window, 1).unfold(3, self.window, 1) for f in (self.key, self.value))
+        rows, columns = k.split(width // 2, dim=1)
+        k = torch.cat((rows + self.rows, columns + self.columns), dim=1)
+        shape = (batch, self.groups, width // self.groups, height, length, -1)
+        q, k, v = self.query(x).view(shape), k.contiguous().view(shape), v.contiguous().view(shape)
+        weights = (q * k).sum(2, keepdim=True).softmax(-1).expand_as(v)
+        return torch.einsum("bnchwk,bnchwk->bnchw", weights, v).reshape(batch, -1, height, length)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_weights_that_are_expanded_like_the_values_are_not_made_of_them(dynamic: bool) -> None:
+    model, x = Neighbours(), torch.randn(2, 8, 5, 6)
+    if not dynamic:
+        check(model, (x,), sites=1, lower=False, gradients=True)
+        return
+    torch._dynamo.reset()
+    run = rewritten(model, engine="tiled", require=True, dynamic=True)
+    with torch.no_grad():
+        for shape in ((2, 8, 5, 6), (3, 8, 4, 9)):
+            x = torch.randn(shape)
+            assert difference(run(x), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize("like", [torch.Tensor.type_as, torch.Tensor.expand_as], ids=["type", "shape"])
+def test_what_is_put_in_the_image_of_the_scores_reads_none(like: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """The mask is a result, too."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        logits = scores(q, k)
+        mask = like(keep, logits)
+        return logits.masked_fill(mask == 0, float("-inf")).softmax(-1) @ v, mask.cumsum(-1)
+
+    fuses(function, 10, more=(torch.randint(0, 2, (24, 10)).index_fill(1, torch.tensor([0]), 1),))
 
 
 def test_a_softmax_of_one_number_is_no_attention() -> None:
