@@ -183,8 +183,8 @@ def _place(name: str) -> str:
 
 
 def _gradients(call: Callable[..., Any], module: nn.Module, inputs: Any, kwargs: Any) -> dict[str, Tensor]:
-    """The gradients of parameters by name and of floating inputs by place; those that no gradient reaches are left out.
-    What flows back into each output is drawn with a seed of its own, in float64."""
+    """The gradients of parameters by name and of floating inputs by place; zeros where no gradient reaches one (it may
+    come as a zero through a comparison, or not at all). What flows back into each output is drawn with a seed of its own, in float64."""
 
     def leaf(x: Any) -> Any:
         if isinstance(x, Tensor) and x.is_floating_point():
@@ -203,8 +203,8 @@ def _gradients(call: Callable[..., Any], module: nn.Module, inputs: Any, kwargs:
             total = part if total is None else total + part
     if total is None:
         return {}
-    grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    return {name: g for name, g in zip(leaves, grads) if g is not None}
+    grads = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
+    return dict(zip(leaves, grads))
 
 
 def rewritten(

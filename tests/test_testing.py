@@ -81,6 +81,29 @@ def test_a_wrong_gradient_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         check_gradients(Gated(), tensors(), lower=False)
 
 
+def test_a_gradient_of_zero_may_be_none() -> None:
+    """That of a mask of floats: the eager code multiplies before it compares, and returns zeros."""
+
+    class Masked(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
+            fill = out[:, None] * out
+            fill = fill.masked_fill(fill != 0, -100.0).masked_fill(fill == 0, 0.0)
+            return (q @ k.mT + fill).softmax(-1) @ v
+
+    q, k, v = tensors()
+    check(Masked(), (q, k, v, (torch.arange(q.shape[1]) > 5).float()), lower=False, gradients=True)
+
+
+def test_a_gradient_that_is_lost_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def losing(module: Any, **options: Any) -> Callable[..., Any]:
+        run = rewritten(module, **options)
+        return lambda q, k, v: run(q, k, v.detach())
+
+    monkeypatch.setattr(testing, "rewritten", losing)
+    with pytest.raises(CheckFailed, match="the gradient of input 2 differs"):
+        check_gradients(Attention(), tensors(), lower=False)
+
+
 def test_a_wrong_result_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(module: Any, **options: Any) -> Callable[..., Any]:
         run = rewritten(module, **options)
