@@ -50,6 +50,7 @@ class Facts:
     writers: dict[int, list[fx.Node]] = field(default_factory=dict)
     opaque: set[fx.Node] = field(default_factory=set)
     roots: set[fx.Node] = field(default_factory=set)  # every contraction that may be an attention
+    stored: frozenset[fx.Node] = frozenset()  # products that are computed whatever becomes of an attention
     storage: dict[fx.Node, int] = field(default_factory=dict)
     lifted: dict[Any, Any] = field(default_factory=dict)  # pure values in index notation, shared by all sites
     buffers: dict[fx.Node, torch.Tensor] = field(default_factory=dict)  # inputs that the model keeps, as they are now
@@ -138,7 +139,7 @@ class Facts:
                 env[step] = torch.full(blank.shape, fill, dtype=blank.dtype, device="cpu")
             else:
                 image = step.args[1] if is_put_alike(step) else None
-                given = env if image is None else {image: _blank_of(image), **env}
+                given: dict[Any, Any] = env if image is None else {image: _blank_of(image), **env}
                 args, kwargs = fx.map_arg((step.args, dict(step.kwargs)), given.__getitem__)
                 if "device" in kwargs:
                     kwargs = {**kwargs, "device": torch.device("cpu")}

@@ -142,8 +142,24 @@ def recognize_quotient(quotient: Quotient, facts: Facts) -> Site | Left:
 
 
 def _recognize(candidate: Candidate, facts: Facts, attempt: _Attempt) -> Site | Left:
-    def left(declined: Declined) -> Left:
-        return Left(candidate.root, candidate.normaliser, declined)
+    found, coarse = _read(candidate, facts, attempt)
+    if not coarse or (isinstance(found, Site) and not found.shared):
+        return found
+    # Scores of blocks, which choose blocks, too: they are there anyway, and fewer than those of keys.
+    facts.stored = coarse
+    try:
+        again, _ = _read(candidate, facts, attempt)
+    finally:
+        facts.stored = frozenset()
+    return again if isinstance(again, Site) and not again.shared else found
+
+
+def _read(candidate: Candidate, facts: Facts, attempt: _Attempt) -> tuple[Site | Left, frozenset[fx.Node]]:
+    """What becomes of a candidate, and the products that it reads for blocks of keys."""
+    coarse: frozenset[fx.Node] = frozenset()
+
+    def left(declined: Declined) -> tuple[Left, frozenset[fx.Node]]:
+        return Left(candidate.root, candidate.normaliser, declined), coarse
 
     try:
         axes = Axes([[] if d == Const(1) else [Axis(f"o{k}", d)] for k, d in enumerate(shape_of(candidate.root))])
@@ -160,8 +176,9 @@ def _recognize(candidate: Candidate, facts: Facts, attempt: _Attempt) -> Site | 
             outcome, axes = again, split
         if isinstance(outcome, Declined):
             return left(outcome)
+        coarse = frozenset(outcome.lifter.coarse)
         site = close_site(candidate, facts, axes, outcome)
-        return replace(site, readings=_other_readings(candidate, facts, axes, outcome, attempt))
+        return replace(site, readings=_other_readings(candidate, facts, axes, outcome, attempt)), coarse
     except Unliftable as problem:
         return left(Declined(f"cannot be put in index notation: {problem}"))
     except Stop as stop:

@@ -184,7 +184,8 @@ def _place(name: str) -> str:
 
 def _gradients(call: Callable[..., Any], module: nn.Module, inputs: Any, kwargs: Any) -> dict[str, Tensor]:
     """The gradients of parameters by name and of floating inputs by place; zeros where no gradient reaches one (it may
-    come as a zero through a comparison, or not at all). What flows back into each output is drawn with a seed of its own, in float64."""
+    come as a zero through a comparison, or not at all). What flows back into each output is drawn with a seed of its
+    own, in float64."""
 
     def leaf(x: Any) -> Any:
         if isinstance(x, Tensor) and x.is_floating_point():

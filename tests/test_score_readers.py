@@ -81,3 +81,41 @@ def test_scores_that_are_compared_with_a_number_of_their_own() -> None:
         return torch.where(logits < least, -9.0, logits).softmax(-1) @ v
 
     fuses(function, 10)
+
+
+# ------------------------------------------------------------------------------------------------- scores of blocks
+
+
+def by_the_least_of_the_greatest(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every query chooses blocks of four keys: those whose score is no less than the second greatest (MoBA)."""
+    blocks = scores(q, k.unflatten(2, (-1, 4)).mean(3))
+    least = blocks.topk(2, -1).values.amin(-1, keepdim=True)
+    mask = torch.zeros_like(blocks).masked_fill(blocks < least, float("-inf")).repeat_interleave(4, -1)
+    return (scores(q, k) + mask).softmax(-1) @ v
+
+
+def by_blocks_of_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    blocks = scores(q.unflatten(2, (-1, 6)).mean(3), k.unflatten(2, (-1, 4)).mean(3))
+    keep = (blocks >= blocks.median(-1, keepdim=True).values).repeat_interleave(6, -2).repeat_interleave(4, -1)
+    return scores(q, k).masked_fill(~keep, float("-inf")).softmax(-1) @ v
+
+
+def and_as_a_bias(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """A gradient flows back through them, and from a loss on them, too."""
+    blocks = scores(q, k.unflatten(2, (-1, 4)).mean(3))
+    return (scores(q, k) + blocks.tanh().repeat_interleave(4, -1)).softmax(-1) @ v, blocks.logsumexp(-1)
+
+
+@pytest.mark.parametrize("function", [by_the_least_of_the_greatest, by_blocks_of_queries, and_as_a_bias])
+def test_scores_of_blocks_that_others_read_are_loaded(function) -> None:  # type: ignore[no-untyped-def]
+    fuses(function, 12)
+
+
+def test_scores_that_are_read_for_several_keys_and_by_others() -> None:
+    """There are no others for single keys: these would be all that is stored."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        logits = scores(q, k)
+        return logits.repeat_interleave(2, -1).softmax(-1) @ v.repeat_interleave(2, 2), logits
+
+    stays(function, "a score is read elsewhere", 12)
