@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, Protocol
 
 import torch
@@ -416,11 +417,16 @@ def contract(axes: tuple[Axis, ...], factors: list[Expr], lifter: Lifter, dtype:
     not come apart like that (a pair bias projected from a pair representation): it is a leaf.
 
     A mixture of scores over heads (talking heads: one factor has no key, the other holds scores) is again one Dot
-    over both axes, for sum_c w_c * sum_d q_cd k_cd = sum_(c,d) (w_c q_cd) k_cd.
+    over both axes, for sum_c w_c * sum_d q_cd k_cd = sum_(c,d) (w_c q_cd) k_cd. A sum over a few maps of scores that
+    were stacked, or lie side by side, is written out: they are added up.
     """
     if lifter.expands:
         return _summed(axes, _product(factors, dtype), dtype)
     scores = [f for f in factors if holds_scores(f)]
+    if len(axes) == 1 and any(_differs_along(axes[0], f) for f in scores):
+        body = _product(factors, dtype)
+        parts = (s.substitute(body, {axes[0]: Const(k)}) for k in range(int(axes[0].size.value)))  # type: ignore[attr-defined]
+        return reduce(lambda a, b: s.call("add", a, b, dtype=dtype), parts)
     if scores:
         weight = _product([f for f in factors if not holds_scores(f)], dtype)
         return _mix(axes, weight, _product(scores, dtype), dtype)
@@ -431,6 +437,16 @@ def contract(axes: tuple[Axis, ...], factors: list[Expr], lifter: Lifter, dtype:
     if (not key and not lifter.unpads) or any(f.axes & lifter.query_axes for f in key):
         return None
     return Dot(axes, _product(query, dtype), _product(key, dtype), dtype)
+
+
+def _differs_along(axis: Axis, scores: Expr) -> bool:
+    """Whether a position along a short axis chooses among several maps of scores."""
+    few = isinstance(axis.size, Const) and 0 < axis.size.value <= _MAPS
+    choices = (n for n in scores.walk() if isinstance(n, Call) and n.op == "where" and axis in n.args[0].axes)
+    return few and any(map(holds_scores, choices))
+
+
+_MAPS = 8
 
 
 def _product(factors: list[Expr], dtype: str) -> Expr:

@@ -319,3 +319,47 @@ def test_a_product_of_a_column_and_a_row_keeps_the_axis_it_sums_over() -> None:
     inputs = torch.randn(3, 2, 2, 20, 8).unbind()
     (site,) = check(Scaled(), inputs, lower=False, gradients=True).report.sites
     assert "sum_d1 q1[b,h,i,d1] * k1[b,h,j]" in site.notation
+
+
+# ---------------------------------------------------------------------------------------------- maps put together
+
+
+def maps(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    table = torch.linspace(-1.0, 1.0, 8)
+    return scores(q, k), scores(q, k.cos()), scores((q * table).sin(), k)
+
+
+def stacked_and_added(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.stack(maps(q, k)).sum(0).softmax(-1) @ v
+
+
+def stacked_and_averaged(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.stack(maps(q, k), -1).mean(-1).softmax(-1) @ v
+
+
+def stacked_and_weighted(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    return (torch.stack(maps(q, k), -1) * w).sum(-1).softmax(-1) @ v
+
+
+def stacked_and_contracted(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    return torch.einsum("bhijc,c->bhij", torch.stack(maps(q, k), -1), w).softmax(-1) @ v
+
+
+def as_channels(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.cat(maps(q, k), 1).unflatten(1, (3, -1)).sum(1).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    "function", [stacked_and_added, stacked_and_averaged, stacked_and_weighted, stacked_and_contracted, as_channels]
+)
+def test_maps_of_scores_that_are_put_together_and_added(function: Callable[..., Tensor]) -> None:
+    fuses(function, 10, more=(torch.tensor([0.5, -1.0, 2.0]),) if "w" in function.__code__.co_varnames else ())
+
+
+def test_maps_of_scores_that_are_added_across_heads() -> None:
+    """Three of the six heads of three maps at a time."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.cat(maps(q, k), 1).unflatten(1, (2, 3)).sum(2).softmax(-1) @ v
+
+    fuses(function, 10)

@@ -29,6 +29,7 @@ ENTRIES = (
     "alphafold",
     "att_swin_unet",
     "attention_sink",
+    "axial_deeplab",
     "base_conv",
     "based",
     "bert",
