@@ -40,6 +40,7 @@ class Site:
     family: str = "softmax"
     readings: Readings = field(default_factory=lambda: Readings())
     shared: tuple[tuple[fx.Node, fx.Node], ...] = ()  # scores that others read, and who: fine if these are fused, too
+    loading: Site | None = None  # the same where these are not: of several products, those that others read are loaded
     results: tuple[RowResult, ...] = ()  # what else the region's only part yields, of its rows
     rows: tuple[Expr, ...] = ()  # where the site's axes read a row of the last part
 
@@ -73,7 +74,8 @@ class Left:
 
 def closed_under_sharing(sites: list[Site]) -> tuple[list[Site], list[tuple[Site, Left]]]:
     """The sites that remain when scores may be read by nobody but sites: two attentions over the same scores, or over
-    sums of the same products, are both fused, or neither is."""
+    sums of the same products, are both fused, or neither is; unless there is another product in the scores, and those
+    that others read can be loaded."""
     gone: list[tuple[Site, Left]] = []
     while True:
         inner = {n for site in sites for n in (*site.interior, site.root)}
@@ -81,6 +83,9 @@ def closed_under_sharing(sites: list[Site]) -> tuple[list[Site], list[tuple[Site
         if not open_:
             return sites, gone
         for site, node, user in {id(site): (site, node, user) for site, node, user in reversed(open_)}.values():
+            if site.loading is not None:
+                sites = [site.loading if x is site else x for x in sites]
+                continue
             reason = Declined(f"a score is read elsewhere (by `{op_name(user)}`)", node.name)
             gone.append((site, Left(site.root, site.normaliser, reason)))
             sites = [x for x in sites if x is not site]

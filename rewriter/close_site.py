@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+import networkx as nx
 from torch import fx
 
 from refocus import simplify as s
 from refocus.attention import Part, Site
-from refocus.closure import check_no_writes, check_reads, interior_of, is_returned, reads_shape
+from refocus.closure import check_no_writes, check_reads, interior_of, is_product, is_returned, reads_shape
 from refocus.empty_rows import UNPLAIN_FILLS
 from refocus.facts import Candidate, Facts
 from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Reduce
@@ -28,6 +29,20 @@ def _escapes(interior: set[fx.Node], root: fx.Node, facts: Facts) -> Iterator[tu
         for user in node.users:
             if user not in interior and user is not root and not reads_shape(user, node):
                 yield node, user
+
+
+def read_elsewhere(candidate: Candidate, facts: Facts, visited: set[fx.Node]) -> frozenset[fx.Node]:
+    """Of the products that scores are made of, those that others read as well, and that are there for these whatever
+    becomes of the attention (scores of blocks, that choose blocks, too). None, if that is all of them."""
+    interior = interior_of(candidate, facts, visited)
+    flow = facts.flow.subgraph(interior)
+    products = frozenset(n for n in interior if is_product(n))
+    before = facts.order[candidate.normaliser]
+    read: set[fx.Node] = set()
+    for node, _ in _escapes(interior, candidate.root, facts):
+        if facts.order[node] < before:
+            read |= products & {node, *nx.ancestors(flow, node)}
+    return frozenset(read) if read < products else frozenset()
 
 
 def close_site(

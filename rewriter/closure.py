@@ -23,7 +23,7 @@ def interior_of(candidate: Candidate, facts: Facts, visited: set[fx.Node]) -> se
     """Nodes whose value holds scores: from the score products forward to the root."""
     if candidate.weights < 0:
         return set()
-    scores = {n for n in visited if _is_product(n)}
+    scores = {n for n in visited if is_product(n)}
     read = facts.flow.subgraph({*visited, candidate.root})
     below = nx.ancestors(read, candidate.root)
     starts = scores & below
@@ -112,12 +112,13 @@ def _compared(region: Region) -> set[str]:
 
 def _twins(facts: Facts, interior: set[fx.Node]) -> set[fx.Node]:
     """Products of what the scores are products of, that stand elsewhere."""
-    products = {n: frozenset(_source(a) for a in contraction_operands(n)) for n in facts.order if _is_product(n)}
+    products = {n: frozenset(_source(a) for a in contraction_operands(n)) for n in facts.order if is_product(n)}
     own = {factors for n, factors in products.items() if n in interior}
     return {n for n, factors in products.items() if n not in interior and factors in own}
 
 
-def _is_product(node: fx.Node) -> bool:
+def is_product(node: fx.Node) -> bool:
+    """Whether a value is a product of queries and keys, in whatever way it is written."""
     return op_name(node) in CONTRACTIONS or _sums_product(node)
 
 

@@ -113,12 +113,12 @@ class Lifter:
 
     `key_axes` / `query_axes` are what the cut looks at; softmax-like handlers add the axes they reduce over to the key
     axes. `tainted(node)` says whether a node may hold scores of this site. `visited` collects every node lifted
-    through, `coarse` the products among them that have one score for a block of keys; `blame` is the first operation
-    that stopped a value which may hold scores. With `far`, what an operation has copied or repeated (a roll, a gather,
-    overlapping windows) is read where it was before; and while `joining` parts of one tensor, so are its parts.
-    `expands`: contractions are written out as sums, running sums too, and what is made of literals is followed like
-    anything else. `standing`: positions that are known, of a part of a tensor that is being written. `alike`: parts of
-    a stack that are computed in the same way are one function of their number.
+    through, `blame` is the first operation that stopped a value which may hold scores. With `far`, what an operation
+    has copied or repeated (a roll, a gather, overlapping windows) is read where it was before; and while `joining`
+    parts of one tensor, so are its parts. `expands`: contractions
+    are written out as sums, running sums too, and what is made of literals is followed like anything else. `standing`:
+    positions that are known, of a part of a tensor that is being written. `alike`: parts of a stack that are computed
+    in the same way are one function of their number.
     """
 
     known: Known
@@ -126,7 +126,6 @@ class Lifter:
     key_axes: set[Axis] = field(default_factory=set)
     query_axes: set[Axis] = field(default_factory=set)
     visited: set[fx.Node] = field(default_factory=set)
-    coarse: set[fx.Node] = field(default_factory=set)
     blame: fx.Node | None = None
     far: bool = False
     joining: bool = False
@@ -205,8 +204,6 @@ class Lifter:
         if not inside and not holds_scores(value):
             return self.leaf(node, index)
         self.visited.add(node)
-        if name in CONTRACTIONS and self._is_coarse(index):
-            self.coarse.add(node)
         return value
 
     # ------------------------------------------------------------------------------------------------ the cut
@@ -231,11 +228,6 @@ class Lifter:
         if self.query_axes:
             return self.inside(index)
         return self.tainted(node) and any(entry.axes & self.key_axes for entry in index)
-
-    def _is_coarse(self, index: Index) -> bool:
-        """Whether a position is that of a block of keys: it has them as j // c alone."""
-        of_keys = [e for e in index if e.axes & self.key_axes]
-        return all(isinstance(e, Call) and e.op == "floordiv" for e in of_keys)
 
     def sums_keys(self, node: fx.Node) -> bool:
         """Whether a reduction whose result has no key axis runs over one."""

@@ -24,7 +24,7 @@ from refocus.attention import Left, Readings, Site, closed_under_sharing, each_t
 from refocus.bands import Reading, Tensors, to_tokens
 from refocus.blocked import blocked, with_given_scores
 from refocus.choices import without_choice
-from refocus.close_site import close_site
+from refocus.close_site import close_site, read_elsewhere
 from refocus.facts import Candidate, Facts, candidates, contraction_operands, taint_of
 from refocus.finite_rows import Above
 from refocus.gathers import distinct, gathered
@@ -142,24 +142,27 @@ def recognize_quotient(quotient: Quotient, facts: Facts) -> Site | Left:
 
 
 def _recognize(candidate: Candidate, facts: Facts, attempt: _Attempt) -> Site | Left:
-    found, coarse = _read(candidate, facts, attempt)
-    if not coarse or (isinstance(found, Site) and not found.shared):
+    found, visited = _read(candidate, facts, attempt)
+    if isinstance(found, Site) and not found.shared:
         return found
-    # Scores of blocks, which choose blocks, too: they are there anyway, and fewer than those of keys.
-    facts.stored = coarse
+    facts.stored = read_elsewhere(candidate, facts, visited)
+    if not facts.stored:
+        return found
     try:
         again, _ = _read(candidate, facts, attempt)
     finally:
         facts.stored = frozenset()
-    return again if isinstance(again, Site) and not again.shared else found
+    if not isinstance(again, Site) or again.shared:
+        return found
+    return replace(found, loading=again) if isinstance(found, Site) else again
 
 
-def _read(candidate: Candidate, facts: Facts, attempt: _Attempt) -> tuple[Site | Left, frozenset[fx.Node]]:
-    """What becomes of a candidate, and the products that it reads for blocks of keys."""
-    coarse: frozenset[fx.Node] = frozenset()
+def _read(candidate: Candidate, facts: Facts, attempt: _Attempt) -> tuple[Site | Left, set[fx.Node]]:
+    """What becomes of a candidate, and the nodes that it was lifted through, if it was."""
+    visited: set[fx.Node] = set()
 
-    def left(declined: Declined) -> tuple[Left, frozenset[fx.Node]]:
-        return Left(candidate.root, candidate.normaliser, declined), coarse
+    def left(declined: Declined) -> tuple[Left, set[fx.Node]]:
+        return Left(candidate.root, candidate.normaliser, declined), visited
 
     try:
         axes = Axes([[] if d == Const(1) else [Axis(f"o{k}", d)] for k, d in enumerate(shape_of(candidate.root))])
@@ -176,9 +179,9 @@ def _read(candidate: Candidate, facts: Facts, attempt: _Attempt) -> tuple[Site |
             outcome, axes = again, split
         if isinstance(outcome, Declined):
             return left(outcome)
-        coarse = frozenset(outcome.lifter.coarse)
+        visited = outcome.lifter.visited
         site = close_site(candidate, facts, axes, outcome)
-        return replace(site, readings=_other_readings(candidate, facts, axes, outcome, attempt)), coarse
+        return replace(site, readings=_other_readings(candidate, facts, axes, outcome, attempt)), visited
     except Unliftable as problem:
         return left(Declined(f"cannot be put in index notation: {problem}"))
     except Stop as stop:

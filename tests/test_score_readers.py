@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.drawn import fuses, scores, stays
+from refocus.testing import check
+from tests.drawn import Attention, drawn, fuses, scores, stays
 
 
 def a_part_with_its_own_bias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -45,8 +46,8 @@ def in_a_part(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The comparison is written into a part of the mask."""
     other = scores(k, k).mean(1, keepdim=True)
     low = other < other.median(-1, keepdim=True).values
-    mask = torch.zeros(2, 1, 24, 10, dtype=torch.bool)
-    mask[:, :, 10:20, :4] = low[..., :4]
+    mask = torch.zeros(2, 1, 24, k.shape[2], dtype=torch.bool)
+    mask[:, :, 10:20, :4] = low[:, :, :10, :4]
     return scores(q, k).masked_fill(mask, float("-inf")).softmax(-1) @ v
 
 
@@ -56,9 +57,7 @@ def below_what_the_token_gives_itself(q: Tensor, k: Tensor, v: Tensor) -> Tensor
     return logits.masked_fill(logits > own[..., None], float("-inf")).softmax(-1) @ v
 
 
-@pytest.mark.parametrize(
-    "function", [below_the_median, in_a_part, below_what_the_token_gives_itself], ids=lambda f: f.__name__
-)
+@pytest.mark.parametrize("function", [below_the_median, below_what_the_token_gives_itself], ids=lambda f: f.__name__)
 def test_scores_that_are_compared_with_one_of_them(function) -> None:  # type: ignore[no-untyped-def]
     stays(function, "a score is read elsewhere", 10)
 
@@ -83,7 +82,7 @@ def test_scores_that_are_compared_with_a_number_of_their_own() -> None:
     fuses(function, 10)
 
 
-# ------------------------------------------------------------------------------------------------- scores of blocks
+# ---------------------------------------------------------------------------------------------- one of several products
 
 
 def by_the_least_of_the_greatest(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -106,8 +105,23 @@ def and_as_a_bias(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return (scores(q, k) + blocks.tanh().repeat_interleave(4, -1)).softmax(-1) @ v, blocks.logsumexp(-1)
 
 
-@pytest.mark.parametrize("function", [by_the_least_of_the_greatest, by_blocks_of_queries, and_as_a_bias])
-def test_scores_of_blocks_that_others_read_are_loaded(function) -> None:  # type: ignore[no-untyped-def]
+def by_labels(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A product of a few channels chooses the keys, by a threshold among these products (double sparsity)."""
+    labels = scores(q[..., ::3], k[..., ::3])
+    least = labels.topk(4, -1).values[..., -1:]
+    return scores(q, k).masked_fill(labels < least, float("-inf")).softmax(-1) @ v
+
+
+def beside_a_loss_on_one(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    positions = scores(q.sin(), k)
+    return (scores(q, k) + positions).softmax(-1) @ v, positions.square().mean()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [by_the_least_of_the_greatest, by_blocks_of_queries, and_as_a_bias, by_labels, beside_a_loss_on_one, in_a_part],
+)
+def test_a_product_that_others_read_is_loaded(function) -> None:  # type: ignore[no-untyped-def]
     fuses(function, 12)
 
 
@@ -119,3 +133,20 @@ def test_scores_that_are_read_for_several_keys_and_by_others() -> None:
         return logits.repeat_interleave(2, -1).softmax(-1) @ v.repeat_interleave(2, 2), logits
 
     stays(function, "a score is read elsewhere", 12)
+
+
+def test_products_that_others_read_together() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        logits = scores(q, k) + scores(q.sin(), k)
+        return logits.softmax(-1) @ v, logits.amax(-1)
+
+    stays(function, "a score is read elsewhere", 12)
+
+
+def test_a_product_that_two_attentions_read_is_loaded_by_neither() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        both = scores(q, k)
+        return (both + scores(q.sin(), k)).softmax(-1) @ v, (both + scores(q, k.cos())).softmax(-1) @ v
+
+    report = check(Attention(function), drawn(12), lower=False, gradients=True).report
+    assert [site.notation.count("sum_d") for site in report.sites] == [2, 2]
