@@ -397,8 +397,9 @@ def _nodes(value: Expr) -> int:
 
 
 def _is_painted(node: fx.Node) -> bool:
-    """Whether a node is a tensor after the last write to a part of it, or after the last of several that are added."""
-    return any(
+    """Whether a node is a tensor after the last write to a part of it, or after the last of several that are added, or
+    rows that were stacked."""
+    return op_name(node) == "stack" or any(
         op_name(node) in strokes and not any(op_name(u) in strokes and node in u.args for u in node.users)
         for strokes in (("slice_scatter", "select_scatter"), ("add", "add_", "sub", "sub_"))
     )

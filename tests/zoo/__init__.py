@@ -144,6 +144,7 @@ ENTRIES = (
     "seer",
     "shared_scores",
     "sinklora",
+    "sliding_chunks",
     "sparse_transformer",
     "sparsifier",
     "stable_diffusion",
