@@ -45,8 +45,9 @@ def _cat(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     dim = dimension(dim, len(index))
     parts = [t for t in tensors if not (len(shape_of(t)) == 1 and shape_of(t)[0] == Const(0) and len(index) > 1)]
     sizes = [shape_of(t)[dim] for t in parts]
-    if all(size == Const(1) for size in sizes):
-        run = _run(lift, [(t, (*index[:dim], Const(0), *index[dim + 1 :])) for t in parts], index[dim])
+    if all(size == sizes[0] and size != Const(0) for size in sizes):
+        which, local = s.floordiv(index[dim], sizes[0]), s.mod(index[dim], sizes[0])
+        run = _run(lift, [(t, (*index[:dim], local, *index[dim + 1 :])) for t in parts], which)
         if run is not None:
             return run
     if len(parts) > _MANY and not isinstance(index[dim], Const):
@@ -112,6 +113,7 @@ def _run(lift: Lifter, parts: list[tuple[fx.Node, Index]], which: Expr) -> Expr 
     """Parts of one tensor at places in arithmetic progression, read at the place of part number `which`.
 
     stack([x[:, 0:n], x[:, 1:n+1], x[:, 2:n+2]])[w, b, i]   ->   x[b, i + w]
+    cat([x[:-1], x[1:]], 1)[g, j]                           ->   x[g + j // c, j % c]
     """
     viewed = [_viewed(*part) for part in parts]
     source = viewed[0][0]

@@ -103,6 +103,34 @@ def test_no_copy_of_the_keys_is_made(attend: Attend) -> None:
     assert found.largest["tiled"] <= 3 * 2 * HEADS * tokens * WIDTH * 4 < found.largest["eager"]
 
 
+def looking_around(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Buckets of eight queries, and the keys of the bucket before with their own: shifted parts beside one another."""
+
+    def around(t: Tensor) -> Tensor:
+        padded = F.pad(t, (0, 0, 0, 0, 1, 0), value=-1.0)
+        return torch.cat([padded[:, :, :-1], padded[:, :, 1:]], 3)
+
+    q, k, v = (t.unflatten(2, (-1, 8)) for t in (q, k, v))
+    place = torch.arange(TOKENS).view(1, 1, -1, 8, 1)
+    i, j = place, around(place.float()).mT
+    scores = (q @ around(k).mT).masked_fill((j < 0) | (j > i), float("-inf"))
+    return (scores.softmax(-1) @ around(v)).flatten(2, 3) + bias.mean()
+
+
+def uneven(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Parts of one tensor that do not follow one another in equal steps."""
+    q, k, v = (t.unflatten(2, (-1, 8)) for t in (q, k, v))
+    k, v = (torch.cat([t[:, :, :3], t[:, :, 1:4], t[:, :, 3:]], 3) for t in (k, v))
+    return ((q[:, :, :3] @ k.mT).softmax(-1) @ v).flatten(2, 3) + bias.mean()
+
+
+def test_shifted_parts_beside_one_another_are_one_tensor() -> None:
+    check(Attention(looking_around), (torch.randn(2, TOKENS, 16),), sites=1, lower=False, gradients=True)
+    names = [str(n.target).split(".")[1] for n in graph_of(looking_around).gm.graph.nodes if "aten" in str(n.target)]
+    assert "cat" not in names
+    check(Attention(uneven), (torch.randn(2, TOKENS, 16),), sites=1, lower=False, gradients=True)
+
+
 # ---------------------------------------------------------------------------------------------------- properties
 
 

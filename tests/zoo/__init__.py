@@ -100,6 +100,7 @@ ENTRIES = (
     "lightning",
     "linear_attention",
     "linformer",
+    "local_attention",
     "log_probabilities",
     "long_heads",
     "longformer",
