@@ -45,14 +45,16 @@ STEPS = ("delta", "lookup")  # spelled step by step, in the models that have the
 
 def cases() -> tuple[Case, ...]:
     def case(kind: str, tokens: int, rank: int = 1) -> Case:
-        # As many tokens in all at every length.
-        return Case("linear", kind, tokens, batch=65536 // tokens, heads=HEADS, width=128, dtype="bfloat16", rank=rank)
+        # As many tokens in all at every length, up to 64k.
+        batch = max(1, 65536 // tokens)
+        return Case("linear", kind, tokens, batch=batch, heads=HEADS, width=128, dtype="bfloat16", rank=rank)
 
     found = [case(kind, n, rank=0) for kind in (retention.__name__, gated.__name__) for n in (4096, 16384)]
     found += [replace(c, work=BACKWARD) for c in found]
     found += [c for kind in STEPS for c in (case(kind, 4096), replace(case(kind, 4096), work=BACKWARD))]
     found += [case("normalised", 16384), case("retention", 65536), case("gated", 2048), case("channels", 4096)]
     found += [replace(case(kind, 16384), width=64) for kind in ("retention", "gated")]
+    found += [case(kind, 262144, rank=2) for kind in ("retention", "gated")]
     return tuple(found)
 
 
