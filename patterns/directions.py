@@ -82,4 +82,3 @@ def turned_around(product: Product, pair: Pair) -> tuple[Product, Turned]:
 def _counted(product: Product, here: dict[Axis, Expr]) -> Product:
     """A product with positions counted otherwise; what is summed over stays."""
     return replace(renamed(product, here), summed=product.summed)
-

@@ -13,12 +13,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from refocus import simplify as s
 from refocus.ir import TRUE, Axis, Call, Const, Expr, Load, Reduce
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.linear import Product, product_of
-from refocus.patterns.summands import minus, summands, times
+from refocus.patterns.summands import minus, number_of_terms, summands, times
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,12 @@ def read_update(
     update: Expr, state: str, own: tuple[Expr, ...], step: Axis, log: Callable[[Expr], Expr | None]
 ) -> Update:
     """Read S' as a function of loads of `state`, over the axes `own`. Raises Stop."""
-    if _count(update, state, {}) > _MOST_TERMS:
+    holds = cache(lambda e: _holds(e, state))
+    if number_of_terms(update, holds) > _MOST_TERMS:
         raise Stop(Declined("a loop's update has too many terms to be read"))
     keeps: list[Product] = []
     erases: list[tuple[Product, Load]] = []
-    terms = summands(update, lambda e: _holds(e, state))
+    terms = summands(update, holds)
     writes = [term for term in terms if not _holds(term, state)]
     for found in _collected([_contracted(product_of(term)) for term in terms if _holds(term, state)], update.dtype):
         loads = [f for f in found.factors if isinstance(f, Load) and f.tensor == state]
@@ -223,19 +225,6 @@ def _holds(e: Expr, state: str) -> bool:
 
 
 _MOST_TERMS = 256  # of several steps taken for one, there are exponentially many
-
-
-def _count(e: Expr, state: str, known: dict[Expr, int]) -> int:
-    """How many `summands` there are that hold the state, at least."""
-    if e not in known:
-        counts = [n for x in e.children if (n := _count(x, state, known))]
-        if isinstance(e, Load) and e.tensor == state:
-            known[e] = 1
-        elif isinstance(e, Call) and e.op in ("add", "sub"):
-            known[e] = sum(counts)
-        else:
-            known[e] = math.prod(counts) if counts else 0
-    return known[e]
 
 
 def closed_form(

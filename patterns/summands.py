@@ -44,7 +44,7 @@ def summands(e: Expr, holds: Callable[[Expr], bool], looked_up: bool = False, ap
     return [e]
 
 
-_MOST_TERMS = 64  # products of sums of products have exponentially many
+_MOST_TERMS = 64
 
 
 def terms_that(holds: Callable[[Expr], bool], e: Expr) -> list[Expr]:
@@ -57,16 +57,22 @@ def terms_that(holds: Callable[[Expr], bool], e: Expr) -> list[Expr]:
             known[x] = holds(x)
         return known[x]
 
-    return [e] if _count(e, held, {}) > _MOST_TERMS else summands(e, held, apart=False)
+    return [e] if number_of_terms(e, held) > _MOST_TERMS else summands(e, held, apart=False)
 
 
-def _count(e: Expr, holds: Callable[[Expr], bool], known: dict[Expr, int]) -> int:
-    if e not in known:
-        inner = e.children if holds(e) and isinstance(e, Call | Reduce) and e.is_float else ()
-        counts = [_count(x, holds, known) for x in inner if x.is_float]
-        is_sum = isinstance(e, Call) and e.op in ("add", "sub")
-        known[e] = (sum if is_sum else math.prod)(counts) if counts else 1
-    return known[e]
+def number_of_terms(e: Expr, holds: Callable[[Expr], bool]) -> int:
+    """How many `summands` there are, at least: products of sums of products have exponentially many."""
+    known: dict[Expr, int] = {}
+
+    def count(x: Expr) -> int:
+        if x not in known:
+            inner = x.children if isinstance(x, Call | Reduce) and x.is_float and holds(x) else ()
+            counts = [count(child) for child in inner if child.is_float]
+            is_sum = isinstance(x, Call) and x.op in ("add", "sub")
+            known[x] = (sum if is_sum else math.prod)(counts) if counts else 1
+        return known[x]
+
+    return count(e)
 
 
 def cut_apart(e: Expr, holds: Callable[[Expr], bool]) -> Expr:

@@ -321,9 +321,9 @@ def _take_along_dim(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
     if dim is None:
         return None
     dim = dimension(dim, len(index))
-    at = _wrap(lift.broadcast(which, index), shape_of(source)[dim])
+    at, size = lift.broadcast(which, index), shape_of(source)[dim]
     position = [Const(0) if d == Const(1) else x for d, x in zip(shape_of(source), index)]
-    among, size = chosen_among(which), shape_of(source)[dim]
+    among = chosen_among(which)
     known = among is not None and s.is_nonneg(s.sub(size, among))
     position[dim] = at if known else s.mod(at, size)  # PyTorch takes the remainder of any index
     return lift.at(source, position)
