@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from refocus import debug
 from refocus.assumptions import guarded
 from refocus.errors import RefocusError, VerificationFailed
+from refocus.index_checks import with_index_errors
 from refocus.options import Options
 from refocus.pipeline import Rewritten, rewrite
 from refocus.report import Report
@@ -58,7 +59,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
     compiled: Compiled | None = None
     if rewritten.gm is not gm:
         try:
-            compiled = lower(rewritten.gm, example_inputs)
+            compiled = with_index_errors(rewritten.gm, lower(rewritten.gm, example_inputs))
         except Exception as problem:
             if _is_meant(problem):
                 raise

@@ -5,14 +5,15 @@
 
 A region reads keys, values and biases where an index tensor says, and the operation that read them before, with the
 error that it raises for an index out of range, is gone. A kernel would read some other memory. The assertion is one of
-PyTorch's, which the graph may hold anywhere: on a GPU it does not wait for the device. Indices that are seen to be in
-range need none: those that `topk` or `argsort` return, positions, constants, and arithmetic of these.
+PyTorch's, which the graph may hold anywhere: on a GPU it does not wait for the device. Where it fails at once, the
+error is of the type that the operation raises. Indices that are seen to be in range need none: those that `topk` or
+`argsort` return, positions, constants, and arithmetic of these.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ from refocus.lift_views import arguments_of, dimension
 from refocus.sizes import shape_of
 
 _OPS = torch.ops.aten
+Compiled = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,33 @@ def check_indices(gm: fx.GraphModule, facts: Facts, mode: Any) -> None:
             seen.add((indices, read.from_end, size))
             if not _known(indices, read.from_end, size, facts):
                 _insert(gm, mode, read, indices, node)
+
+
+def with_index_errors(gm: fx.GraphModule, compiled: Compiled) -> Compiled:
+    """A compiled graph that raises `IndexError` for an index out of range, as the operations do that it checks for:
+    an assertion knows `RuntimeError` alone."""
+    asserted = gm.graph.find_nodes(op="call_function", target=_OPS._assert_async.msg)
+    messages = [str(node.args[1]) for node in asserted if _is_index_error(str(node.args[1]))]
+    if not messages:
+        return compiled
+
+    def run(*inputs: Any) -> Any:
+        try:
+            return compiled(*inputs)
+        except RuntimeError as problem:
+            found = next((m for m in messages if m in str(problem)), None)
+            if found is None:
+                raise
+            raise IndexError(found) from None
+
+    return run
+
+
+def _is_index_error(message: str) -> bool:
+    """On a CPU `gather` raises a `RuntimeError`, and `index_select` does but for the first dimension."""
+    return message.startswith(("`index`", "`embedding`")) or (
+        message.startswith("`index_select`") and "dimension 0" in message
+    )
 
 
 def _reads(node: fx.Node) -> Iterator[_Read]:
