@@ -15,7 +15,7 @@ from refocus import simplify as s
 from refocus.ir import TRUE, Const, Expr
 from refocus.lift import Handler, Index, Lifter, dtype_of, kind_of
 from refocus.lift_joins import clamped
-from refocus.lift_views import arguments_of, dimension, reindex
+from refocus.lift_views import arguments_of, dimension
 from refocus.sizes import shape_of, size_expr
 
 
@@ -56,17 +56,34 @@ def _im2col(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
 
 
 def _as_strided(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
-    """Over a tensor that lies in memory row by row, from its start; what lies in no tensor of the graph is not read."""
+    """Over a tensor that holds each place in memory once; what lies in no tensor of the graph is not read."""
     source, size, strides, offset = arguments_of(node, "self", "size", "stride", "storage_offset")
     value = source.meta["val"]
-    numbers = [*size, *strides, offset or 0, *value.shape]
-    if not all(type(n) is int for n in numbers) or not value.is_contiguous() or value.storage_offset() != 0:
+    start = value.storage_offset()
+    numbers = [*size, *strides, start, start if offset is None else offset, *value.shape, *value.stride()]
+    if not all(type(n) is int for n in numbers) or any(n == 0 for n in (*size, *value.shape)):
         return None
-    last = (offset or 0) + sum((n - 1) * stride for n, stride in zip(size, strides))
-    if last >= value.numel() or any(n == 0 for n in size):
+    begin = 0 if offset is None else offset - start
+    last = begin + sum((n - 1) * stride for n, stride in zip(size, strides))
+    if begin < 0 or last > sum((n - 1) * stride for n, stride in zip(value.shape, value.stride())):
         return None
-    flat = s.add(offset or 0, *(s.mul(x, stride) for x, stride in zip(index, strides)))
-    return lift.at(source, reindex((flat,), (Const(value.numel()),), shape_of(source)))
+    place = s.add(begin, *(s.mul(x, stride) for x, stride in zip(index, strides)))
+    at = _where_in_memory(place, value.shape, value.stride())
+    return None if at is None else lift.at(source, at)
+
+
+def _where_in_memory(place: Expr, shape: Sequence[int], strides: Sequence[int]) -> list[Expr] | None:
+    """The index of the element that lies `place` elements after the first. None where that may be none of the tensor's,
+    or several."""
+    at: list[Expr] = [Const(0)] * len(shape)
+    for dim in sorted((d for d, n in enumerate(shape) if n != 1), key=lambda d: -strides[d]):
+        step, length = strides[dim], shape[dim]
+        if step == 0:
+            return None
+        at[dim], place = s.floordiv(place, step), s.mod(place, step)
+        if not s.is_nonneg(s.sub(length - 1, at[dim])):
+            return None
+    return at if place == Const(0) else None
 
 
 WINDOWS: dict[str, Handler] = {"unfold": _unfold, "im2col": _im2col, "as_strided": _as_strided}

@@ -67,9 +67,12 @@ class SlidingChunks(nn.Module):
         self.fill(scores)
         return scores
 
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+
     def forward(self, x: Tensor) -> Tensor:
         w = self.window
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        q, k, v = self.project(x)
         batch, length, heads, width = q.size()
         p = torch.softmax(self.products(q / math.sqrt(width), k), dim=-1)
         p = p.transpose(1, 2).reshape(batch * heads, length // w, w, 2 * w + 1)
@@ -98,11 +101,26 @@ class Lower(SlidingChunks):
         )
 
 
+class TokensFirst(Lower):
+    """Chunks are strides over heads that do not lie one after another in memory (transformers' LED)."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = (t.contiguous() for t in self.qkv(x.transpose(0, 1)).chunk(3, -1))
+        return tuple(t.view(*t.shape[:2], self.heads, -1).transpose(0, 1) for t in (q, k, v))
+
+    def chunk(self, x: Tensor) -> Tensor:
+        assert x.stride(0) < x.stride(1)
+        return super().chunk(x)
+
+
 def make() -> tuple[nn.Module, tuple[Tensor, ...]]:
     return SlidingChunks(), (torch.randn(2, 128, 32),)
 
 
-VARIANTS = {"lower": Variant(lambda: (Lower(), (torch.randn(2, 128, 32),)))}
+VARIANTS = {
+    "lower": Variant(lambda: (Lower(), (torch.randn(2, 128, 32),))),
+    "tokens_first": Variant(lambda: (TokensFirst(), (torch.randn(2, 128, 32),))),
+}
 
 
 def allowed(module: SlidingChunks, x: Tensor) -> Tensor:
