@@ -349,7 +349,8 @@ def _takes_many_strokes(node: fx.Node) -> bool:
 
 
 def _made_of_products(nodes: Iterable[fx.Node]) -> bool:
-    """Whether anything here comes out of a matrix product or a module's weights, or took too many strokes to paint."""
+    """Whether anything here comes out of a matrix product, spelled as one or as a sum of products, or a module's
+    weights, or took too many strokes to paint."""
     seen: set[fx.Node] = set()
     stack = list(nodes)
     strokes = 0
@@ -360,10 +361,19 @@ def _made_of_products(nodes: Iterable[fx.Node]) -> bool:
         seen.add(node)
         name = _name(node)
         strokes += name in ("slice_scatter", "select_scatter")
-        if strokes > 2 * _STROKES or name in _PRODUCTS:
+        if strokes > 2 * _STROKES or name in _PRODUCTS or _sums_products(node):
             return True
         stack.extend(node.all_input_nodes)
     return False
+
+
+def _sums_products(node: fx.Node) -> bool:
+    """Whether a node is the sum of what two tensors of floats give when they are multiplied."""
+    source = node.args[0] if _name(node) == "sum" and node.args else None
+    if not isinstance(source, fx.Node) or source.op != "call_function" or _name(source) != "mul":
+        return False
+    factors = [n for n in source.args if isinstance(n, fx.Node) and isinstance(n.meta.get("val"), torch.Tensor)]
+    return len(factors) == 2 and all(n.meta["val"].is_floating_point() for n in factors)
 
 
 def _meets_softmax(base: fx.Node) -> bool:

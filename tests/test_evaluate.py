@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from refocus import oracle, simplify
 from refocus.evaluate import Scope, arange_env, evaluate
 from refocus.grid import Grid
+from refocus.inductor import compiled
 from refocus.ir import BOOL, INT, Axis, Call, Const, Dot, Expr, Load, Reduce, Sym
 from tests import region_cases as cases
 
@@ -290,3 +291,16 @@ def test_runs_inside_flex_attention(name: str, monkeypatch: pytest.MonkeyPatch) 
     out = flex.flex_attention(q, k, v, score_mod=score_mod, block_mask=mask, scale=1.0)
     want = oracle.run(region, tensors, sizes)
     torch.testing.assert_close(out.double(), want, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("op", ["floordiv", "mod"])
+def test_bounded_positions_are_divided_in_compiled_code(op: str) -> None:
+    """Inductor fails (torch 2.13) on an index that it sees to divide Max(0, position)."""
+    bounded = simplify.add(simplify.maximum(0, simplify.sub(P, 3)), simplify.maximum(1, simplify.sub(J, 2)))
+    row = Call(op, (bounded, Const(3)), INT)
+    e = Load("x", (row, K), "float32")
+
+    def run(x: Tensor) -> Tensor:
+        return evaluate(e, arange_env((P, J, K), {}), {"x": x}, {}) * 2
+
+    assert torch.equal(compiled(run, [TENSORS["x"]])(TENSORS["x"]), run(TENSORS["x"]))
