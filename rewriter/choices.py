@@ -19,17 +19,22 @@ from refocus.patterns.factors import holds_scores
 
 def without_choice(value: Expr, key: Axis, queries: Set[Axis]) -> Expr:
     """The one function that a choice between weights is; the choice itself, where they are made in different ways."""
-    if not (isinstance(value, Call) and value.op == "where" and all(map(holds_scores, value.args[1:]))):
+    if not is_choice(value, key):
         return value
-    condition, a, b = value.args
-    if key in condition.axes:
-        return value
+    condition, a, b = value.children
     yes, no = (
         without_choice(s.under(side, s.assume(known)), key, queries)
         for side, known in ((a, condition), (b, s.not_(condition)))
     )
     merged = _Choice(condition, queries).between(yes, no)
     return value if merged is None else merged
+
+
+def is_choice(value: Expr, key: Axis) -> bool:
+    """Whether a value is one of two that hold scores, and the row decides which."""
+    if not (isinstance(value, Call) and value.op == "where" and all(map(holds_scores, value.args[1:]))):
+        return False
+    return key not in value.args[0].axes
 
 
 def _renamed(product: Dot, other: Dot) -> dict[Expr, Expr] | None:

@@ -118,7 +118,7 @@ class Lifter:
     parts of one tensor, so are its parts. `expands`: contractions
     are written out as sums, running sums too, and what is made of literals is followed like anything else. `standing`:
     positions that are known, of a part of a tensor that is being written. `alike`: parts of a stack that are computed
-    in the same way are one function of their number.
+    in the same way are one function of their number. `chooses`: the weights were found to be those of several scores.
     """
 
     known: Known
@@ -134,6 +134,7 @@ class Lifter:
     unpads: bool = False
     standing: tuple[Standing, ...] = ()
     alike: bool = False
+    chooses: bool = False
     _memo: dict[Any, Expr] = field(default_factory=dict)
 
     # ------------------------------------------------------------------------------------------------ the entry

@@ -2,6 +2,8 @@
 
     where(c < C, q[w*c + i] . k[w*c + i + o], where(c == C, q[w*C + i] . k[w*C + i + o], 0.0))
         ->   q[w*c + i] . k[w*c + i + o]
+    where(h == 0, q[0, i] . k[0, j], where(h == 1, q[1, i] . k[1, j], q[2, i] . k[2, j]))
+        ->   q[h, i] . k[h, j]
 
 A piece is looked at under the conditions that lead to it. Those that exclude each other lead nowhere (a buffer of zeros
 that is overwritten all over), and a fill stays. Blocks on a diagonal, written into a buffer and masked at both ends of
@@ -13,11 +15,11 @@ out of the choice:  where(c, q . k + bias, q . k)  ->  q . k + where(c, bias, 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from refocus import simplify as s
-from refocus.ir import TRUE, Axis, Call, Const, Dot, Expr, Load, rewrite
+from refocus.ir import TRUE, Axis, Call, Const, Dot, Expr, Load, Reduce, rewrite
 from refocus.lift_joins import clamped
 from refocus.polynomial import poly_scale, poly_shift
 from refocus.proofs import NO_FACTS, Facts, poly_nonneg
@@ -93,7 +95,7 @@ def _no_product(node: Expr) -> Expr | None:
 
 def holds_pieces(value: Expr) -> bool:
     """Whether products stand in several places of one choice."""
-    return any(_is_choice(n) and sum(isinstance(e, Dot) for e in set(_ends(n))) > 1 for n in value.walk())
+    return any(_is_choice(n) and sum(_holds_product(e) for e in set(_ends(n))) > 1 for n in value.walk())
 
 
 def _is_choice(value: Expr) -> bool:
@@ -124,6 +126,7 @@ class _Merge:
     key: Axis
     shape_of: ShapeOf
     cases: int = 0
+    over: dict[tuple[Expr, ...], tuple[Axis, ...]] = field(default_factory=dict)  # sizes -> what is summed over
 
     def merged(self, value: Expr) -> Expr | None:
         """The choice with one expression in the place of all its pieces; None where they differ."""
@@ -133,8 +136,8 @@ class _Merge:
         pieces = [p for p in self._pieces(value) if not isinstance(p.value, Const)]
         if self.cases > _MOST_CASES:
             return None
-        for general in dict.fromkeys(p.value for p in pieces):
-            if all(_normal(s.under(general, p.facts), self.key) == p.value for p in pieces):
+        for general in _generals(pieces):
+            if all(self._normal(s.under(general, p.facts)) == p.value for p in pieces):
                 return self._rebuilt(value, self._guarded(general))
         return None
 
@@ -157,7 +160,7 @@ class _Merge:
     def _pieces(self, value: Expr) -> Iterator[_Piece]:
         for path, end in _paths(value, ()):
             for facts in self._cases(path, NO_FACTS):
-                yield _Piece(end if isinstance(end, Const) else _normal(s.under(end, facts), self.key), facts)
+                yield _Piece(end if isinstance(end, Const) else self._normal(s.under(end, facts)), facts)
 
     def _cases(self, path: tuple[_Literal, ...], facts: Facts) -> Iterator[Facts]:
         """What is known at the end of a path: one case for each way in which its conditions may hold."""
@@ -185,6 +188,24 @@ class _Merge:
         for part in s.conjuncts(condition, "or" if holds else "and"):
             yield from self._cases((*before, (part, holds), *rest[1:]), facts)
             before = (*before, (part, not holds))
+
+    def _normal(self, value: Expr) -> Expr:
+        """Products with their sides told apart again, as what a side depends on is known here, and summed over axes of
+        the same names."""
+
+        def visit(node: Expr) -> Expr | None:
+            if not isinstance(node, Dot):
+                return None
+            factors = [*_factors(node.query), *_factors(node.key)]
+            sides = [[f for f in factors if (self.key in f.axes) == late] for late in (False, True)]
+            query, late = (_product(side, node.dtype) for side in sides)
+            if any(isinstance(n, Dot | Reduce) for side in (query, late) for n in side.walk()):
+                return Dot(node.over, query, late, node.dtype)
+            over = self.over.setdefault(tuple(a.size for a in node.over), node.over)
+            query, late = (s.substitute(side, dict(zip(node.over, over))) for side in (query, late))
+            return Dot(over, query, late, node.dtype)
+
+        return rewrite(value, visit, s.rebuild)
 
     def _rebuilt(self, value: Expr, piece: Expr) -> Expr:
         """One choice between a piece and each number that stands in the place of pieces somewhere."""
@@ -224,6 +245,63 @@ class _Merge:
         return Load(load.tensor, tuple(index), load.dtype), inside
 
 
+def _generals(pieces: Sequence[_Piece]) -> Iterator[Expr]:
+    """What all pieces may be at their own positions: one of them, or what they have in common, with an axis in place of
+    the numbers that it is known to be."""
+    yield from dict.fromkeys(p.value for p in pieces)
+    pinned: dict[Axis, list[int]] = {}
+    for axis in pieces[0].facts.axes if pieces else ():
+        numbers = [n for p in pieces if (n := p.facts.only(axis)) is not None]
+        if len(numbers) == len(pieces):
+            pinned[axis] = numbers
+    common = _common([p.value for p in pieces], pinned) if pinned else None
+    if common is not None:
+        yield common
+
+
+def _common(values: Sequence[Expr], pinned: Mapping[Axis, Sequence[int]]) -> Expr | None:
+    first = values[0]
+    if all(v == first for v in values):
+        return first
+    if all(v.is_int for v in values):
+        steps = [s.sub(v, first) for v in values]
+        if all(isinstance(step, Const) for step in steps):
+            return _on_a_line(first, [int(step.value) for step in steps if isinstance(step, Const)], pinned)
+    if not first.children or any(_head(v) != _head(first) for v in values):
+        return None
+    children = [_common(same, pinned) for same in zip(*(v.children for v in values))]
+    found = tuple(c for c in children if c is not None)
+    return s.rebuild(first, found) if found and len(found) == len(children) else None
+
+
+def _head(value: Expr) -> tuple[object, ...]:
+    """What an expression is, but for what it is computed from."""
+    match value:
+        case Call(op=op):
+            kind: tuple[object, ...] = (op,)
+        case Load(tensor=tensor):
+            kind = (tensor,)
+        case Dot(over=over):
+            kind = over
+        case Reduce(op=op, axis=axis):
+            kind = (op, axis)
+        case _:
+            kind = (value,)
+    return type(value), value.dtype, len(value.children), *kind
+
+
+def _on_a_line(first: Expr, steps: Sequence[int], pinned: Mapping[Axis, Sequence[int]]) -> Expr | None:
+    """`first` and a multiple of an axis, where that is how far each value is from the first."""
+    for axis, numbers in pinned.items():
+        apart = next(((step, n - numbers[0]) for step, n in zip(steps, numbers) if n != numbers[0]), None)
+        if apart is None or apart[0] % apart[1]:
+            continue
+        slope = apart[0] // apart[1]
+        if all(step == slope * (n - numbers[0]) for step, n in zip(steps, numbers)):
+            return s.add(first, s.mul(s.sub(axis, numbers[0]), slope))
+    return None
+
+
 def tidy(condition: Expr) -> Expr:
     """A conjunction without what the rest of it makes superfluous: b >= 28 and a + b >= 36 is the latter, if a < 9."""
     for _ in range(_ROUNDS):
@@ -242,20 +320,6 @@ def tidy(condition: Expr) -> Expr:
 def _is_impossible(facts: Facts) -> bool:
     """Whether one of several facts is the opposite of what follows from the others."""
     return any(poly_nonneg(poly_shift(poly_scale(fact, -1), -1), facts) for fact in facts.polys)
-
-
-def _normal(value: Expr, key: Axis) -> Expr:
-    """A product again with its sides told apart: what a side depends on is known here."""
-
-    def visit(node: Expr) -> Expr | None:
-        if not isinstance(node, Dot):
-            return None
-        factors = [*_factors(node.query), *_factors(node.key)]
-        sides = [[f for f in factors if (key in f.axes) == late] for late in (False, True)]
-        query, late = (_product(side, node.dtype) for side in sides)
-        return Dot(node.over, query, late, node.dtype)
-
-    return rewrite(value, visit, s.rebuild)
 
 
 def _factors(value: Expr) -> list[Expr]:

@@ -170,7 +170,7 @@ def assume(cond: Expr, facts: Facts = NO_FACTS, holds: bool = True) -> Facts:
             facts = facts.and_nonneg(ahead, behind)
         else:
             for side in ahead, behind:  # not equal, and on one side only
-                if limit(side, False) == 0:
+                if limit(side, False, facts) == 0:
                     facts = facts.and_nonneg(poly_shift(side, -1))
     return facts
 

@@ -23,7 +23,7 @@ from refocus import simplify as s
 from refocus.attention import Left, Readings, Site, closed_under_sharing, each_told_once
 from refocus.bands import Reading, Tensors, to_tokens
 from refocus.blocked import blocked, with_given_scores
-from refocus.choices import without_choice
+from refocus.choices import is_choice, without_choice
 from refocus.close_site import close_site, read_elsewhere
 from refocus.facts import Candidate, Facts, candidates, contraction_operands, taint_of
 from refocus.finite_rows import Above
@@ -233,11 +233,13 @@ _Attempt = Callable[[Axes, bool], "Lifted | Declined"]
 
 
 def _attempt(candidate: Candidate, facts: Facts, axes: Axes, far: bool = False) -> Lifted | Declined:
-    outcome = _attempt_at(candidate, facts, axes, Lifter(facts, far=far))
-    if isinstance(outcome, Lifted) and stands_in_pieces(outcome):
+    lifter = Lifter(facts, far=far)
+    outcome = _attempt_at(candidate, facts, axes, lifter)
+    if lifter.chooses or (isinstance(outcome, Lifted) and stands_in_pieces(outcome)):
         # Copies of keys that overlap hold one key in several places: only where keys lie may the pieces be the same.
-        through = _attempt_at(candidate, facts, axes, Lifter(facts, far=True, unpads=True))
-        if isinstance(through, Lifted) and not stands_in_pieces(through):
+        again = Lifter(facts, far=True, unpads=True)
+        through = _attempt_at(candidate, facts, axes, again)
+        if isinstance(through, Lifted) and not (again.chooses or stands_in_pieces(through)):
             outcome = through
     return replace(outcome, in_place=far) if isinstance(outcome, Lifted) else outcome
 
@@ -414,6 +416,7 @@ def _weighted(candidate: Candidate, facts: Facts, axes: Axes, lifter: Lifter, fo
     sources = [weights_node, *([candidate.normaliser] if candidate.mixes else [])]
     lifter.tainted = _tainted_like([*sources, *(n for n in rows if isinstance(n, fx.Node))], facts)
     weights = without_choice(lifter.at(weights_node, weights_index), key, lifter.query_axes)
+    lifter.chooses = is_choice(weights, key)
     if key not in weights.axes:
         return Declined("the weights do not depend on the key", op_name(root))
     if isinstance(weights, Load):
