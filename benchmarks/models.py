@@ -102,7 +102,7 @@ def wake(module: nn.Module) -> None:
         for parameter in module.parameters():
             if parameter.numel() > 1 and parameter.min() == parameter.max():
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
-            elif parameter.dim() >= 2:
+            elif parameter.dim() >= 2 and parameter.numel():
                 fan_in = parameter[0].numel()
                 parameter.normal_(std=fan_in**-0.5)
 
