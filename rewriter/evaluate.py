@@ -311,6 +311,8 @@ class Scope:
             if op in COMPARISONS and all(isinstance(a, Grid) for a in args):
                 args = _without_common(*args)
         args = [self._flat(a) for a in args]
+        if op in ("floordiv", "mod") and isinstance(args[0], Tensor) and _holds_bound(node.args[0]):
+            args[0] = args[0] | 0  # Inductor fails on an index that divides Max(0, position); it does not look past `|`
         run = EXACT[op]
         return functools.reduce(run, args) if len(args) > 2 else run(*args)
 
@@ -321,6 +323,11 @@ class Scope:
 @functools.lru_cache(maxsize=1 << 12)
 def _holds_sum(expr: Expr) -> bool:
     return any(isinstance(n, Dot | Reduce) for n in expr.walk())
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _holds_bound(expr: Expr) -> bool:
+    return any(isinstance(n, Call) and n.op == "max" for n in expr.walk())
 
 
 def _without_common(a: Grid, b: Grid) -> list[Grid | int]:
