@@ -10,6 +10,7 @@ keys, times what is erased, and x are values times the same.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
@@ -226,8 +227,11 @@ class Delta:
         here: dict[Expr, Expr] = {a: x for a, x in zip(self.solved.axes, axes) if isinstance(a, Axis)}
         looked_up_all = over_all(self.unrolled(self._lookup(here, axes)), at)
         product, weight = looked_up_all.product, looked_up_all.weight
+        numbers = [f.value for f in product.factors if isinstance(f, Const)]  # keys that are scaled, say
+        number = math.prod(float(x) for x in numbers)
+        product = replace(product, factors=tuple(f for f in product.factors if not isinstance(f, Const)))
         theirs = _Sides.of(product, at)
-        if not weight.strict:
+        if not weight.strict or number == 0:
             raise _other_rule()
         for own in permutations(theirs.dots):
             if [a.size for a in own] != [a.size for a in mine.dots]:
@@ -242,7 +246,7 @@ class Delta:
             if keys != Counter(mine.keys) or gate != found.weight.gate or keys - looked_up:
                 continue
             if not any(x.axes & set(mine.dots) for x in erase):
-                return self._written(found, mine, erase, here)
+                return self._written(found, mine, erase, number, here)
         raise _other_rule()
 
     def _lookup(self, here: dict[Expr, Expr], axes: Index) -> Expr:
@@ -262,8 +266,10 @@ class Delta:
         inside = s.where(s.lt(column, row), s.call("mul", system, u, dtype=dtype), Const(0.0, dtype))
         return s.call("add", before, Reduce("sum", column, inside, dtype), dtype=dtype)
 
-    def _written(self, found: Rolled, mine: _Sides, erase: Counter[Expr], here: dict[Expr, Expr]) -> Rolled:
-        """The values are what x has besides what is erased."""
+    def _written(
+        self, found: Rolled, mine: _Sides, erase: Counter[Expr], number: float, here: dict[Expr, Expr]
+    ) -> Rolled:
+        """The values are what x has besides what is erased, `erase` times a `number`."""
         at, solved = self.at, self.solved
         right = product_of(s.substitute(solved.own.right, here))
         of_key: dict[Expr, Expr] = dict(zip((at.chunk, at.row), at.split(at.key)))
@@ -272,7 +278,9 @@ class Delta:
         if right.summed or right.divisors or right.exponents or erase - values:
             raise _other_rule()
         values -= erase
-        rate: Expr = Const(1.0, solved.own.right.dtype)
+        rate: Expr = Const(number, solved.own.right.dtype)
+        if number != 1:
+            values[Const(1 / number, rate.dtype)] += 1
         for x in erase.elements():
             rate = s.call("mul", rate, x, dtype=rate.dtype)
         product = replace(

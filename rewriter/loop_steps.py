@@ -171,7 +171,8 @@ def lifted(
     if loop.from_nothing:
         whole = tuple(_after_nothing(x, step) for x in updates)
     else:
-        whole = tuple(as_one(x, step) for x in updates)
+        numbered = {name: len(first) for name, first in held[0].values()} if held else {}
+        whole = tuple(as_one(x, step) if len(x) > 1 else _counted_on(x[0], out, step, facts, numbered) for x in updates)
     shortened: set[str] = set()
     if loop.tail is not None:
         if any(len(states) <= loop.steps - late for states in loop.states):
@@ -233,6 +234,45 @@ def _after_nothing(updates: list[Expr], step: Axis) -> Expr:
     if len(others) < 2 or begun != same:
         raise OtherStart(Declined("a loop starts from a state that is not zero"))
     return one
+
+
+def _counted_on(update: Expr, out: Expr, step: Axis, facts: Facts, numbered: Mapping[str, int]) -> Expr:
+    """The only update of a loop of two steps as a function of the step: it is right for the first one, and nobody asks
+    for the second. It is taken to go through tensors as what steps give out does, or, where that does not read one, to
+    read the first of two parts. `numbered`: what is held for each step, and how many indices say for which."""
+    strides: dict[tuple[str, int], Expr] = {}
+    for load in out.loads:
+        for dim, entry in enumerate(load.index):
+            stride = s.sub(s.substitute(entry, {step: Const(1)}), s.substitute(entry, {step: Const(0)}))
+            if isinstance(stride, Const) and stride.value:
+                strides[load.tensor, dim] = stride
+
+    def visit(node: Expr) -> Expr | None:
+        if not isinstance(node, Load):
+            return None
+        if node.tensor in numbered:
+            mine = numbered[node.tensor]
+            return Load(node.tensor, (*(step for _ in node.index[:mine]), *node.index[mine:]), node.dtype)
+        if node.tensor not in facts.nodes:
+            return None
+        sizes = shape_of(facts.nodes[node.tensor])
+        known = any(tensor == node.tensor for tensor, _ in strides)
+        index = [
+            s.add(entry, s.mul(step, strides.get((node.tensor, dim), 0) if known else _half(entry, size)))
+            for dim, (entry, size) in enumerate(zip(node.index, sizes))
+        ]
+        return Load(node.tensor, tuple(index), node.dtype)
+
+    return rewrite(update, visit, s.rebuild)
+
+
+def _half(entry: Expr, size: Expr) -> int:
+    """How much of a dimension is read from its beginning, where that is half of it or more, but not all; else 0."""
+    low, high = s.bounds(entry)
+    if low != 0 or high is None or not isinstance(size, Const):
+        return 0
+    part = int(high) + 1
+    return part if part < int(size.value) <= 2 * part else 0
 
 
 def _is_decayed_nothing(node: Expr) -> bool:

@@ -97,6 +97,8 @@ def loop_at(gather: fx.Node, facts: Facts) -> Loop | None:
             return None
         states.append(tuple(chain))
     body = frozenset(follows).union(follows.values()).difference(starts)
+    if len(parts) == 2:
+        body |= _updates(states, body, facts)
     if set(starts) & set(follows.values()) or any(n in facts.opaque for n in body):
         return None
     begun = set(follows) - set(follows.values())
@@ -251,6 +253,19 @@ def _after(chain: list[fx.Node], follows: dict[fx.Node, fx.Node]) -> list[fx.Nod
                 follows.update(trial)
                 return [user]
     return []
+
+
+def _updates(states: list[tuple[fx.Node, ...]], body: frozenset[fx.Node], facts: Facts) -> set[fx.Node]:
+    """What makes the states of the second step out of the first: with two steps alone, nothing follows on it."""
+    found: set[fx.Node] = set()
+    for chain in states:
+        inside = {*chain[:1], *body}
+        above = {chain[1]} | nx.ancestors(facts.flow, chain[1])
+        for node in sorted(above.difference(inside), key=facts.order.__getitem__):
+            if any(n in inside for n in node.all_input_nodes):
+                inside.add(node)
+                found.add(node)
+    return found
 
 
 def depends(loop: Loop, facts: Facts) -> set[fx.Node]:
