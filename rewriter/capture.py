@@ -20,6 +20,7 @@ from refocus.conversions import drop_idle_conversions
 from refocus.dead_code import remove_dead_code
 from refocus.forwarded import forward_writes
 from refocus.functional import make_functional
+from refocus.fused_sums import split_sums
 from refocus.held_numbers import hold_numbers
 from refocus.strokes import join_strokes
 from refocus.vmaps import without_vmaps
@@ -81,6 +82,7 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
     forward_writes(traced, mode)
     detach_blanks(traced, permuted=True)
     hold_numbers(traced, mode)
+    split_sums(traced, mode)
     return traced
 
 

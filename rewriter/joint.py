@@ -19,9 +19,10 @@ from refocus.facts import Candidate, Facts
 from refocus.ir import Axis, Const, Dot, Expr
 from refocus.lift import Index, Lifter, is_tensor, op_name
 from refocus.lift_joins import clamped
-from refocus.lift_reductions import CONTRACTIONS, operands_at
+from refocus.lift_reductions import CONTRACTIONS
 from refocus.lift_views import SPLITS, VIEWS
 from refocus.patterns.declined import Declined, Stop
+from refocus.products import reads_of
 
 NOTHING: Expr = Const(0.0, "float32")
 
@@ -150,7 +151,7 @@ def lift_joint(joint: Joint, lifter: Lifter, index: Index, after: frozenset[fx.N
             rest = _plus(rest, lifter.leaf(node, at))
             continue
         lifter.visited.add(node)
-        reads = operands_at(lifter, node, at)
+        reads = reads_of(lifter, node, at)
         if reads is None or len(reads[1]) != 2 or len(reads[0]) != 1:
             raise Stop(Declined("the values are not summed over one key axis", op_name(node)))
         (bound,), operands = reads

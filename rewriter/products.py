@@ -12,15 +12,18 @@ from refocus.lift_reductions import CONTRACTIONS, operands_at
 from refocus.sizes import shape_of
 
 
+def adds(root: fx.Node) -> bool:
+    """Whether an operation adds something to what it multiplies."""
+    if op_name(root) in ("linear", CHANNEL_PRODUCT):
+        return (root.args[2] if len(root.args) > 2 else root.kwargs.get("bias")) is not None
+    return op_name(root) in ("baddbmm", "addmm")
+
+
 def reads_of(
     lifter: Lifter, root: fx.Node, index: tuple[Expr, ...]
 ) -> tuple[tuple[Axis, ...], list[tuple[fx.Node, tuple[Expr, ...]]]] | None:
     if op_name(root) in CONTRACTIONS:
-        if op_name(root) in ("baddbmm", "addmm") or (
-            op_name(root) in ("linear", CHANNEL_PRODUCT) and len(root.args) > 2 and root.args[2] is not None
-        ):
-            return None
-        return operands_at(lifter, root, index)
+        return None if adds(root) else operands_at(lifter, root, index)
     # sum(p * v): a contraction spelled as multiply and sum
     product = root.args[0]
     dims = root.args[1] if len(root.args) > 1 else None

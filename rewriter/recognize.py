@@ -42,7 +42,7 @@ from refocus.patterns.sdpa import lift_sdpa
 from refocus.patterns.shares import match_with_share
 from refocus.patterns.softmax import Softmax, steadied, terms_of, with_steady_softmaxes
 from refocus.pieces import holds_pieces, whole, without_choice_of_products
-from refocus.products import reads_of
+from refocus.products import adds, reads_of
 from refocus.quotient import EXPONENTIALS, Quotient, Rescaled, lift_rescaled, quotients
 from refocus.roles import Axes, Summed, all_keys, cut_axes, keys_and_heads
 from refocus.running_softmax import lift_chunked
@@ -299,7 +299,8 @@ def _product(
         lifter.visited.add(root)
     reads = reads_of(lifter, root, index)
     if reads is None:
-        return Declined("the product with the values has no index notation", op_name(root))
+        reason = "adds a bias of its own" if adds(root) else "has no index notation"
+        return Declined(f"the product with the values {reason}", op_name(root))
     over, operands = reads
     weights_node, weights_index = operands.pop(candidate.weights)
     if any(candidate.root is node for node, _ in operands):
