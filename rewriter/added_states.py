@@ -17,6 +17,7 @@ from torch import fx
 
 from refocus.attention import Left
 from refocus.lift import arguments, is_tensor, op_name
+from refocus.sizes import same_shape
 
 _SUMS = ("add", "sub")
 
@@ -76,6 +77,6 @@ def _alike(row: fx.Node) -> bool:
     """Whether both terms are tensors like their sum."""
     value = row.meta["val"]
     return all(
-        is_tensor(n) and n.meta["val"].shape == value.shape and n.meta["val"].dtype == value.dtype
+        is_tensor(n) and same_shape(n.meta["val"], value) and n.meta["val"].dtype == value.dtype
         for n in row.all_input_nodes
     )

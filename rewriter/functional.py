@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from refocus.sizes import same_shape
+
 
 def make_functional(gm: fx.GraphModule, mode: Any) -> None:
     """Replace in-place operations on values that only the graph sees by their functional forms.
@@ -40,7 +42,7 @@ def make_functional(gm: fx.GraphModule, mode: Any) -> None:
                 after = functional(*args, **kwargs)
             except (RuntimeError, TypeError):
                 continue
-        if not isinstance(after, torch.Tensor) or after.dtype != before.dtype or after.shape != before.shape:
+        if not isinstance(after, torch.Tensor) or after.dtype != before.dtype or not same_shape(after, before):
             continue
         copied = _copy_of(gm, mode, node, order) if _name(node) == "copy_" else None
         if copied is None:
@@ -118,7 +120,7 @@ def _copy_of(gm: fx.GraphModule, mode: Any, write: fx.Node, order: dict[fx.Node,
     steps: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     if value.dtype != wanted.dtype or value.device != wanted.device:
         steps.append((torch.ops.aten._to_copy.default, (), {"dtype": wanted.dtype, "device": wanted.device}))
-    if value.shape != wanted.shape:
+    if not same_shape(value, wanted):
         if any(isinstance(size, torch.SymInt) for size in wanted.shape):
             return None
         steps.append((torch.ops.aten.expand.default, (list(wanted.shape),), {}))

@@ -24,6 +24,7 @@ from torch import fx
 from refocus.facts import Facts
 from refocus.lift import arguments, is_tensor, op_name
 from refocus.lift_tables import MOVES
+from refocus.sizes import same_shape
 
 _GATHERS = ("stack", "cat", "concat", "concatenate")
 _MOST_STATES = 4
@@ -216,7 +217,7 @@ def _same_kind(a: fx.Node, b: fx.Node) -> bool:
     if not is_tensor(a) or not is_tensor(b):
         return False
     one, other = a.meta["val"], b.meta["val"]
-    return bool(one.dtype == other.dtype and tuple(one.shape) == tuple(other.shape))
+    return bool(one.dtype == other.dtype and same_shape(one, other))
 
 
 def _alike(a: fx.Node, b: fx.Node) -> bool:

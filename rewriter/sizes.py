@@ -44,6 +44,12 @@ def shape_of(node: fx.Node) -> tuple[Expr, ...]:
     return tuple(size_expr(d, 0) for d in node.meta["val"].shape)
 
 
+def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are of one shape whatever the graph is called with. To ask their sizes would be to hold the
+    graph to the answer of this call."""
+    return [size_expr(d, 0) for d in a.shape] == [size_expr(d, 0) for d in b.shape]
+
+
 def hint(size: Any, default: int = 1024) -> int:
     """A concrete stand-in for a size, for cost decisions only."""
     if isinstance(size, torch.SymInt):

@@ -27,7 +27,7 @@ from refocus.loops import Loop
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.linear import Product, Weight, product_of
 from refocus.patterns.recurrence import Lookup, Update, read_update
-from refocus.sizes import shape_of
+from refocus.sizes import same_shape, shape_of
 
 _MOST = 8  # changes in a step
 
@@ -127,7 +127,7 @@ class _Changes:
             first = self.loop.firsts.get(node)
             each = [n for n in self.loop.body if self.loop.firsts.get(n) is first]
             each.sort(key=self.facts.order.__getitem__)
-            alike = is_tensor(node) and node.meta["val"].shape == end.meta["val"].shape
+            alike = is_tensor(node) and same_shape(node.meta["val"], end.meta["val"])
             if alike and len(each) == self.loop.steps:
                 found.append(tuple(each))
         return [*found, tuple(states[1 : self.loop.steps + 1])]

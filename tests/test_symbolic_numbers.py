@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import refocus
+from refocus.backend import compile_graph
+from refocus.options import Options
 from refocus.testing import rewritten
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -116,3 +119,30 @@ def test_a_quotient_of_floats_that_is_rounded_is_one_of_integers(length: Callabl
         given = torch.randn(3, 2, n, 6).unbind()
         torch.testing.assert_close(run(*given), windows(*given), rtol=1e-4, atol=1e-5)
     assert reports and all(report.sites and all(site.fused for site in report.sites) for report in reports)
+
+
+def in_parts(*parts: Tensor) -> Tensor:
+    return torch.cat([(x @ x.mT * 0.3).softmax(-1) @ x for x in parts], -2)
+
+
+def each_from_the_one_before(x: Tensor, *parts: Tensor) -> Tensor:
+    for part in parts:
+        x = (part @ x.mT * 0.3).softmax(-1) @ x
+    return x
+
+
+@pytest.mark.parametrize("function", [in_parts, each_from_the_one_before])
+def test_sizes_are_not_held_to_differ(function: Callable[..., Tensor]) -> None:
+    """What is alike of several attentions is looked for; whether their sizes are is no question for this call alone."""
+    found: list[refocus.Report] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        options = Options.of({"engine": "tiled", "report": found.append})
+        return compile_graph(gm, inputs, options, lambda graph, _: graph.forward)
+
+    compiled = torch.compile(function, backend=backend, dynamic=True)
+    for sizes in ((10, 14, 12), (11, 11, 11), (9, 20, 9)):
+        parts = [torch.randn(2, n, 8) for n in sizes]
+        torch.testing.assert_close(compiled(*parts), function(*parts))
+    (report,) = found
+    assert all(site.fused for site in report.sites), report
