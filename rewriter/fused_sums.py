@@ -2,9 +2,9 @@
 
     torch.baddbmm(residual, probabilities, values)    ->    torch.bmm(probabilities, values) + residual
 
-What an attention is read from is a product, and what is added to it belongs to the rest of the graph (or is the sum
-over the keys before, of a softmax in chunks). A layer's product with its own weight, and that of queries and keys, stay
-as they are.
+What an attention is read from, with a softmax or without, is a product, and what is added to it belongs to the rest of
+the graph (or is the sum over the keys before, of a softmax in chunks). A layer's product with its own weight, and that
+of queries and keys, stay as they are.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from refocus.facts import NORMALISERS, is_kept
+from refocus.facts import NORMALISERS, contraction_operands, is_kept
 from refocus.lift import arguments, is_tensor, op_name
 from refocus.lift_reductions import CONTRACTIONS
 from refocus.lift_tables import MOVES
 
 
 def split_sums(gm: fx.GraphModule, mode: Any) -> None:
-    """Split every such operation whose factors are both computed, one of them by way of a softmax or an exponential."""
+    """Split every such operation whose factors are both computed, one of them from a softmax or another product."""
     weights: dict[fx.Node, bool] = {}
     for node in list(gm.graph.nodes):
         weights[node] = _are_weights(node, weights)
@@ -29,13 +29,15 @@ def split_sums(gm: fx.GraphModule, mode: Any) -> None:
             continue
         left, right = _factors(node)
         if (weights[left] or weights[right]) and not _is_learned(left) and not _is_learned(right):
-            weights[_split(gm, node, mode)] = False
+            weights[_split(gm, node, mode)] = weights[node]
 
 
 def _are_weights(node: fx.Node, known: dict[fx.Node, bool]) -> bool:
-    """Whether a value is made of exponentials, past no product."""
-    if node.op != "call_function" or op_name(node) in CONTRACTIONS or "conv" in op_name(node):
+    """Whether a value is made of exponentials or of a product of two values, past no layer."""
+    if node.op != "call_function" or "conv" in op_name(node):
         return False
+    if op_name(node) in CONTRACTIONS:
+        return not any(map(_is_learned, contraction_operands(node)))
     return op_name(node) in NORMALISERS or any(known[n] for n in node.all_input_nodes)
 
 

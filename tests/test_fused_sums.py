@@ -125,6 +125,20 @@ def other_shares(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Ten
     return torch.addmm(far @ v2[0, 0], near, v[0, 0], alpha=0.5)
 
 
+def without_a_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.baddbmm(*folded(q, scores(q, k).tril(), v), beta=0.5)
+
+
+def without_a_softmax_halved(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    residual, weights, values = folded(q, torch.einsum("bhid,bhjd->bhij", q, k), v)
+    return residual.baddbmm(torch.tril(weights), values, alpha=0.5)
+
+
+@pytest.mark.parametrize("function", [without_a_softmax, without_a_softmax_halved])
+def test_linear_attention(function: Callable[..., Tensor]) -> None:
+    fuses(function, 24)
+
+
 def test_near_misses() -> None:
     stays(added_before_it_is_divided, "added to the values' sum before it is divided", 10)
     stays(other_shares, "the exponents of the weights and of the normaliser differ", 10, 7)
