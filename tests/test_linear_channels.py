@@ -39,12 +39,22 @@ def at_once(q: Tensor, k: Tensor, c: Tensor) -> Tensor:
     return torch.einsum("...id,...jd,...ijd->...ij", q, k, (c[..., :, None, :] - c[..., None, :, :]).exp())
 
 
+def summed(q: Tensor, k: Tensor, c: Tensor) -> Tensor:
+    """The same without a matrix product: all pairs, those above the diagonal with no weight, summed over the channels."""
+    above = torch.ones(SIZE, SIZE, dtype=torch.bool).triu(1)[..., None]
+    decays = (c[..., :, None, :] - c[..., None, :, :]).masked_fill(above, -torch.inf).exp()
+    return (q[..., :, None, :] * k[..., None, :, :] * decays).sum(-1)
+
+
+WHOLE = {"at once": at_once, "summed": summed}
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, how: str = "columns", slip: str = "") -> Tensor:
     q, k, v, g, b = (x.unflatten(2, (-1, SIZE)) for x in (q, k, v, g, b))
     c, above = g.cumsum(-2), torch.ones(SIZE, SIZE, dtype=torch.bool).triu()
 
     def scores(q: Tensor, k: Tensor, c: Tensor, slip: str = "") -> Tensor:
-        return at_once(q, k, c) if how == "at once" else by_columns(q, k, c, slip)
+        return WHOLE[how](q, k, c) if how in WHOLE else by_columns(q, k, c, slip)
 
     system = -(scores(k, k, c) * b[..., None]).masked_fill(above, 0)
     for i in range(1, SIZE):
@@ -62,7 +72,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, how: str = "co
     return out.flatten(2, 3)
 
 
-@pytest.mark.parametrize("how", ["columns", "at once"])
+@pytest.mark.parametrize("how", ["columns", *WHOLE])
 def test_spelling(how: str) -> None:
     report = check(Module(attend, how=how), inputs(), family="linear", sites=1, lower=False, gradients=True).report
     assert "exp(gate[b,h,t,d])" in report.sites[0].notation and "erase" in report.sites[0].notation
