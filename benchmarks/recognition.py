@@ -198,7 +198,8 @@ def _call(module: Any, kwargs: dict[str, Any], seed: int = 0) -> Any:
 
 
 def _reference(module: nn.Module, kwargs: dict[str, Any], eager: Any) -> tuple[Any, str]:
-    """The eager model in float64; where that cannot run, its own output, and a note that says so."""
+    """The eager model in float64; where that cannot run, or is no number where the model's own output is one, its own
+    output, and a note that says so."""
 
     def widen(leaf: Any) -> Any:
         return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
@@ -213,6 +214,8 @@ def _reference(module: nn.Module, kwargs: dict[str, Any], eager: Any) -> tuple[A
         torch.set_default_dtype(default)
     if [t.shape for t in floats(output)] != [t.shape for t in floats(eager)]:
         return eager, "the float64 run has other outputs: compared with the eager output"
+    if any(bool((a.isfinite() & ~b.isfinite()).any()) for a, b in zip(floats(eager), floats(output))):
+        return eager, "the float64 run is not finite: compared with the eager output"
     return output, ""
 
 

@@ -159,6 +159,18 @@ def test_nan_in_place_of_a_number_is_a_change() -> None:
     assert recognition.Result("m", error=error, eager_error=0.0, allowed=allowed).status == "CHANGED"
 
 
+def test_a_reference_that_is_no_number() -> None:
+    """A model that is finite in its own dtype alone is held against itself, not against nothing."""
+
+    class Narrow(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.log() if x.dtype == torch.float64 else x
+
+    given = {"x": torch.tensor([-1.0, 2.0])}
+    reference, note = recognition._reference(Narrow(), given, given["x"])
+    assert torch.equal(reference, given["x"]) and "not finite" in note
+
+
 def test_cpu_results_as_a_page() -> None:
     rows = {
         name: Row(name, seconds, seconds / 2, first=1.0, memory=2**20, difference=1e-6, scale=1.0)
