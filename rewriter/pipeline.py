@@ -132,6 +132,7 @@ def _rewrite_outer(gm: fx.GraphModule, options: Options, inputs: Sequence[Any]) 
         drop_unread_writes(traced)  # a matrix inverted in place, row by row
         placed = place_results(traced)
         rows = [replace(r, kernel_path=calls[r.name].kernel_path(placed)) if r.name in calls else r for r in rows]
+        rows = _still_there(rows, found, traced)
     report = Report(tuple(rows), 1, time.perf_counter() - started, tuple(dict.fromkeys(notes)))
     debug.dump("report", report)
     if options.require:
@@ -203,6 +204,14 @@ def _replace_linear(name: str, site: LinearSite, splicer: Splicer, facts: Facts,
         except CannotSplice as problem:
             plan, reason = None, str(problem)
     return describe_linear(name, site, plan, reason, facts)
+
+
+def _still_there(rows: Sequence[Row], found: Sequence[Site | Left | LinearSite], traced: fx.GraphModule) -> list[Row]:
+    """The rows without those of sites that were left, and that nobody reads any more: parts of an attention that
+    another site stands for (a delta rule in chunks looks up keys in several products)."""
+    nodes = set(traced.graph.nodes)
+    kept = [row for row, site in zip(rows, found, strict=True) if not isinstance(site, Left) or site.root in nodes]
+    return [replace(row, name=f"attention{k}") for k, row in enumerate(kept)]
 
 
 def _plan(site: Site, facts: Facts, options: Options) -> tuple[Site, list[Plan] | None, str]:

@@ -40,7 +40,7 @@ def at_once(q: Tensor, k: Tensor, c: Tensor) -> Tensor:
 
 
 def summed(q: Tensor, k: Tensor, c: Tensor) -> Tensor:
-    """The same without a matrix product: all pairs, those above the diagonal with no weight, summed over the channels."""
+    """The same without a matrix product: all pairs, those above the diagonal weightless, summed over channels."""
     above = torch.ones(SIZE, SIZE, dtype=torch.bool).triu(1)[..., None]
     decays = (c[..., :, None, :] - c[..., None, :, :]).masked_fill(above, -torch.inf).exp()
     return (q[..., :, None, :] * k[..., None, :, :] * decays).sum(-1)
@@ -76,6 +76,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, how: str = "co
 def test_spelling(how: str) -> None:
     report = check(Module(attend, how=how), inputs(), family="linear", sites=1, lower=False, gradients=True).report
     assert "exp(gate[b,h,t,d])" in report.sites[0].notation and "erase" in report.sites[0].notation
+
+
+def test_parts_that_nobody_reads() -> None:
+    """Of gates that come out of a product, decayed sums look like a softmax that lacks something; they are gone."""
+
+    def gated(q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor) -> Tensor:
+        return attend(q, k, v, F.logsigmoid(g @ torch.eye(5).to(g)), b, "summed")
+
+    report = check(Module(gated), inputs(), family="linear", sites=1, lower=False).report
+    assert [site.name for site in report.sites] == ["attention0"]
 
 
 @pytest.mark.parametrize("slip", ["column", "number"])
