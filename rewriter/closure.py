@@ -139,13 +139,21 @@ def _sums_product(node: fx.Node) -> bool:
 
 def check_no_writes(facts: Facts, readers: set[fx.Node], root: fx.Node) -> None:
     """The region reads everything at the root: nothing may have been written since the eager code read it."""
-    first_read: dict[int, int] = {}
+    if overwritten(facts, readers, root):
+        raise Stop(OVERWRITTEN)
+
+
+def overwritten(facts: Facts, readers: set[fx.Node], root: fx.Node) -> frozenset[fx.Node]:
+    """Those of the readers of what is written before the root, and after they have read it."""
+    found = set()
     for reader in readers:
         for source in reader.all_input_nodes:
             storage = facts.storage.get(source, -1)
             if facts.storage[reader] == storage and reader is not root:
                 continue  # a view reads nothing yet
-            first_read[storage] = min(first_read.get(storage, facts.order[reader]), facts.order[reader])
-    for position, storage in facts.writes:
-        if first_read.get(storage, facts.order[root]) < position < facts.order[root]:
-            raise Stop(Declined("a tensor it reads is written in place before it is used"))
+            if any(facts.order[reader] < at < facts.order[root] for at, written in facts.writes if written == storage):
+                found.add(reader)
+    return frozenset(found)
+
+
+OVERWRITTEN = Declined("a tensor it reads is written in place before it is used")

@@ -25,6 +25,7 @@ from refocus.bands import Reading, Tensors, to_tokens
 from refocus.blocked import blocked, with_given_scores
 from refocus.choices import is_choice, without_choice
 from refocus.close_site import close_site, read_elsewhere
+from refocus.closure import OVERWRITTEN, interior_of, overwritten
 from refocus.facts import Candidate, Facts, candidates, contraction_operands, taint_of
 from refocus.finite_rows import Above
 from refocus.gathers import distinct, gathered
@@ -145,7 +146,7 @@ def _recognize(candidate: Candidate, facts: Facts, attempt: _Attempt) -> Site | 
     found, visited = _read(candidate, facts, attempt)
     if isinstance(found, Site) and not found.shared:
         return found
-    facts.stored = read_elsewhere(candidate, facts, visited)
+    facts.stored = _there_already(candidate, facts, found, visited)
     if not facts.stored:
         return found
     try:
@@ -155,6 +156,17 @@ def _recognize(candidate: Candidate, facts: Facts, attempt: _Attempt) -> Site | 
     if not isinstance(again, Site) or again.shared:
         return found
     return replace(found, loading=again) if isinstance(found, Site) else again
+
+
+def _there_already(candidate: Candidate, facts: Facts, found: Site | Left, visited: set[fx.Node]) -> frozenset[fx.Node]:
+    """What is computed whatever becomes of a candidate, and may be loaded instead of what it is made of: products that
+    others read, too; and, of a tensor that is written later on (a state that the next step starts from), what was
+    made of it before."""
+    if not isinstance(found, Left) or found.declined != OVERWRITTEN:
+        return read_elsewhere(candidate, facts, visited)
+    readers = visited | {*interior_of(candidate, facts, visited), candidate.root}
+    early = overwritten(facts, readers, candidate.root)
+    return frozenset() if early & facts.pure else early
 
 
 def _read(candidate: Candidate, facts: Facts, attempt: _Attempt) -> tuple[Site | Left, set[fx.Node]]:
