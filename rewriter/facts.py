@@ -394,6 +394,8 @@ def _reached(normaliser: fx.Node, facts: Facts) -> Iterator[Candidate]:
                 continue
             name = op_name(user)
             if name in CONTRACTIONS or (name == "sum" and _is_product_sum(user, facts)):
+                if any(_is_nothing(n, facts) for n in contraction_operands(user)):
+                    continue
                 for k, operand in enumerate(contraction_operands(user)):
                     if operand is node or (name == "sum" and operand in seen):
                         yield Candidate(user, k, normaliser, mixes)
@@ -408,6 +410,12 @@ def _reached(normaliser: fx.Node, facts: Facts) -> Iterator[Candidate]:
             if name in MOVES or name in OPERATIONS or name in _SPLITS:
                 seen.add(user)
                 queue.append((user, mixes))
+
+
+def _is_nothing(node: fx.Node, facts: Facts) -> bool:
+    """Whether a value is zero everywhere, like the state before the first chunk."""
+    form = facts.closed_form(node) if node in facts.closed else None
+    return isinstance(form, Const) and form.value == 0
 
 
 _PRODUCTS = ("mul", "multiply")

@@ -2,8 +2,9 @@
 
     p = softmax(cat(s, t)); p[.., :n] @ v + p[.., n:] @ w      ->      softmax(cat(s, t)) @ cat(v, w)
 
-Which part of the weights a product takes is read off the views between the two; the values are a conditional load. What
-is added to the weights after the softmax (a learned weight of each offset) makes a product of its own, kept outside.
+Which part of the weights a product takes is read off the views between the two; the values are a conditional load, each
+part times the number that its product is scaled by. What is added to the weights after the softmax (a learned weight of
+each offset) makes a product of its own, kept outside.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def _sums_and_views(start: fx.Node, facts: Facts) -> nx.DiGraph:
     while stack:
         node = stack.pop()
         for user in facts.flow.successors(node):
-            if user not in graph and (_is_sum(user) or op_name(user) in VIEWS) and is_tensor(user):
+            passes = _is_sum(user) or _scaled(user) is not None or op_name(user) in VIEWS
+            if user not in graph and passes and is_tensor(user):
                 stack.append(user)
             if user in graph or user in stack:
                 graph.add_edge(node, user)
@@ -80,6 +82,18 @@ def _sums_and_views(start: fx.Node, facts: Facts) -> nx.DiGraph:
 def _is_sum(node: fx.Node) -> bool:
     plain = node.kwargs.get("alpha", 1) in (1, 1.0)
     return op_name(node) == "add" and plain and all(is_tensor(a) for a in node.args[:2])
+
+
+def _scaled(node: fx.Node) -> tuple[fx.Node, float] | None:
+    """What a value is a multiple of, and the number."""
+    if op_name(node) not in ("mul", "multiply", "div", "divide") or len(node.args) != 2 or node.kwargs:
+        return None
+    source, number = node.args
+    if op_name(node) in ("mul", "multiply") and isinstance(source, int | float):
+        source, number = number, source
+    if not isinstance(source, fx.Node) or type(number) not in (int, float) or not number:
+        return None
+    return source, float(number) if "mul" in op_name(node) else 1 / float(number)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -107,8 +121,11 @@ def moved(lifter: Lifter, node: fx.Node, index: Index) -> tuple[fx.Node, Index] 
     return probe.reads[0]
 
 
-def _addends(lifter: Lifter, node: fx.Node, index: Index, stop: set[fx.Node]) -> Iterator[tuple[fx.Node, Index]]:
-    """The summands of a value at a position, looked at through views; a node of `stop` is not taken apart."""
+def _addends(
+    lifter: Lifter, node: fx.Node, index: Index, stop: set[fx.Node], scale: float = 1.0
+) -> Iterator[tuple[fx.Node, Index, float]]:
+    """The summands of a value at a position, looked at through views, each with a number that it is multiplied with; a
+    node of `stop` is not taken apart."""
     if node not in stop:
         if _is_sum(node):
             lifter.visited.add(node)
@@ -116,13 +133,18 @@ def _addends(lifter: Lifter, node: fx.Node, index: Index, stop: set[fx.Node]) ->
             for operand in node.args[:2]:
                 probe.broadcast(operand, index)
             for source, at in probe.reads:
-                yield from _addends(lifter, source, at, stop)
+                yield from _addends(lifter, source, at, stop, scale)
+            return
+        scaled = _scaled(node)
+        if scaled is not None and scaled[0].meta["val"].dtype == node.meta["val"].dtype:
+            lifter.visited.add(node)
+            yield from _addends(lifter, scaled[0], index, stop, scale * scaled[1])
             return
         below = moved(lifter, node, index)
         if below is not None:
-            yield from _addends(lifter, *below, stop)
+            yield from _addends(lifter, *below, stop, scale)
             return
-    yield node, index
+    yield node, index, scale
 
 
 @dataclass(frozen=True)
@@ -135,6 +157,7 @@ class _Part:
     dim: int
     start: Expr
     values: tuple[fx.Node, Index]
+    scale: float
 
     @property
     def end(self) -> Expr:
@@ -146,9 +169,9 @@ def lift_joint(joint: Joint, lifter: Lifter, index: Index, after: frozenset[fx.N
     parts: list[_Part] = []
     rest = NOTHING
     weighted = {c.root: c.weights for c in joint.products}
-    for node, at in _addends(lifter, joint.root, index, set(weighted)):
+    for node, at, scale in _addends(lifter, joint.root, index, set(weighted)):
         if node not in weighted:
-            rest = _plus(rest, lifter.leaf(node, at))
+            rest = _plus(rest, _times(lifter.leaf(node, at), scale))
             continue
         lifter.visited.add(node)
         reads = reads_of(lifter, node, at)
@@ -156,11 +179,12 @@ def lift_joint(joint: Joint, lifter: Lifter, index: Index, after: frozenset[fx.N
             raise Stop(Declined("the values are not summed over one key axis", op_name(node)))
         (bound,), operands = reads
         weights, values = operands[weighted[node]], operands[1 - weighted[node]]
-        for source, position in _addends(lifter, *weights, set()):
+        for source, position, share in _addends(lifter, *weights, set()):
             if source in after:
-                parts.append(_part(bound, source, position, values))
+                parts.append(_part(bound, source, position, values, scale * share))
                 continue
-            rest = _plus(rest, Dot((bound,), lifter.leaf(source, position), lifter.at(*values), "float32"))
+            more = _times(lifter.at(*values), scale * share)
+            rest = _plus(rest, Dot((bound,), lifter.leaf(source, position), more, "float32"))
     if len(parts) < 2:
         raise Stop(Declined("the products take no part of the weights"))
     parts = _in_order(parts)
@@ -193,12 +217,16 @@ def _plus(rest: Expr, more: Expr) -> Expr:
     return more if rest == NOTHING else s.call("add", rest, more, dtype="float32")
 
 
-def _part(bound: Axis, weights: fx.Node, index: Index, values: tuple[fx.Node, Index]) -> _Part:
+def _times(value: Expr, scale: float) -> Expr:
+    return value if scale == 1 else s.call("mul", value, Const(scale, value.dtype), dtype=value.dtype)
+
+
+def _part(bound: Axis, weights: fx.Node, index: Index, values: tuple[fx.Node, Index], scale: float) -> _Part:
     dims = [k for k, e in enumerate(index) if bound in e.axes]
     start = s.sub(index[dims[0]], bound) if len(dims) == 1 else None
     if start is None or start.axes:
         raise Stop(Declined("the products do not take the weights apart, key by key", weights.name))
-    return _Part(bound, weights, index, dims[0], start, values)
+    return _Part(bound, weights, index, dims[0], start, values, scale)
 
 
 def _values(lifter: Lifter, parts: list[_Part], key: Axis) -> Expr:
@@ -210,7 +238,7 @@ def _values(lifter: Lifter, parts: list[_Part], key: Axis) -> Expr:
         facts = s.assume(s.and_(s.ge(key, begin), s.lt(key, end)))
         local = clamped(s.under(s.sub(key, begin), facts), part.bound.size)
         node, index = part.values
-        here = lifter.at(node, [s.substitute(e, {part.bound: local}) for e in index])
+        here = _times(lifter.at(node, [s.substitute(e, {part.bound: local}) for e in index]), part.scale)
         value = here if value is None else s.where(s.lt(key, end), here, value)
     assert value is not None
     return value

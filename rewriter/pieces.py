@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from refocus import simplify as s
 from refocus.ir import TRUE, Axis, Call, Const, Dot, Expr, Load, Reduce, rewrite
@@ -67,6 +68,7 @@ def without_choice_of_products(value: Expr, key: Axis, shape_of: ShapeOf) -> Exp
     return rewrite(value, visit, s.rebuild)
 
 
+@lru_cache(maxsize=1 << 12)
 def _holds_product(value: Expr) -> bool:
     return any(isinstance(n, Dot) for n in value.walk())
 

@@ -59,7 +59,7 @@ def two(q: Tensor, k: Tensor, v: Tensor, m: Tensor, n: Tensor, x: Tensor) -> Ten
 
 def two_scaled(q: Tensor, k: Tensor, v: Tensor, m: Tensor, n: Tensor, x: Tensor) -> Tensor:
     p, r = halves(q, k, m)
-    return torch.bmm(r, n) + torch.baddbmm(x, p, v, beta=2.0)
+    return 0.5 * torch.bmm(r, n) + torch.baddbmm(x, p / 4, v, beta=2.0, alpha=3.0)
 
 
 def two_layers(q: Tensor, k: Tensor, v: Tensor, m: Tensor, n: Tensor, x: Tensor) -> Tensor:
@@ -82,9 +82,9 @@ def of_the_weights(q: Tensor, k: Tensor, v: Tensor, m: Tensor, n: Tensor, x: Ten
 
 
 def parts_that_differ(q: Tensor, k: Tensor, v: Tensor, m: Tensor, n: Tensor, x: Tensor) -> Tensor:
-    """One part of the probabilities counts for half."""
+    """How much one part of the probabilities counts depends on the query."""
     p, r = halves(q, k, m)
-    return torch.baddbmm(x, p, v, alpha=0.5) + r @ n
+    return (p @ v) * x[..., :1].sigmoid() + r @ n
 
 
 def before_the_division(q: Tensor, k: Tensor, v: Tensor, m: Tensor, n: Tensor, x: Tensor) -> Tensor:

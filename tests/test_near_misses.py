@@ -446,3 +446,23 @@ def test_writes_keep_their_order(kind: type[Base]) -> None:
         torch.testing.assert_close(run(*mine), module(*theirs), atol=1e-5, rtol=1e-4)
     for a, b in zip(mine, theirs):
         assert torch.equal(a, b)
+
+
+def beside_nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What the first chunk of a recurrence reads of its state."""
+    decayed = q * (q @ k.mT).sum(-1, keepdim=True).tanh().exp()
+    return (q @ k.mT).softmax(-1) @ v + decayed @ q.new_zeros(WIDTH, WIDTH)
+
+
+def test_a_product_with_zeros_is_no_site() -> None:
+    inputs = tuple(torch.randn(2, HEADS, LENGTH, WIDTH) for _ in range(3))
+    check(Function(beside_nothing), inputs, sites=1, lower=False)
+
+
+class Function(nn.Module):
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return self.function(*tensors)
