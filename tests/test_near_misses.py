@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import refocus
 from refocus.testing import check
+from tests.linear_cases import Module
 
 pytestmark = pytest.mark.filterwarnings("error::refocus.backend.FallbackWarning")
 
@@ -456,13 +457,4 @@ def beside_nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def test_a_product_with_zeros_is_no_site() -> None:
     inputs = tuple(torch.randn(2, HEADS, LENGTH, WIDTH) for _ in range(3))
-    check(Function(beside_nothing), inputs, sites=1, lower=False)
-
-
-class Function(nn.Module):
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        return self.function(*tensors)
+    check(Module(beside_nothing), inputs, sites=1, lower=False)
