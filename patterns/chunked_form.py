@@ -20,7 +20,7 @@ from itertools import combinations, permutations
 
 from refocus import simplify as s
 from refocus.ir import ONE, TRUE, Axis, Call, Const, Expr, Load, Reduce, rewrite
-from refocus.patterns.declined import Declined, Stop
+from refocus.patterns.declined import Declined, Near, Stop
 from refocus.patterns.gate_sums import CHUNK, ROW, Gate, Places, Sums, between, sums_of
 from refocus.patterns.held_decays import Held, Values, no_values
 from refocus.patterns.linear import (
@@ -29,6 +29,7 @@ from refocus.patterns.linear import (
     Weight,
     always,
     as_number,
+    exponent_of,
     holds_sum,
     logarithm,
     product_of,
@@ -274,8 +275,7 @@ def part_of(e: Expr) -> Part:
 def _exponents(f: Expr) -> tuple[list[Signed], list[Expr]]:
     """What is under an exponential, and the conditions outside of which it is zero."""
     assert isinstance(f, Call)
-    log = f.args[0] if f.op == "exp" else s.call("mul", f.args[0], Const(math.log(2.0), f.dtype), dtype=f.dtype)
-    terms = list(terms_of(log, 1))
+    terms = list(terms_of(exponent_of(f), 1))
     return [(sign, term) for sign, term, _ in terms], [c for _, _, more in terms for c in more]
 
 
@@ -324,7 +324,7 @@ class _Parts:
         inside, held = self._told(self.inside, column)
         if not held or not (pair == TRUE or pair in masks):
             if pair in masks:
-                raise Stop(Declined(OTHERS))
+                raise Near(Declined(OTHERS))
             return None
         seen = Held(held, row, column, self.values).sees() if pair == TRUE else pair
         if seen is None:
@@ -333,7 +333,7 @@ class _Parts:
             rest, passing = self._told(self.apart.renamed(names), column)
             if self._same(inside, rest, column):
                 return _Whole(self, inside, rest, column, names, seen, held, passing).read()
-        raise Stop(Declined(OTHERS))
+        raise Near(Declined(OTHERS))
 
     def _told(self, part: Part, column: Axis) -> tuple[Part, tuple[Expr, ...]]:
         """A part without the factors of rows and columns whose values are known, and these."""
@@ -399,7 +399,7 @@ class _Whole:
     def read(self) -> Joined:
         at, z, column = self.parts.at, self.parts.earlier, self.column
         if self.apart.number * self.inside.number <= 0:
-            raise Stop(Declined(OTHERS))
+            raise Near(Declined(OTHERS))
         scale = Const(math.log(self.apart.number / self.inside.number), "float64")
         rows = frozenset((at.row, column))
         here = Places(frozenset((at.chunk,)), rows, at.size, s.assume(self.mask))
@@ -414,9 +414,9 @@ class _Whole:
         else:
             counts = [(gate, law.counts.get((gate, query if gate.core else at.row), 0.0)) for gate in law.gates()]
         if not self._are(self.held, between(counts, query, key).less(law), self.mask):
-            raise Stop(Declined("inside of a chunk, decays are no sums of the gates between query and key"))
+            raise Near(Declined("inside of a chunk, decays are no sums of the gates between query and key"))
         if not self._are(self.passing, between(counts, query, before).less(passed), TRUE):
-            raise Stop(Declined("what is computed in chunks decays otherwise between chunks than inside of them"))
+            raise Near(Declined("what is computed in chunks decays otherwise between chunks than inside of them"))
         of_query: dict[Expr, Expr] = dict(zip((at.chunk, at.row), at.split(at.query)))
         of_key: dict[Expr, Expr] = dict(zip((z, column), at.split(at.key)))
         factors: list[Expr] = [Const(self.inside.number, "float32")] if self.inside.number != 1.0 else []

@@ -24,3 +24,7 @@ class Stop(Exception):
     def __init__(self, declined: Declined) -> None:
         super().__init__(declined.reason)
         self.declined = declined
+
+
+class Near(Stop):
+    """Ends a reading that had all of a form but one thing: its reason goes before those of other readings."""

@@ -82,10 +82,7 @@ def product_of(e: Expr, pair: Pair | None = None) -> Product:
                     return Product(conditions=tuple(s.conjuncts(condition))).times(product_of(kept, pair))
         if pair is not None and e.axes.issuperset(pair):
             if e.op in ("exp", "exp2"):
-                inner = (
-                    args[0] if e.op == "exp" else s.call("mul", args[0], Const(math.log(2.0), e.dtype), dtype=e.dtype)
-                )
-                found = list(terms_of(inner, 1))
+                found = list(terms_of(exponent_of(e), 1))
                 whole = [s.call("exp", x if sign > 0 else s.call("neg", x, dtype=e.dtype), dtype=e.dtype)
                          for sign, x, _ in found if not x.axes & set(pair)]  # fmt: skip
                 return Product(
@@ -180,6 +177,21 @@ def _is_number(e: Expr) -> bool:
     if e.op == "pow":
         return _positive(e.args[0]) and all(map(_is_number, e.args))
     return e.is_int or (e.op in ("add", "sub", "mul", "neg", "exp", "exp2") and all(map(_is_number, e.args)))
+
+
+def exponent_of(e: Call) -> Expr:
+    """What is under an exponential, in base e. What it is filled with, if the exponential of that is zero, is -inf."""
+    log = e.args[0] if e.op == "exp" else s.call("mul", e.args[0], Const(math.log(2.0), e.dtype), dtype=e.dtype)
+    return _filled(log, torch.finfo(getattr(torch, e.dtype)).smallest_normal)
+
+
+def _filled(log: Expr, smallest: float) -> Expr:
+    if not (isinstance(log, Call) and log.op == "where"):
+        return log
+    ways = (_filled(x, smallest) for x in log.args[1:])
+    gone = 2 * math.log(smallest)  # below what is rounded to a subnormal number, in all dtypes
+    lost = [Const(-math.inf, x.dtype) if isinstance(x, Const) and x.value < gone else x for x in ways]
+    return s.where(log.args[0], *lost)
 
 
 Summand = tuple[int, Expr, tuple[Expr, ...]]  # sign, value, and the conditions outside of which it is -inf

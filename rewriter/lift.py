@@ -332,7 +332,7 @@ def complexity(index: Index) -> int:
     """How far the entries of an index are from plain axes: 0 for a view, more for divisions and mixtures."""
     cost = 0
     for entry in index:
-        if isinstance(entry, Const | Axis):
+        if isinstance(entry, Const | Axis) or _is_moved(entry):
             continue
         simple = (
             isinstance(entry, Call)
@@ -343,6 +343,11 @@ def complexity(index: Index) -> int:
         cost += 1 if simple else 4
     axes = [a for a in index if isinstance(a, Axis)]
     return (cost // 4) + (len(axes) - len(set(axes)))
+
+
+def _is_moved(entry: Expr) -> bool:
+    """Whether an entry is an axis that starts at a constant: the steps of a loop stand at one each, the first at 0."""
+    return isinstance(entry, Call) and entry.op == "add" and all(isinstance(a, Axis | Const) for a in entry.args)
 
 
 def _laid_out(node: fx.Node, source: fx.Node) -> bool:

@@ -167,7 +167,7 @@ def lifted(
             if t + 1 - late < len(states):
                 updates[n].append(earlier.at(states[t + 1 - late], own[n]))
         visited |= both.visited | earlier.visited
-    out = as_one(outs, step)
+    out = _with_first(outs, step) if loop.headed else as_one(outs, step)
     if loop.from_nothing:
         whole = tuple(_after_nothing(x, step) for x in updates)
     else:
@@ -219,13 +219,13 @@ def reaches_beyond(update: Expr, step: Axis, facts: Facts) -> bool:
     return False
 
 
-def _after_nothing(updates: list[Expr], step: Axis) -> Expr:
-    """The updates of all steps as one, of which the first adds to nothing. Raises Stop."""
-    first, *others = updates
+def _after_nothing(values: list[Expr], step: Axis) -> Expr:
+    """The values of all steps as one, of which the first adds to nothing. Raises Stop."""
+    first, *others = values
     one = s.substitute(as_one(others, step), {step: s.sub(step, 1)})
 
     def nothing(node: Expr) -> Expr | None:
-        state = isinstance(node, Load) and node.tensor.startswith(STATE)
+        state = isinstance(node, Load) and node.tensor.startswith(STATE) and node.tensor.endswith("before")
         return Const(0.0, node.dtype) if state or _is_decayed_nothing(node) else None
 
     # What only the first step is made of has no counterpart, and sums of its own; the number 0 may decay, too.
@@ -234,6 +234,14 @@ def _after_nothing(updates: list[Expr], step: Axis) -> Expr:
     if len(others) < 2 or begun != same:
         raise OtherStart(Declined("a loop starts from a state that is not zero"))
     return one
+
+
+def _with_first(outs: list[Expr], step: Axis) -> Expr:
+    """What all steps give out as one, of which the first has no state to read. Raises Stop."""
+    try:
+        return _after_nothing(outs, step)
+    except OtherStart:
+        raise Stop(Declined("the first step of a loop is not the same function of what it reads")) from None
 
 
 def _counted_on(update: Expr, out: Expr, step: Axis, facts: Facts, numbered: Mapping[str, int]) -> Expr:

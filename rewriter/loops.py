@@ -36,7 +36,8 @@ class Loop:
     """An unrolled loop. Each state has one value more than there are steps, or as many, where nobody reads the last.
     `firsts`: the counterpart of each node of the body in the earliest step that has one. `tail`: a last part that has
     fewer rows than the others. `from_nothing`: the first value of each state is the one after the first step, which
-    adds to nothing. `backwards`: the gather has the result of the last step first; `parts` are as steps are."""
+    adds to nothing. `headed`: the first step, which has no state to read, gives out something of its own. `backwards`:
+    the gather has the result of the last step first; `parts` are as steps are."""
 
     gather: fx.Node
     dim: int
@@ -47,6 +48,7 @@ class Loop:
     firsts: dict[fx.Node, fx.Node]
     tail: fx.Node | None = None
     from_nothing: bool = False
+    headed: bool = False
     backwards: bool = False
 
     @property
@@ -86,40 +88,44 @@ def loop_at(gather: fx.Node, facts: Facts) -> Loop | None:
         *whole, tail = parts
         parts = tuple(whole)
     laid = _Laid.of(parts).joined(facts)
+    headed = laid.missing == 1 and len(parts) > 3
+    if headed:
+        laid = _Laid.of(parts[1:]).joined(facts)
     if not laid.fits:
         return None
     follows, starts = laid.follows, laid.starts
+    steps = len(parts) - headed
     states = []
     for start in starts:
         chain = list(_chain(start, follows))
-        if len(chain) == len(parts):
+        if len(chain) == steps:
             chain += _after(chain, follows)
-        if not len(parts) <= len(chain) <= len(parts) + 1:
+        if not steps <= len(chain) <= steps + 1:
             return None
         states.append(tuple(chain))
     body = frozenset(follows).union(follows.values()).difference(starts)
-    if len(parts) == 2:
+    if steps == 2:
         body |= _updates(states, body, facts)
     if set(starts) & set(follows.values()) or any(n in facts.opaque for n in body):
         return None
     begun = set(follows) - set(follows.values())
     firsts = {n: first for first in begun for n in _chain(first, follows)}
-    step = {n for n in begun if sum(1 for _ in _chain(n, follows)) >= len(parts)}
+    step = {n for n in begun if sum(1 for _ in _chain(n, follows)) >= steps}
     if not any(step & nx.ancestors(facts.flow, chain[1]) for chain in states):
         return None  # the first step hands nothing to the second: these are branches, beside one another
     dim: Any = arguments(gather)[1] if len(arguments(gather)) > 1 else gather.kwargs.get("dim", 0)
     rank = gather.meta["val"].dim()
     stacked = op_name(gather) == "stack"
-    loop = Loop(gather, dim % rank, stacked, parts, tuple(states), body, firsts, backwards=backwards)
+    loop = Loop(gather, dim % rank, stacked, parts, tuple(states), body, firsts, headed=headed, backwards=backwards)
     return loop if tail is None else _with_tail(loop, tail, facts)
 
 
 def beginning(loop: Loop, facts: Facts) -> Loop | None:
     """The loop, if it may be one that begins with nothing (`state = 0` before it): with what only the first step's
-    states are made of."""
-    if any(len(states) != loop.steps for states in loop.states):
+    states, and what it alone gives out, are made of."""
+    if any(len(states) not in (loop.steps, loop.steps - loop.headed) for states in loop.states):
         return None
-    own = {states[0] for states in loop.states}
+    own = {states[0] for states in loop.states} | {*loop.parts[: loop.headed]}
     above = set().union(*(nx.ancestors(facts.flow, n) for n in own)) - loop.body
     for node in sorted(above, key=facts.order.__getitem__, reverse=True):
         if node.op == "call_function" and all(user in own or user in loop.body for user in node.users):

@@ -32,7 +32,7 @@ from refocus.loop_steps import (
 )
 from refocus.loops import Loop
 from refocus.patterns.chunked_form import Cut, Joined, normalised
-from refocus.patterns.declined import Declined, Stop
+from refocus.patterns.declined import Declined, Near, Stop
 from refocus.patterns.linear import terms_of
 from refocus.patterns.recurrence import Update, closed_form, read_update
 from refocus.patterns.summands import cut_apart
@@ -58,7 +58,7 @@ def in_chunks(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
         try:
             return form.whole(steps, updates, places, row)
         except Stop as stop:
-            first = first or stop
+            first = stop if first is None or (isinstance(stop, Near) and not isinstance(first, Near)) else first
     raise first or Stop(Declined("a loop's results are no products of queries with its state"))
 
 

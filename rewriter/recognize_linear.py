@@ -27,7 +27,7 @@ from refocus.lift import Unliftable
 from refocus.linear_candidates import LinearCandidate, data_of, linear_candidates, upstream
 from refocus.loop_steps import OtherStart, Rolled
 from refocus.loops import Loop, beginning, depends, loop_at, of_channels
-from refocus.patterns.declined import Declined, Stop
+from refocus.patterns.declined import Declined, Near, Stop
 from refocus.patterns.directions import looks_ahead, turned_around, upright
 from refocus.patterns.linear import (
     Pair,
@@ -48,7 +48,7 @@ from refocus.patterns.summands import terms_that
 from refocus.recognize import Left, Site
 from refocus.recognize_chunked import chunked_at, inside_of
 from refocus.recognize_decoding import decoding_at
-from refocus.recognize_loops import rolled
+from refocus.recognize_loops import readings
 from refocus.sizes import shape_of
 
 
@@ -260,6 +260,10 @@ def _weight(product: Product, pair: Pair, facts: Facts) -> Weight:
 def _of_loop(loop: Loop, facts: Facts, data: set[fx.Node]) -> LinearSite:
     """The site that a loop spells step by step. Raises Stop with what it lacks."""
     begun = beginning(loop, facts)
+    if loop.headed:
+        if begun is None:
+            raise Stop(Declined("the first step of a loop is not the same function of what it reads"))
+        return _of_steps(begun, facts, data)
     reason: Stop | None = None
     if begun is not None:
         try:
@@ -280,11 +284,18 @@ def _of_steps(loop: Loop, facts: Facts, data: set[fx.Node]) -> LinearSite:
         raise Stop(Declined("a value inside a loop is read after it", outside.name))
     if of_channels(loop, facts):
         raise Stop(Declined("each channel has weights of its own, which are no products of queries and keys"))
-    roll = rolled(loop, facts, data)
-    inside = inside_of(loop.gather, roll.visited | loop.body, facts) | loop.body
     shared = loop.shared()  # and what that is made of: it stays
     stays = shared.union(*(nx.ancestors(facts.flow, n) for n in shared))
-    return _rolled_site(loop.gather, roll, inside - stays - {loop.final}, facts)
+    reason: Stop | None = None
+    for reading in readings(loop):
+        try:
+            roll = reading(loop, facts, data)
+            inside = inside_of(loop.gather, roll.visited | loop.body, facts) | loop.body
+            return _rolled_site(loop.gather, roll, inside - stays - {loop.final}, facts)
+        except Stop as stop:
+            reason = stop if reason is None or isinstance(stop, Near) else reason
+    assert reason is not None
+    raise reason
 
 
 def _rolled_site(root: fx.Node, roll: Rolled, interior: frozenset[fx.Node], facts: Facts) -> LinearSite:

@@ -10,8 +10,7 @@ sum; what is erased is read apart, and goes with the form of the rest. So is wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import replace
 
 from torch import fx
@@ -45,25 +44,22 @@ from refocus.roles import Axes
 from refocus.sizes import shape_of
 from refocus.substeps import in_substeps
 
+Reading = Callable[[Loop, Facts, Set[fx.Node]], Rolled]
 
-def rolled(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
-    """Raises Stop with the reason where a loop is no recurrence of this kind."""
+
+def readings(loop: Loop) -> Iterator[Reading]:
+    """What a loop may be, in the order of which is tried. Each raises Stop with the reason where it is none of that."""
     if not loop.stacked and shape_of(loop.parts[0])[loop.dim] != Const(1):
-        return in_chunks(loop, facts, data)
-    if loop.from_nothing:
-        return _step_by_step(loop, facts, data)
-    try:
-        return _step_by_step(loop, facts, data)
-    except Stop:
-        if loop.stacked:
-            with suppress(Stop):
-                return in_chunks(loop, facts, data)
-        with suppress(Stop):
-            return in_substeps(loop, facts, data)
-        raise
+        yield in_chunks
+        return
+    yield step_by_step
+    if loop.stacked:
+        yield in_chunks
+    if not loop.from_nothing:
+        yield in_substeps
 
 
-def _step_by_step(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
+def step_by_step(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
     gather = loop.gather
     shape = shape_of(gather)
     axes = Axes([[] if d == Const(1) else [Axis(f"o{k}", d)] for k, d in enumerate(shape)])
