@@ -302,7 +302,8 @@ class Roles:
 
 def sort(product: Product, free: tuple[Axis, ...], query: Axis, key: Axis, of_numbers: bool = False) -> Roles | None:
     """The roles of a product's parts, or None where these are no query and key axes of it. `of_numbers`: the values may
-    be single numbers, without an axis of their own, where queries have all that is left."""
+    be single numbers, without an axis of their own, where queries or decays have all that is left. (Where each channel
+    of the values decays by itself, it is a head of its own, that shares queries and keys with others.)"""
     dot = tuple(a for a in product.summed if a != key)
     items = [*product.factors, *(as_number(c) for c in product.conditions)]
     pairs = tuple(x for x in items if {query, key} <= x.axes)
@@ -315,9 +316,13 @@ def sort(product: Product, free: tuple[Axis, ...], query: Axis, key: Axis, of_nu
     keys = tuple(x for x in keyed if not x.axes & set(value))
     queries = tuple(x for x in others if x.axes & set(dot))
     rows = tuple(x for x in others if not x.axes & set(dot))
-    of_heads = of_numbers and {*free} <= {query}.union(*(x.axes for x in queries))
+    heads = {query}.union(*(x.axes for x in queries))
+    of_heads = of_numbers and {*free} <= heads.union(*(x.axes for x in exponents))
     if not dot or not (value or of_heads) or any(x.axes & set(dot) for x in values):
         return None
+    if of_heads and not {*free} <= heads:
+        values = tuple(x for x in keyed if not x.axes & set(dot))
+        keys = tuple(x for x in keyed if x.axes & set(dot))
     if any(not any(a in x.axes for x in queries) or not any(a in x.axes for x in keys) for a in dot):
         return None
     if not any(query in x.axes for x in queries) or any(a in d.axes for d in product.divisors for a in (*dot, key)):

@@ -119,21 +119,11 @@ def slots(q: Tensor, k: Tensor, v: Tensor, f: Tensor) -> Tensor:
     return torch.stack(rows, 2)
 
 
-def slots_alone(q: Tensor, k: Tensor, v: Tensor, f: Tensor) -> Tensor:
-    """Each slot forgets in its own way, and slots are what is read out."""
-    f, keys, rows = torch.sigmoid(f), zero(k, v), []
-    for t in range(q.shape[2]):
-        keys = keys * f[:, :, t, None] + outer(k[:, :, t], v[:, :, t])
-        rows.append(read(q[:, :, t], keys))
-    return torch.stack(rows, 2)
-
-
 NEAR_MISSES = [
     (first_step_apart, "the first step of a loop"),
     (first_key_apart, "the first step of a loop"),
     (first_decay_apart, "the first step of a loop"),
     (slots, "itself a function of a state"),
-    (slots_alone, "a decay for each value channel"),
 ]
 
 

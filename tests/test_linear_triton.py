@@ -106,6 +106,7 @@ def _cases() -> dict[str, Any]:
         out[f"{name} strides"] = errors(form, 16, _strided(form))
         out[f"{name} only out"] = errors(form, 16, tensors(form, length=20), missing=(1, 2))
         out[f"{name} only the state"] = errors(form, 16, tensors(form, length=20), missing=(0, 1))
+    out["one value"] = errors(CHANNEL, 16, tensors(CHANNEL, heads=3, length=40, d=4, e=1))
     out["mixed dtypes"] = errors(HEAD, 16, [x if n != 2 or x is None else x.half() for n, x in enumerate(_mixed())])
     out["lookup mixed dtypes"] = _lookup_mixed()
     for name in ("lookup", "lookup by channel"):
@@ -191,6 +192,7 @@ WHAT = (
 NAMES = [
     *(f"{form}{more}" for form in forms() for more in ("", " one step")),
     *(f"{name} {what}" for name in KINDS for what in WHAT),
+    "one value",
     "mixed dtypes",
     "lookup mixed dtypes",
     *(f"{name} beside tiled" for name in ("lookup", "lookup by channel")),
