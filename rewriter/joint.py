@@ -53,7 +53,7 @@ def joints(group: list[Candidate], facts: Facts) -> Iterator[Joint]:
     reached: dict[fx.Node, list[Candidate]] = {}
     for product in products:
         steps = _sums_and_views(product.root, facts)
-        for node in (n for n in nx.descendants(steps, product.root) if op_name(n) == "add"):
+        for node in (n for n in nx.descendants(steps, product.root) if len(_multiples(n) or ()) > 1):
             reached.setdefault(node, []).append(product)
     found = [(node, parts) for node, parts in reached.items() if len(parts) > 1]
     for node, parts in sorted(found, key=lambda x: (-len(x[1]), facts.order[x[0]]))[:_TRIED]:
@@ -71,7 +71,7 @@ def _sums_and_views(start: fx.Node, facts: Facts) -> nx.DiGraph:
     while stack:
         node = stack.pop()
         for user in facts.flow.successors(node):
-            passes = _is_sum(user) or _scaled(user) is not None or op_name(user) in VIEWS
+            passes = _multiples(user) is not None or op_name(user) in VIEWS
             if user not in graph and passes and is_tensor(user):
                 stack.append(user)
             if user in graph or user in stack:
@@ -79,21 +79,30 @@ def _sums_and_views(start: fx.Node, facts: Facts) -> nx.DiGraph:
     return graph
 
 
-def _is_sum(node: fx.Node) -> bool:
-    plain = node.kwargs.get("alpha", 1) in (1, 1.0)
-    return op_name(node) == "add" and plain and all(is_tensor(a) for a in node.args[:2])
+Multiple = tuple[fx.Node, float]  # a value, and the number that it counts times
 
 
-def _scaled(node: fx.Node) -> tuple[fx.Node, float] | None:
-    """What a value is a multiple of, and the number."""
-    if op_name(node) not in ("mul", "multiply", "div", "divide") or len(node.args) != 2 or node.kwargs:
+def _multiples(node: fx.Node) -> tuple[Multiple, ...] | None:
+    """The values that an operation adds up, each with a number; None where it does anything else."""
+    name, args = op_name(node), node.args
+    if name in ("add", "sub", "subtract", "rsub") and len(args) >= 2 and all(map(is_tensor, args[:2])):
+        by = node.kwargs.get("alpha", args[2] if len(args) > 2 else 1)
+        if type(by) not in (int, float) or not by:
+            return None
+        one, other = args[:2] if name != "rsub" else args[1::-1]
+        return (one, 1.0), (other, float(by) if name == "add" else -float(by))  # type: ignore[arg-type, return-value]
+    if name in ("neg", "negative"):
+        return ((args[0], -1.0),)  # type: ignore[return-value]
+    if name not in ("mul", "multiply", "div", "divide") or len(args) != 2 or node.kwargs:
         return None
-    source, number = node.args
-    if op_name(node) in ("mul", "multiply") and isinstance(source, int | float):
+    source, number = args
+    if "mul" in name and isinstance(source, int | float):
         source, number = number, source
     if not isinstance(source, fx.Node) or type(number) not in (int, float) or not number:
         return None
-    return source, float(number) if "mul" in op_name(node) else 1 / float(number)  # type: ignore[arg-type]
+    if source.meta["val"].dtype != node.meta["val"].dtype:
+        return None
+    return ((source, float(number) if "mul" in name else 1 / float(number)),)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -127,18 +136,14 @@ def _addends(
     """The summands of a value at a position, looked at through views, each with a number that it is multiplied with; a
     node of `stop` is not taken apart."""
     if node not in stop:
-        if _is_sum(node):
+        multiples = _multiples(node)
+        if multiples is not None:
             lifter.visited.add(node)
             probe = _Probe(lifter.known)
-            for operand in node.args[:2]:
+            for operand, _ in multiples:
                 probe.broadcast(operand, index)
-            for source, at in probe.reads:
-                yield from _addends(lifter, source, at, stop, scale)
-            return
-        scaled = _scaled(node)
-        if scaled is not None and scaled[0].meta["val"].dtype == node.meta["val"].dtype:
-            lifter.visited.add(node)
-            yield from _addends(lifter, scaled[0], index, stop, scale * scaled[1])
+            for (source, at), (_, number) in zip(probe.reads, multiples):
+                yield from _addends(lifter, source, at, stop, scale * number)
             return
         below = moved(lifter, node, index)
         if below is not None:

@@ -54,6 +54,16 @@ def added_after(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tens
     return (p[..., :10] + learned) @ v + p[..., 10:] @ v2
 
 
+def taken_away(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    p = torch.cat((scores(q, k), scores(q, k2)), -1).softmax(-1)
+    return torch.sub(p[..., :10] @ v, p[..., 10:] @ v2, alpha=0.5)
+
+
+def counted_otherwise(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    p = torch.cat((scores(q, k), scores(q, k2)), -1).softmax(-1)
+    return torch.add(q, 3 - (-(p[..., :10] @ v) - torch.rsub(p[..., 10:] @ v2 / 4, q, alpha=2)), alpha=0.1)
+
+
 def causal_within_the_first(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
     near = scores(q, k).masked_fill(torch.ones(24, 24).triu(1) > 0, float("-inf"))
     p = torch.cat((near, scores(q, k2)), -1).softmax(-1)
@@ -61,8 +71,12 @@ def causal_within_the_first(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Ten
 
 
 @pytest.mark.parametrize(
-    "function", [two_parts, split_and_seen_otherwise, beside_a_residual, one_column_dropped, added_after]
-)
+    "function",
+    [
+        two_parts, split_and_seen_otherwise, beside_a_residual, one_column_dropped, added_after, taken_away,
+        counted_otherwise,
+    ],
+)  # fmt: skip
 def test_products_with_parts_of_the_weights_are_one_attention(function: Callable[..., Tensor]) -> None:
     fuses(function, 10, 7)
 
