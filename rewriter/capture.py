@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from refocus.blank import detach_blanks
 from refocus.bodies import Retrace, changes_casts
+from refocus.composites import definitions
 from refocus.conversions import drop_idle_conversions
 from refocus.dead_code import remove_dead_code
 from refocus.forwarded import forward_writes
@@ -55,7 +56,7 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
         with mode, own, torch.fx.traceback.preserve_node_meta():
             graph = Retrace(without_vmaps(gm, mode), casts)
             given = [graph.values[n] for n in graph.graph.find_nodes(op="placeholder")]
-            traced = make_fx(graph.run, pre_dispatch=not casts)(*given)
+            traced = make_fx(graph.run, definitions(), pre_dispatch=not casts)(*given)
     except Exception as problem:  # anything may go wrong while tracing foreign code; the caller falls back
         raise CaptureFailed(f"{type(problem).__name__}: {problem}") from problem
     for node in traced.graph.find_nodes(op="get_attr"):

@@ -279,7 +279,9 @@ class Lifter:
 
     def bound(self, node: fx.Node, which: int, size: Any) -> Axis:
         """The axis a node sums over. Its name follows from the node, so that one value lifted at two positions
-        compares equal; a node is never its own ancestor, so the name is never captured."""
+        compares equal, as does what the model computes twice; a node is never its own ancestor, so the name is never
+        captured."""
+        node = self.known.same.get(node, node)
         return Axis(f"{node.name}.{which}", size if isinstance(size, Expr) else size_expr(size))
 
     def broadcast(self, value: Any, index: Index, dtype: str | None = None) -> Expr:

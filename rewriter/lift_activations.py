@@ -124,6 +124,35 @@ def _logit(x: Expr, dtype: str, eps: float | None) -> Expr:
     return s.call("sub", s.call("log", x, dtype=dtype), s.call("log", rest, dtype=dtype), dtype=dtype)
 
 
+def _quotient(a: Expr, b: Expr, dtype: str) -> Expr:
+    return s.call("div", a, b, dtype=dtype)
+
+
+def _tan(x: Expr, dtype: str) -> Expr:
+    return _quotient(s.call("sin", x, dtype=dtype), s.call("cos", x, dtype=dtype), dtype)
+
+
+def _frac(x: Expr, dtype: str) -> Expr:
+    return s.call("sub", x, s.call("trunc", x, dtype=dtype), dtype=dtype)
+
+
+def _erfc(x: Expr, dtype: str) -> Expr:
+    return s.call("sub", Const(1.0, dtype), s.call("erf", x, dtype=dtype), dtype=dtype)
+
+
+def _atanh(x: Expr, dtype: str) -> Expr:
+    up, down = (s.call("log1p", y, dtype=dtype) for y in (x, s.call("neg", x, dtype=dtype)))
+    return _times(dtype, 0.5, s.call("sub", up, down, dtype=dtype))
+
+
+def _sinc(x: Expr, dtype: str) -> Expr:
+    """sin(pi x) / (pi x), and 1 at zero, where what is not used is a number, too."""
+    zero, one = Const(0.0, dtype), Const(1.0, dtype)
+    at_zero = s.call("eq", x, zero, dtype=BOOL)
+    angle = _times(dtype, math.pi, s.where(at_zero, one, x))
+    return s.where(at_zero, one, _quotient(s.call("sin", angle, dtype=dtype), angle, dtype))
+
+
 def _of_two(formula: Callable[[Expr, Expr, str], Expr | None]) -> Handler:
     def handler(lift: Lifter, node: fx.Node, index: Index) -> Expr | None:
         dtype = dtype_of(node)
@@ -185,5 +214,7 @@ ACTIVATIONS: dict[str, Handler] = {
     "prelu": _prelu,
     **dict.fromkeys(("logit", "special_logit"), _activation(_logit, eps=None)),
     "copysign": _of_two(_copysign), "hypot": _of_two(_hypot), "logaddexp2": _of_two(_logaddexp2),
+    "tan": _activation(_tan), "frac": _activation(_frac), "erfc": _activation(_erfc),
+    "atanh": _activation(_atanh), "sinc": _activation(_sinc),
     "special_expit": _activation(lambda x, dtype: s.call("sigmoid", x, dtype=dtype)),
 }  # fmt: skip
