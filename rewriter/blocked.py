@@ -10,7 +10,7 @@ from dataclasses import replace
 from torch import fx
 
 from refocus.attention import Left
-from refocus.facts import NORMALISERS, Facts, contraction_operands, is_kept, is_of_one, taint_of
+from refocus.facts import NORMALISERS, Facts, contraction_operands, is_kept, is_of_one, of_pair_sums, taint_of
 from refocus.finite_rows import Open
 from refocus.ir import Axis, Const, Load
 from refocus.lift import arguments, is_tensor, op_name
@@ -56,7 +56,7 @@ def with_given_scores(left: Left, facts: Facts) -> Left:
     """The same, with the reason where its scores came into the graph: one of its inputs has a number for each pair of
     a query and a key, and heads at most are mixed before the softmax."""
     node = left.normaliser
-    if "softmax" not in op_name(node) or any(map(_is_product, taint_of(node, facts))):
+    if "softmax" not in op_name(node) or any(map(_is_product, taint_of(node, facts))) or of_pair_sums(node, facts):
         return left
     source = arguments(node)[0]
     axes = [Axis(f"o{k}", size) for k, size in enumerate(shape_of(source))]

@@ -25,6 +25,7 @@ from refocus.lift_reductions import CONTRACTIONS
 from refocus.lift_tables import MOVES, OPERATIONS
 from refocus.lift_views import SPLITS
 from refocus.masks import MASK_FILL
+from refocus.pair_sums import is_pair_sum
 from refocus.sizes import hint, shape_of
 
 NORMALISERS = ("softmax", "_softmax", "_safe_softmax", "special_softmax", "exp", "exp2", "log_softmax", "_log_softmax")
@@ -318,7 +319,8 @@ class Candidate:
 
 
 def candidates(facts: Facts) -> list[list[Candidate]]:
-    """For every normaliser that reads a score product: the contractions it may flow into, nearest first."""
+    """For every normaliser that reads a score product, or other scores of pairs: the contractions it may flow into,
+    nearest first."""
     groups: list[list[Candidate]] = []
     for node in facts.order:
         if node.op != "call_function" or not is_tensor(node) or node in facts.pure:
@@ -326,11 +328,16 @@ def candidates(facts: Facts) -> list[list[Candidate]]:
         name = op_name(node)
         if name in ATTENTION_OPS:
             groups.append([Candidate(node, -1, node)])
-        elif name in NORMALISERS and not is_of_one(node) and taint_of(node, facts):
+        elif name in NORMALISERS and not is_of_one(node) and (taint_of(node, facts) or of_pair_sums(node, facts)):
             group = list(_reached(node, facts))
             if group:
                 groups.append(group)
     return groups
+
+
+def of_pair_sums(node: fx.Node, facts: Facts) -> bool:
+    """Whether a softmax is of scores that are sums of what is made of a query and a key each."""
+    return "softmax" in op_name(node) and any(map(is_pair_sum, _led_from(node, facts)))
 
 
 def given_scores(facts: Facts, operands: Iterable[fx.Node]) -> list[fx.Node]:
@@ -341,7 +348,9 @@ def given_scores(facts: Facts, operands: Iterable[fx.Node]) -> list[fx.Node]:
     for node in facts.order:
         if node.op != "call_function" or not is_tensor(node) or "softmax" not in op_name(node) or node in facts.pure:
             continue
-        if node in features or node.meta["val"].dim() < 3 or is_of_one(node) or taint_of(node, facts):
+        if node in features or node.meta["val"].dim() < 3 or is_of_one(node):
+            continue
+        if taint_of(node, facts) or of_pair_sums(node, facts):
             continue
         for source in _led_from(node, facts):
             if source.op != "placeholder" or not is_tensor(source) or is_kept(source):
