@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from refocus import simplify as s
-from refocus.ir import BOOL, INT, ONE, ZERO, Const, Expr
+from refocus.ir import BOOL, FALSE, INT, ONE, TRUE, ZERO, Const, Expr
 from refocus.lift import Handler, Index, Lifter, dtype_of, kind_of
 from refocus.lift_views import arguments_of
 from refocus.sizes import shape_of
@@ -145,6 +145,23 @@ def _atanh(x: Expr, dtype: str) -> Expr:
     return _times(dtype, 0.5, s.call("sub", up, down, dtype=dtype))
 
 
+def _log10(x: Expr, dtype: str) -> Expr:
+    return _times(dtype, math.log10(math.e), s.call("log", s.cast(x, dtype), dtype=dtype))
+
+
+def _is_finite(x: Expr, dtype: str) -> Expr:
+    if not x.is_float:
+        return TRUE
+    return s.not_(s.call("or", *(s.call(op, x, dtype=BOOL) for op in ("isinf", "isnan")), dtype=BOOL))
+
+
+def _is_infinity(sign: int) -> Formula:
+    def formula(x: Expr, dtype: str) -> Expr:
+        return s.call("eq", x, Const(sign * math.inf, x.dtype), dtype=BOOL) if x.is_float else FALSE
+
+    return formula
+
+
 def _sinc(x: Expr, dtype: str) -> Expr:
     """sin(pi x) / (pi x), and 1 at zero, where what is not used is a number, too."""
     zero, one = Const(0.0, dtype), Const(1.0, dtype)
@@ -215,6 +232,8 @@ ACTIVATIONS: dict[str, Handler] = {
     **dict.fromkeys(("logit", "special_logit"), _activation(_logit, eps=None)),
     "copysign": _of_two(_copysign), "hypot": _of_two(_hypot), "logaddexp2": _of_two(_logaddexp2),
     "tan": _activation(_tan), "frac": _activation(_frac), "erfc": _activation(_erfc),
-    "atanh": _activation(_atanh), "sinc": _activation(_sinc),
+    "atanh": _activation(_atanh), "sinc": _activation(_sinc), "log10": _activation(_log10),
+    "isfinite": _activation(_is_finite), "isposinf": _activation(_is_infinity(1)),
+    "isneginf": _activation(_is_infinity(-1)),
     "special_expit": _activation(lambda x, dtype: s.call("sigmoid", x, dtype=dtype)),
 }  # fmt: skip

@@ -72,7 +72,9 @@ def by_special_functions(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor
 
 
 def by_rare_functions(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
-    s = torch.erfc(scores(q, k)) + torch.frac(scores(q, k)) + torch.tan(torch.tanh(scores(q, k)))
+    s = torch.where(torch.isfinite(scores(q, k).log10()), 1.0, -torch.inf) + torch.erfc(scores(q, k))
+    s = s.masked_fill(torch.isneginf(s) | torch.isposinf(s), -2.0) + torch.frac(scores(q, k))
+    s = s + torch.tan(torch.tanh(scores(q, k)))
     return torch.softmax(s + torch.atanh(scores(q, k).clamp(-0.9, 0.9)), -1) @ v
 
 
