@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--html", metavar="OUT", help="also write the report as a page")
     explain.add_argument("--pictures", metavar="DIR", help="also draw the tile map of each mask as a PNG")
     explain.add_argument("--engine", help="force every recognised site through this engine")
+    explain.add_argument("--training", action="store_true", help="as in a call that gradients will be asked of")
     explain.set_defaults(run=_explain)
     emit = commands.add_parser("emit", help="the generated Triton kernels of a model; needs no GPU")
     emit.add_argument("target", metavar="FILE.py:make", help="a function that returns (model, args, kwargs)")
@@ -56,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    report = _report(options.target, options.engine)
+    report = _report(options.target, options.engine, options.training)
     if options.json:
         print(report.to_json())
     elif options.plain or not _print_rich(report):
@@ -94,9 +95,9 @@ def _emit(options: argparse.Namespace) -> int:
     return 0 if paths else 1
 
 
-def _report(target: str, engine: str | None) -> Report:
+def _report(target: str, engine: str | None, training: bool) -> Report:
     model, args, kwargs = load(target)
-    return refocus.explain(model, *args, engine=engine, **kwargs)
+    return refocus.explain(model, *args, engine=engine, gradients=training, **kwargs)
 
 
 def load(target: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:

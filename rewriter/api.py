@@ -94,11 +94,14 @@ def _plain_errors(compiled: Callable[..., Any], model: Callable[..., Any]) -> Ca
     return call
 
 
-def explain(model: Callable[..., Any], *args: Any, engine: str | None = None, **kwargs: Any) -> Report:
+def explain(
+    model: Callable[..., Any], *args: Any, engine: str | None = None, gradients: bool = False, **kwargs: Any
+) -> Report:
     """Every attention site of a model run on these inputs: what it computes, how it would be run, or why it is left.
 
-    The model is captured and rewritten but not lowered: it runs once, eagerly, under `torch.no_grad()`. `engine` is as
-    in `optimize`. Raises CannotExplain if the model does not run on these inputs.
+    The model is captured and rewritten but not lowered: it runs once, eagerly, under `torch.no_grad()`, or with
+    `gradients` as in training, where parameters and inputs that require a gradient will get one. `engine` is as in
+    `optimize`. Raises CannotExplain if the model does not run on these inputs.
     """
     found: list[Report] = []
     options = Options.of({"engine": engine, "report": found.append})
@@ -113,7 +116,7 @@ def explain(model: Callable[..., Any], *args: Any, engine: str | None = None, **
     # A cache of its own: what was compiled for other calls of this model neither answers here nor is thrown away.
     run = torch.compile(_entry(target), backend=backend, dynamic=False)
     try:
-        with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
+        with torch.set_grad_enabled(gradients), torch._dynamo.config.patch(recompile_limit=64):
             run(*args, **kwargs)
     except torch._dynamo.exc.BackendCompilerFailed as problem:
         if isinstance(problem.inner_exception, RefocusError):

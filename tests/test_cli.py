@@ -29,6 +29,9 @@ class Plain(nn.Module):
 def make():
     return Attention().eval(), tuple(torch.randn(1, 2, 32, 16) for _ in range(3)), {"scale": 0.5}
 
+def trained():
+    return Attention(), tuple(torch.randn(1, 2, 32, 16, requires_grad=True) for _ in range(3))
+
 def short():
     return Plain().eval(), (torch.randn(4),)
 
@@ -69,6 +72,15 @@ def test_explain_names_an_engine(target: str, capsys: pytest.CaptureFixture[str]
     assert site.fused and site.engine == "tiled"
 
 
+def test_explain_tells_of_training(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """An engine for inference is refused where gradients will be asked for."""
+    told = []
+    for more in ([], ["--training"]):
+        main(["explain", f"{target}:trained", "--json", "--engine", "sdpa", *more])
+        told.append(Report.from_json(capsys.readouterr().out).sites[0])
+    assert told[0].fused and not told[1].fused and "gradient" in told[1].reason
+
+
 def test_explain_writes_a_page(target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "report.html"
     assert main(["explain", f"{target}:make", "--html", str(page)]) == 0
@@ -88,7 +100,7 @@ def test_a_model_without_attention_is_no_error(target: str, capsys: pytest.Captu
         (":wrong", "(model, args, kwargs)"),
         (":failing", "ValueError: no weights"),
         (":list_args", "args as a tuple"),
-        (":absent", "Attention, Plain, make, short"),
+        (":absent", "Attention, Plain, make, trained, short"),
         ("", "a file and a function are needed"),
         ("x:make", "the file does not exist"),
     ],
