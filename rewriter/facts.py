@@ -60,6 +60,7 @@ class Facts:
     same: dict[fx.Node, fx.Node] = field(default_factory=dict)  # to the first node of equal value
     _constants: dict[fx.Node, torch.Tensor | None] = field(default_factory=dict)
     _forms: dict[fx.Node, Expr | None] = field(default_factory=dict)
+    taints: dict[fx.Node, frozenset[fx.Node]] = field(default_factory=dict)  # what `taint_of` has told
 
     # ------------------------------------------------------------------------------------------------ constants
 
@@ -461,6 +462,8 @@ def contraction_operands(node: fx.Node) -> list[fx.Node]:
 
 def taint_of(node: fx.Node, facts: Facts) -> frozenset[fx.Node]:
     """The contractions, distances and summed products whose results reach `node` through operations the lift knows."""
+    if node in facts.taints:
+        return facts.taints[node]
     found: set[fx.Node] = set()
     seen: set[fx.Node] = set()
     written: set[int] = set()  # memory whose writers were looked at: many views of it share them
@@ -470,6 +473,9 @@ def taint_of(node: fx.Node, facts: Facts) -> frozenset[fx.Node]:
         if n in seen:
             continue
         seen.add(n)
+        if n in facts.taints:
+            found |= facts.taints[n]
+            continue
         name = op_name(n)
         if name in CONTRACTIONS or name == "cdist" or (name == "sum" and _is_product_sum(n, facts)):
             found.add(n)
@@ -486,4 +492,5 @@ def taint_of(node: fx.Node, facts: Facts) -> frozenset[fx.Node]:
             # What was written there came from somewhere, too.
             written.add(facts.storage[n])
             stack.extend(a for w in facts.writers[facts.storage[n]] for a in w.all_input_nodes if is_tensor(a))
-    return frozenset(found)
+    facts.taints[node] = frozenset(found)
+    return facts.taints[node]

@@ -61,9 +61,10 @@ def quotients(groups: list[list[Candidate]], facts: Facts) -> list[Quotient]:
     """Divisions that products of exponentials and values flow into, those further down first: a running mean divides
     at every step."""
     found: dict[fx.Node, dict[fx.Node, Candidate]] = {}
+    logarithms = [n for n in facts.order if op_name(n) in _LOGARITHMS and taint_of(n, facts)]
     for candidate in (c for group in groups for c in group):
         if candidate.mixes == 0 and candidate.weights >= 0:
-            for root in (*_shares(candidate, facts), *_divisions(candidate, facts)):
+            for root in (*_shares(candidate, logarithms, facts), *_divisions(candidate, facts)):
                 found.setdefault(root, {}).setdefault(candidate.root, candidate)
     order = sorted(found, key=lambda n: -facts.order[n])
     return [Quotient(root, _first(list(found[root].values()), facts)) for root in order]
@@ -93,15 +94,16 @@ def _of_logarithms(node: fx.Node, facts: Facts) -> bool:
     return any(op_name(n) in _LOGARITHMS and taint_of(n, facts) for n in above)
 
 
-def _shares(candidate: Candidate, facts: Facts) -> Iterator[fx.Node]:
+def _shares(candidate: Candidate, logarithms: list[fx.Node], facts: Facts) -> Iterator[fx.Node]:
     """Multiples of a product by what the log-sum-exp of the same scores decides."""
-    below = carried([candidate.root], facts)
-    above = nx.ancestors(facts.flow, candidate.root)
+    above = nx.ancestors(facts.flow, candidate.root) if logarithms else set()
+    mine = {n for n in logarithms if taint_of(n, facts) & above}
+    below = carried([candidate.root], facts) if mine else set()
     for node in below:
         if op_name(node) in PRODUCTS:
             others = {a for a in arguments(node)[:2] if is_tensor(a)} - below - {candidate.root}
             made_of = {n for a in others for n in (a, *nx.ancestors(facts.flow, a))}
-            if any(op_name(n) in _LOGARITHMS and taint_of(n, facts) & above for n in made_of):
+            if mine & made_of:
                 yield node
 
 
