@@ -71,7 +71,7 @@ def _chunks(form: LinearForm, work: Work, given: Operands) -> _Chunks:
     rest = work.k.shape[1] - given.erase.shape[1]
     x, y = (work.chunked(F.pad(part.to(work.k.dtype), (0, 0, 0, rest))) for part in (given.lookup, given.erase))
     into, among = work.decays.into, pairs_of(form, work, False)
-    before = into if into.shape[2] == 1 else torch.cat((torch.ones_like(into[:, :, :1]), into[:, :, :-1]), 2)
+    before = into if work.gate is None else torch.cat((torch.ones_like(into[:, :, :1]), into[:, :, :-1]), 2)
     ahead = _earlier(x).unsqueeze(1)
     weights, system = (_later(among.scores(ahead, part.unsqueeze(1)).squeeze(1)) for part in (keys, y))
     wanted = torch.cat((weights @ values, before * x), -1)
