@@ -108,9 +108,19 @@ class Joined:
         held = tuple(
             x for x in part.atoms if at.row in x.axes and x.loads and values(x, sorted(x.axes, key=order_key))
         )  # fmt: skip
-        if part.number != self.number or part.conditions:
+        if part.number not in (1.0, self.number) or part.conditions:
             return False
         return Held(held, at.row, Axis("alone", ONE), values).are(rest, TRUE) if held else not rest.counts
+
+    def written(self, term: Expr, at: Cut) -> tuple[Expr, ...] | None:
+        """The factors that the state holds, where a term reads it: those of the product but for the term's own, which
+        are all of the query's; None where some of these are not the term's."""
+        part = part_of(term).renamed(self.names)
+        of_query: dict[Expr, Expr] = dict(zip((at.chunk, at.row), at.split(at.query)))
+        read = Counter(s.substitute(x, of_query) for x in (*part.atoms, *part.exps))
+        read.update([Const(part.number, "float32")])
+        held = tuple((Counter(self.product.factors) - read).elements())
+        return None if any(at.query in x.axes for x in held) else held
 
 
 def over_all(value: Expr, at: Cut, values: Values = no_values) -> Joined:

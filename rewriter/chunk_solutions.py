@@ -288,7 +288,11 @@ class Delta:
             factors=(*(f for f in found.product.factors if f not in mine.solutions), *values.elements()),
             exponents=(*found.product.exponents, (1, rate)),
         )
-        return replace(found, product=product, erase=rate, keys=mine.keys)
+        ends = found.ends
+        if ends is not None and ends.written is not None:
+            written = (*(f for f in ends.written if f not in mine.solutions), *values.elements())
+            ends = replace(ends, written=written)
+        return replace(found, product=product, erase=rate, keys=mine.keys, ends=ends)
 
 
 @dataclass(frozen=True)

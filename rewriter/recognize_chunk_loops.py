@@ -172,8 +172,10 @@ class _Form:
         if ends is None:
             return None
         terms = [term for _, term, _ in terms_of(steps.out, 1) if any(x.tensor == BEFORE.format(0) for x in term.loads)]
-        if len(terms) != 1 or not joined.reads(terms[0], at, values):
+        written = joined.written(terms[0], at) if len(terms) == 1 and joined.reads(terms[0], at, values) else None
+        if written is None:
             raise Stop(Declined("a loop over chunks does not read its state as it is at the end of a chunk"))
         names = joined.names
         initial = None if ends.initial is None else s.substitute(ends.initial, names)
-        return replace(ends, initial=initial, index=tuple(s.substitute(x, names) for x in ends.index))
+        index = tuple(s.substitute(x, names) for x in ends.index)
+        return replace(ends, initial=initial, index=index, written=written)

@@ -229,6 +229,36 @@ def erasing(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[
     return torch.stack(rows, 2), state
 
 
+def scaled(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, number: bool = False) -> tuple[Tensor, Tensor]:
+    """What is written to the state is scaled, by head or by a number, and so are the pairs; where it is read, nothing."""
+    share, rows = 0.5 if number else torch.sigmoid(g[0, :, 0, 0])[:, None, None], []
+    for start in range(0, q.shape[2], SIZE):
+        query, key, value = (x[:, :, start : start + SIZE] for x in (q, k, v))
+        rows.append((share * (query @ key.mT)).tril() @ value + query @ state)
+        state = state + share * (key.mT @ value)
+    return torch.cat(rows, 2), state
+
+
+def scaled_values(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The delta rule, of half of each value."""
+    q, k, v, rate = (x.unflatten(2, (-1, SIZE)) for x in (q, F.normalize(k, dim=-1), v, g[..., :1].exp()))
+    system = (rate * k @ k.mT).tril(-1)
+    own = torch.linalg.solve_triangular(system, rate * v * 0.5, upper=False, unitriangular=True)
+    seen = torch.linalg.solve_triangular(system, rate * k, upper=False, unitriangular=True)
+    rows = []
+    for i in range(q.shape[2]):
+        u = own[:, :, i] - seen[:, :, i] @ state
+        rows.append(q[:, :, i] @ state + (q[:, :, i] @ k[:, :, i].mT).tril() @ u)
+        state = state + k[:, :, i].mT @ u
+    return torch.stack(rows, 2).flatten(2, 3), state
+
+
+def test_states_hold_what_their_keys_and_values_are_scaled_by() -> None:
+    given = [*inputs(4), torch.rand(2, 3, 5, 5)]
+    for module in (Module(scaled), Module(scaled, number=True), Module(scaled_values)):
+        check(module, given, family="linear", sites=1, lower=False, gradients=True)
+
+
 @pytest.mark.parametrize("function", [carried, by_steps, erasing])
 def test_states_before_and_after(function: Function) -> None:
     given = [*inputs(4), torch.rand(2, 3, 5, 5)]
