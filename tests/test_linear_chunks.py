@@ -230,7 +230,7 @@ def erasing(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[
 
 
 def scaled(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, number: bool = False) -> tuple[Tensor, Tensor]:
-    """What is written to the state is scaled, by head or by a number, and so are the pairs; where it is read, nothing."""
+    """What is written to the state is scaled, by head or by a number, as are the pairs; where it is read, nothing."""
     share, rows = 0.5 if number else torch.sigmoid(g[0, :, 0, 0])[:, None, None], []
     for start in range(0, q.shape[2], SIZE):
         query, key, value = (x[:, :, start : start + SIZE] for x in (q, k, v))
