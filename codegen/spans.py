@@ -54,7 +54,7 @@ def forward(
         return out, sums, None
     # What was asked for is memory of its own.
     wide = state_dtype(given.q, given.k, given.v)
-    none = given.k.new_zeros(0, given.k.shape[2], width, dtype=wide)
+    none = given.k.new_zeros(given.k.shape[0], given.k.shape[2], width, dtype=wide)
     final = none if state is None else state[..., :width].clone(memory_format=torch.contiguous_format)
     return out, sums, final
 
@@ -69,7 +69,7 @@ def backward(
     flow_state = None if grads[2] is None else _widened(form, grads[2], 0.0)
     operands = (given.q, given.k, given.v, given.gate, given.erase, given.lookup)
     found = [None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in operands]
-    for at, state in zip(reversed(spans), reversed(states)):  # of an empty batch, no spans
+    for at, state in zip(reversed(spans), reversed(states)):  # of nothing, no spans
         flow = _flow(form, given, grads, at)
         flows = recurrence.backward(form, chunk, _part(form, given, at, state), flow, flow_state)
         into = (flows.q.flatten(0, 1), flows.k, flows.v, flows.gate, flows.erase, flows.lookup)
@@ -89,12 +89,12 @@ def backward(
 def _spans(chunk: int, given: Operands) -> Sequence[slice]:
     """Whole chunks, of spans as equal as can be."""
     length, width = given.k.shape[1], max(given.k.shape[2], given.v.shape[2], chunk)
-    if not given.k.shape[0]:  # an empty batch
+    if not given.k.shape[0] or not length:  # an empty batch, or no steps
         return []
     chunks = max(-(-length // chunk), 1)
     most = max(_MOST // (given.q.shape[0] * width * chunk), 1)
     each = -(-chunks // -(-chunks // most)) * chunk
-    return [slice(first, min(first + each, length)) for first in range(0, max(length, 1), each)]
+    return [slice(first, min(first + each, length)) for first in range(0, length, each)]
 
 
 def _part(form: LinearForm, given: Operands, at: slice, state: Tensor | None) -> Operands:

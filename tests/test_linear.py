@@ -250,6 +250,21 @@ def test_an_empty_batch(kind: str) -> None:
     assert [x.shape for x in found if x is not None] == [x.shape for x in given if x is not None]
 
 
+@pytest.mark.parametrize("initial", [False, True], ids=["", "initial"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_steps(kind: str, initial: bool) -> None:
+    """As of a chunk before the first position: the state is what it was."""
+    form = form_of(kind, gate="head", final=True, initial=initial)
+    given = [x if x is None or x.shape[1:] == (6, 5) else x[:, :0] for x in tensors(form, 20)]
+    out, sums, final = chunked.forward(form, 16, *given)
+    assert final is not None and out.shape == (3, 0, 5) and (sums is None or sums.shape == (3, 0))
+    torch.testing.assert_close(final, given[5] if initial else torch.zeros_like(final))
+    flow = torch.randn_like(final)
+    found = chunked.backward(form, 16, *given, (torch.zeros_like(out), sums, flow))
+    assert [x.shape for x in found if x is not None] == [x.shape for x in given if x is not None]
+    assert not initial or (found[5] is not None and torch.equal(found[5], flow))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_long_sequence_needs_the_memory_of_one_span(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor but results is as long as the sequence, in the forward and in the backward."""
