@@ -10,7 +10,7 @@ from refocus.codegen.linear_form import Grads, LinearForm, Operands, state_dtype
 def forward(form: LinearForm, given: Operands) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`linear_form.forward` of a form that is not causal."""
     q, k, _, state = _products(given)
-    out = (q @ state).reshape(*given.q.shape[:2], -1).to(given.v.dtype)
+    out = (q @ state).reshape(*given.q.shape[:2], given.v.shape[2]).to(given.v.dtype)
     sums = (q @ k.sum(1)[..., None]).reshape(given.q.shape[:2]) if form.sums else None
     return out, sums, state if form.final else None
 
@@ -22,7 +22,7 @@ def backward(form: LinearForm, given: Operands, grads: Grads) -> tuple[Tensor | 
     dq, dk, dv = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     into = state.new_zeros(state.shape) if final is None else final
     if out is not None:
-        flow = out.reshape(q.shape[0], q.shape[1], -1)
+        flow = out.reshape(q.shape[0], q.shape[1], v.shape[2])
         dq += flow @ state.mT
         into = into + q.mT @ flow
     if sums is not None:
@@ -42,4 +42,5 @@ def _products(given: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, v = (x.to(wide) for x in (given.q, given.k, given.v))
     state = k.mT @ v
     state = state if given.initial is None else state + given.initial.to(wide)
-    return q.reshape(k.shape[0], -1, q.shape[2]), k, v, state
+    share = q.shape[0] // max(k.shape[0], 1)
+    return q.reshape(k.shape[0], share * q.shape[1], q.shape[2]), k, v, state

@@ -12,11 +12,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 from refocus import simplify as s
-from refocus.ir import TRUE, Axis, Call, Const, Expr, Load, Reduce
+from refocus.ir import TRUE, Axis, Call, Const, Expr, Load, Reduce, rewrite
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.linear import Product, product_of
 from refocus.patterns.summands import minus, number_of_terms, summands, times
@@ -227,13 +227,42 @@ def _holds(e: Expr, state: str) -> bool:
 _MOST_TERMS = 256  # of several steps taken for one, there are exponentially many
 
 
+@dataclass
+class Named:
+    """Gates under names: where a gate counts for a pair, its step is after a key's, and what it is made of would be
+    simplified with that. For a state that a loop starts from, the gate of the first step counts, too."""
+
+    gates: dict[Expr, tuple[str, tuple[Axis, ...]]] = field(default_factory=dict)
+
+    def of(self, gate: Expr, step: Axis) -> Load:
+        """A gate as a load at its step and its other axes; equal ones, but for what their axes are called, alike."""
+        own = dict.fromkeys(x for x in gate.walk() if isinstance(x, Axis) and x in gate.axes and x != step)
+        axes = (step, *own)
+        places = tuple(Axis(f"gate's {n}", a.size) for n, a in enumerate(axes))
+        plain = s.substitute(gate, dict(zip(axes, places)))
+        name, _ = self.gates.setdefault(plain, (f"gate {len(self.gates)}", places))
+        return Load(name, axes, gate.dtype)
+
+    def put_back(self, value: Expr) -> Expr:
+        """The value, its names replaced by what they stand for."""
+        known = {name: (gate, places) for gate, (name, places) in self.gates.items()}
+
+        def visit(node: Expr) -> Expr | None:
+            if not isinstance(node, Load) or node.tensor not in known:
+                return None
+            gate, places = known[node.tensor]
+            return s.substitute(gate, dict(zip(places, node.index)))
+
+        return rewrite(value, visit, s.rebuild)
+
+
 def closed_form(
     update: Update, own: tuple[Expr, ...], at: tuple[Expr, ...], step: Axis, key: Axis,
-    seen: Callable[[Expr, Expr], Expr], late: bool = False,
+    seen: Callable[[Expr, Expr], Expr], late: bool = False, named: Named | None = None,
 ) -> Expr:  # fmt: skip
     """The state that is read at the position `at` in a step: a sum over the steps `key` that it has `seen`. A state
     that has decayed only up to the step before (`late`) is one of keys that are counted from one: what is written at a
-    step is a key of the next."""
+    step is a key of the next. With `named`, gates stand in it by name."""
     here: dict[Expr, Expr] = {a: x for a, x in zip(own, at) if isinstance(a, Axis)}
     between = Axis("between", step.size)
     wrote = before(key) if late else key
@@ -246,6 +275,7 @@ def closed_form(
     for gate in update.gates:
         held = s.and_(s.le(between, last), s.lt(key, between))
         there = s.substitute(gate, {**here, step: before(between) if late else between})
+        there = there if named is None else named.of(there, between)
         inner = s.where(held, there, Const(0.0, gate.dtype))
         value = s.call("mul", value, s.call("exp", Reduce("sum", between, inner, gate.dtype), dtype=dtype), dtype=dtype)
     keeps = s.and_(s.le(Const(1), key), s.le(key, step)) if late else seen(key, step)

@@ -19,7 +19,7 @@ from refocus.lift import Index, Lifter, dtype_of
 from refocus.loops import Loop
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.linear import Product, Weight
-from refocus.patterns.recurrence import Lookup
+from refocus.patterns.recurrence import Lookup, Named
 from refocus.progressions import named_alike, one_function
 from refocus.sizes import shape_of
 
@@ -96,7 +96,7 @@ class Rolled:
     `erase`: what the delta rule takes away at each key, of which `keys` are the factors of what is looked up; or what
     is taken away for what another key, `lookup`, finds. `rows`: how many positions are in a chunk; 1 where there are
     none. `local` is added to the sum over the keys before it is divided. `late`: the keys are those of the steps
-    before."""
+    before. `named`: the gates that stand in the product by name."""
 
     product: Product
     weight: Weight | None
@@ -112,6 +112,7 @@ class Rolled:
     ends: Ends | None = None
     local: tuple[Expr, ...] = ()
     late: bool = False
+    named: Named | None = None
 
     @property
     def free(self) -> tuple[Axis, ...]:

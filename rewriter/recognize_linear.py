@@ -309,6 +309,8 @@ def _rolled_site(root: fx.Node, roll: Rolled, interior: frozenset[fx.Node], fact
             raise Stop(Declined("a decay for each value channel"))
         raise Stop(Declined("the results are no products of queries with a state"))
     weight = roll.weight or _weight(read.product, pair, facts)
+    if weight.gate is not None and roll.named is not None:
+        weight = replace(weight, gate=roll.named.put_back(weight.gate))
     if roll.late and weight.gate is not None:
         # The gates of a step are those of the one before; what a loop starts from has not decayed in the first.
         gate = s.substitute(weight.gate, {roll.key: s.maximum(roll.key, Const(1))})

@@ -37,7 +37,7 @@ from refocus.loops import Loop
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.linear import as_number, blamed, product_of, settled
 from refocus.patterns.local_terms import with_local
-from refocus.patterns.recurrence import Update, before, closed_form, read_update
+from refocus.patterns.recurrence import Named, Update, before, closed_form, read_update
 from refocus.patterns.summands import terms_that, times
 from refocus.recognize_chunk_loops import in_chunks
 from refocus.roles import Axes
@@ -85,14 +85,14 @@ def step_by_step(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
     if erasing and len(read) > 1:
         raise Stop(Declined("a loop has several states, and the delta rule", several=True))
 
-    late = _is_late(out, read)
+    late, named = _is_late(out, read), Named()
 
     def visit(node: Expr) -> Expr | None:
         if isinstance(node, Load):
             for n, update in enumerate(read):
                 for name, last in ((BEFORE.format(n), s.lt), (AFTER.format(n), s.le)):
                     if node.tensor == name:
-                        return closed_form(update, own[n], node.index, step, key, last, late)
+                        return closed_form(update, own[n], node.index, step, key, last, late, named)
         return None
 
     value = s.substitute(rewrite(out, visit, s.rebuild), {step: query})
@@ -105,7 +105,7 @@ def step_by_step(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
         ends = _written(ends, read[0], here, step, key, late)
     return Rolled(
         settled(product, (query, key)), None, dims, query, key, place, steps.visited, there.erase, there.keys,
-        there.lookup, ends=ends, local=local, late=late,
+        there.lookup, ends=ends, local=local, late=late, named=named,
     )  # fmt: skip
 
 

@@ -265,6 +265,17 @@ def test_no_steps(kind: str, initial: bool) -> None:
     assert not initial or (found[5] is not None and torch.equal(found[5], flow))
 
 
+@pytest.mark.parametrize(("heads", "queries"), [(0, 20), (3, 0)])
+def test_nothing_to_do_without_a_mask(heads: int, queries: int) -> None:
+    form = LinearForm(causal=False, sums=True)
+    given = [x if x is None else x[:heads] for x in tensors(form, 20)]
+    given[0] = torch.zeros(heads, queries, 6, dtype=torch.float64)
+    out, sums, _ = chunked.forward(form, 16, *given)
+    assert sums is not None and (out.shape, sums.shape) == ((heads, queries, 5), (heads, queries))
+    found = chunked.backward(form, 16, *given, (torch.zeros_like(out), torch.zeros_like(sums), None))
+    assert [x.shape for x in found if x is not None] == [x.shape for x in given if x is not None]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_long_sequence_needs_the_memory_of_one_span(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor but results is as long as the sequence, in the forward and in the backward."""

@@ -75,6 +75,22 @@ def test_the_number_0_may_decay(function: Function) -> None:
     check(Module(function), inputs(4), family="linear", sites=1, lower=False, gradients=True)
 
 
+def rolled_gates(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The first step decays by the last gate, and what the loop starts from with it."""
+    decays, rows = torch.exp(-g[..., :1, None]).roll(1, 2), []
+    for t in range(q.shape[2]):
+        state = decays[:, :, t] * state + outer(k[:, :, t], v[:, :, t])
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2), state
+
+
+def test_the_first_gate_is_read_where_it_is() -> None:
+    given = [*inputs(4), torch.rand(2, 3, 8, 8)]
+    check(Module(rolled_gates), given, family="linear", sites=1, lower=False, gradients=True)
+    from_zero = Module(lambda q, k, v, g: rolled_gates(q, k, v, g, zero(q, v))[0])
+    check(from_zero, given[:4], family="linear", sites=1, lower=False, gradients=True)
+
+
 # ---------------------------------------------------------------------------------------------------- near misses
 
 
