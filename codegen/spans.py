@@ -89,7 +89,7 @@ def backward(
 def _spans(chunk: int, given: Operands) -> Sequence[slice]:
     """Whole chunks, of spans as equal as can be."""
     length, width = given.k.shape[1], max(given.k.shape[2], given.v.shape[2], chunk)
-    if not given.k.shape[0] or not length:  # an empty batch, or no steps
+    if 0 in (*given.q.shape[:2], given.k.shape[0]):  # an empty batch, no heads that read, or no steps
         return []
     chunks = max(-(-length // chunk), 1)
     most = max(_MOST // (given.q.shape[0] * width * chunk), 1)

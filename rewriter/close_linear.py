@@ -18,7 +18,7 @@ from torch import fx
 
 from refocus import simplify as s
 from refocus.decay_tables import written_out
-from refocus.expand import Expander
+from refocus.expand import Expander, in_range
 from refocus.facts import Facts
 from refocus.held_values import HeldValues
 from refocus.hoist import Hoisted
@@ -184,6 +184,8 @@ def close(
         outputs.append(Output(ends.final, tuple(x if isinstance(x, Axis) else None for x in ends.index), last))
     if any(isinstance(n, Reduce) and not of_one_row(n) for o in outputs for n in o.value.walk()):
         raise Stop(Declined("what the weights are normalised by is no function of their sums"))
+    outputs = [replace(o, value=in_range(o.value, facts)) for o in outputs]
+    bindings = tuple(replace(b, value=in_range(b.value, facts)) for b in bindings)
     outputs.sort(key=lambda o: facts.order[o.node])
     interior = frozenset(candidate.interior - {o.node for o in outputs})
     if roll is None:

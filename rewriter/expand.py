@@ -17,6 +17,7 @@ from refocus.facts import Facts
 from refocus.ir import Axis, Const, Expr, Load, rewrite
 from refocus.lift import Index, Lifter, arguments, op_name
 from refocus.lift_pointwise import POINTWISE
+from refocus.sizes import shape_of
 
 
 @dataclass
@@ -80,6 +81,29 @@ def without(value: Expr, axes: Set[Axis], facts: Facts) -> Expr:
         return None
 
     return rewrite(value, visit, s.rebuild)
+
+
+def in_range(value: Expr, facts: Facts) -> Expr:
+    """The value, read at the edge of a tensor where it would be read beyond. There it counts for nothing, or the model
+    would read it there: a condition that it stood under may have become a factor of zeros and ones (padding)."""
+
+    def visit(node: Expr) -> Expr | None:
+        if not isinstance(node, Load) or node.tensor not in facts.nodes:
+            return None
+        sizes = shape_of(facts.nodes[node.tensor])
+        index = tuple(_clamped(x, size) for x, size in zip(node.index, sizes))
+        return None if index == node.index else Load(node.tensor, index, node.dtype)
+
+    return rewrite(value, visit, s.rebuild)
+
+
+def _clamped(place: Expr, size: Expr) -> Expr:
+    low, high = s.bounds(place)
+    if low is not None and low < 0:
+        place = s.maximum(place, Const(0))
+    if high is not None and isinstance(size, Const) and high >= size.value:
+        place = s.minimum(place, Const(int(size.value) - 1))
+    return place
 
 
 def step_of(value: Expr, axis: Axis, facts: Facts) -> Expr:

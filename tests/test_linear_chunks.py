@@ -169,6 +169,25 @@ def all_at_once(q: Tensor, k: Tensor, v: Tensor, g: Tensor, slip: str = "") -> T
     return out.flatten(2, 3)[:, :, :length]
 
 
+def padded_features(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Keys that are exponentials, padded by zeros; results of padding are given out, too."""
+    rest = -q.shape[2] % SIZE
+    weights = torch.linspace(-1, 1, 20, dtype=q.dtype).view(5, 4)
+    q, k = (torch.exp(x @ weights - x.square().sum(-1, keepdim=True) / 2) / 2 for x in (q, k))
+    q, k, v = (F.pad(x, (0, 0, 0, rest)).unflatten(2, (-1, SIZE)) for x in (q, k, v))
+    sums = F.pad(g[..., 0], (0, rest)).unflatten(2, (-1, SIZE)).cumsum(-1)
+    inside = (q @ k.mT) * (sums[..., :, None] - sums[..., None, :]).masked_fill(later(SIZE), float("-inf")).exp()
+    states = (k * (sums[..., -1:] - sums).exp()[..., None]).mT @ v
+    states = torch.cat((torch.zeros_like(states[:, :, :1]), states), 2)
+    carried = segments(F.pad(sums[..., -1], (1, 0))).exp()
+    before = torch.einsum("bhzc,bhcde->bhzde", carried, states)[:, :, :-1]
+    return (inside @ v + (q * sums.exp()[..., None]) @ before).flatten(2, 3)
+
+
+def test_padding_is_not_read_beyond_what_it_pads() -> None:
+    check(Module(padded_features), inputs(4, length=10), family="linear", sites=1, lower=False, gradients=True)
+
+
 # ---------------------------------------------------------------------------------------------------- the delta rule
 
 
