@@ -233,7 +233,7 @@ def terms_of(e: Expr, sign: int) -> Iterator[Summand]:
 _FEW = 1 << 10
 
 # A decay of zero, as its logarithm: exp of it is 0 in every dtype, and it does not turn sums into NaN.
-_GONE = -1.0e4
+GONE = -1.0e4
 
 
 def _power(base: Expr, exponent: Expr, pair: Pair) -> Product:
@@ -254,7 +254,7 @@ def _power(base: Expr, exponent: Expr, pair: Pair) -> Product:
 def _log_size(base: Expr) -> Expr:
     dtype = base.dtype
     size = s.call("abs", base, dtype=dtype)
-    return s.call("max", s.call("log", size, dtype=dtype), Const(_GONE, dtype), dtype=dtype)
+    return s.call("max", s.call("log", size, dtype=dtype), Const(GONE, dtype), dtype=dtype)
 
 
 def logarithm(decay: Expr) -> Expr | None:

@@ -18,7 +18,7 @@ from functools import cache
 from refocus import simplify as s
 from refocus.ir import TRUE, Axis, Call, Const, Expr, Load, Reduce, rewrite
 from refocus.patterns.declined import Declined, Stop
-from refocus.patterns.linear import Product, product_of
+from refocus.patterns.linear import Product, as_number, product_of
 from refocus.patterns.summands import minus, number_of_terms, summands, times
 
 
@@ -64,9 +64,10 @@ def read_update(
         rest = [f for f in found.factors if f not in loads]
         if len(loads) != 1 or any(_holds(x, state) for x in (*rest, *found.divisors, *found.conditions)):
             raise Stop(Declined("a loop's update is not linear in its state"))
-        if found.conditions or found.divisors:
+        if found.divisors or not all(step in c.axes for c in found.conditions):
             raise Stop(Declined("a loop's state is not multiplied with decays alone"))
-        plain = Product(summed=found.summed, factors=tuple(rest))
+        # A state that is set to zero decays by zero.
+        plain = Product(summed=found.summed, factors=(*rest, *map(as_number, found.conditions)))
         if loads[0].index == own and not found.summed:
             keeps.append(plain)
         else:

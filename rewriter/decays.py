@@ -10,8 +10,9 @@ from torch import fx
 from refocus import simplify as s
 from refocus.expand import Follower
 from refocus.facts import Facts
-from refocus.ir import Call, Const, Expr, Load
+from refocus.ir import BOOL, Call, Const, Expr, Load
 from refocus.lift import Index, Lifter, arguments, dtype_of, op_name
+from refocus.patterns.linear import GONE
 
 
 def log_of(decay: Expr, facts: Facts) -> Expr | None:
@@ -27,6 +28,12 @@ def log_of(decay: Expr, facts: Facts) -> Expr | None:
     op, args, dtype = decay.op, decay.args, decay.dtype
     if op == "exp":
         return args[0]
+    if op == "where":
+        chosen = [_log_or_gone(x, facts) for x in args[1:]]
+        return None if None in chosen else s.where(args[0], *chosen)  # type: ignore[arg-type]
+    kept = _kept(decay)
+    if kept is not None:
+        return s.where(kept, Const(0.0, dtype), Const(GONE, dtype))
     if op == "sigmoid":
         return _log_sigmoid(args[0], dtype)
     if op == "sub" and isinstance(args[0], Const) and args[0].value == 1:
@@ -47,6 +54,23 @@ def log_of(decay: Expr, facts: Facts) -> Expr | None:
         if op == "add":
             return s.call("log", decay, dtype=dtype)
         return s.call("add" if op == "mul" else "sub", *logs, dtype=dtype)  # type: ignore[arg-type]
+    return None
+
+
+def _log_or_gone(decay: Expr, facts: Facts) -> Expr | None:
+    """The logarithm of a decay that may also be the number 0, which forgets all."""
+    if isinstance(decay, Const) and decay.value == 0:
+        return Const(GONE, decay.dtype)
+    return log_of(decay, facts)
+
+
+def _kept(decay: Expr) -> Expr | None:
+    """The condition under which a decay of zeros and ones keeps the state, where it is made of one; None where not."""
+    if isinstance(decay, Call) and decay.op == "cast" and decay.args[0].dtype == BOOL:
+        return decay.args[0]
+    if isinstance(decay, Call) and decay.op == "sub" and isinstance(decay.args[0], Const) and decay.args[0].value == 1:
+        begins = _kept(decay.args[1])
+        return None if begins is None else s.not_(begins)
     return None
 
 
