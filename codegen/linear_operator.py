@@ -71,7 +71,8 @@ def linear(
     what, how = parse_form(form), plans.parse(plan)
     tensors = (q, k, v, gate, erase, initial, lookup)
     _check(what, *tensors)
-    out, sums, final = engine_named(how.engine).forward(what, how.block_k, *tensors)
+    with torch.autocast(q.device.type, enabled=False):  # a region that the caller is in says nothing of the engine
+        out, sums, final = engine_named(how.engine).forward(what, how.block_k, *tensors)
     return out, _none(q) if sums is None else sums, _none(q) if final is None or not what.final else final
 
 
@@ -104,7 +105,8 @@ def linear_backward(
     """The gradients of those of the operands for which `needs` holds."""
     what, how = parse_form(form), plans.parse(plan)
     tensors = (q, k, v, gate, erase, initial, lookup)
-    found = engine_named(how.engine).backward(what, how.block_k, *tensors, (out, sums, final))
+    with torch.autocast(q.device.type, enabled=False):
+        found = engine_named(how.engine).backward(what, how.block_k, *tensors, (out, sums, final))
     return [g for g, need in zip(found, needs, strict=True) if need]
 
 

@@ -319,6 +319,19 @@ def test_no_tensor_of_all_pairs(gate: str, kind: str) -> None:
     assert largest_allocation(run) <= 5 * length * 128 * 4 < length * length * 4 / 6
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_around_it_changes_nothing(kind: str) -> None:
+    form = form_of(kind, gate="head", final=True)
+    given = [x if x is None else x.requires_grad_() for x in tensors(form, 40, dtype=torch.float32)]
+    leaves = [x for x in given if x is not None]
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out, _, final = linear_operator.call(form, PLAN, given)
+            found.append((out, final, *torch.autograd.grad(out.sum() + final.sum(), leaves, allow_unused=True)))
+    assert all(torch.equal(a, b) for a, b in zip(*found) if a is not None)
+
+
 def test_no_second_derivative() -> None:
     form = LinearForm()
     q, k, v, *rest = tensors(form, 8)
