@@ -17,6 +17,7 @@ from refocus.facts import Facts
 from refocus.hoist import Hoisted, hoist_distances, hoist_sums
 from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Operand, Reduce, Region, rewrite
 from refocus.lift import dtype_of
+from refocus.low_scores import LowScores
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.factors import holds_scores
 from refocus.patterns.masking import known_inside, separate_mask
@@ -88,7 +89,7 @@ def finish(
     logits, hoisted = hoist_distances(soft.logits, query, key)
     rows = Rows(facts, batch, query, key)
     logits = rows.settled(soft, logits)
-    score, mask = separate_mask(logits)
+    score, mask = LowScores(facts, {**sums, **hoisted}).separated(logits)
     rule = rows.rule(soft, logits, mask)
     gate = soft.gate if rule == "logits" else known_inside(soft.gate, mask)
     builder = _Operands(facts, names, {**sums, **hoisted}, out_dtype)

@@ -186,6 +186,18 @@ def empty_added(dtype: torch.dtype = torch.float32, n: int = 50, d: int = 16) ->
     return s.case(s.score, mask, add(s.score, fill), extra=(sink,), empty_row="logits")
 
 
+def low_scores(dtype: torch.dtype = torch.float32, n: int = 50, d: int = 16) -> Case:
+    """Padding at the left is added as numbers lower than the fill of a causal mask: rows that see padding only become
+    the mean of the later keys that are none."""
+    s = Setting(dtype, n, n, d, d)
+    s.tensors["added"] = torch.where(torch.arange(n)[None] < torch.tensor([0, 11])[:, None], -3e4, 0.0).to(dtype)
+    added = Load("added", (s.b, s.j), s.f)
+    low = call("le", added, s.const(-1e4), dtype=BOOL)
+    causal = le(s.j, s.i)
+    logits = add(s.masked(s.score, causal, -1e4), added)
+    return s.case(add(s.score, added), and_(causal, simplify.not_(low)), logits, empty_row="logits")
+
+
 def masked_rows(dtype: torch.dtype = torch.float32, n: int = 50, d: int = 16) -> Case:
     """Whole rows are masked, by a fill that the scores are lost in: they become the mean of all values."""
     s = Setting(dtype, n, n, d, d)
@@ -317,8 +329,8 @@ CASES: dict[str, Callable[..., Case]] = {
     f.__name__: f
     for f in (
         dense, causal, causal_bfloat16, window, gqa, additive_bias, alibi, softcap, padding, documents, sinks,
-        empty_min, empty_inf, empty_zero, empty_added, gated, cross, relative_table, t5_buckets, symbolic, two_dots,
-        masked_rows, merged_heads, windows_2d, unbatched, dropout,
+        empty_min, empty_inf, empty_zero, empty_added, low_scores, gated, cross, relative_table, t5_buckets, symbolic,
+        two_dots, masked_rows, merged_heads, windows_2d, unbatched, dropout,
     )
 }
 

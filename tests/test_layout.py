@@ -36,9 +36,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "attention", "bands", "choices", "close_site", "closure", "empty_rows", "finite_rows", "joint", "lifted",
         "merge", "normal_form", "pieces", "piecewise", "products", "quotient", "recognize", "roles", "row_results",
         "row_sums", "running_softmax", "skews", "equal_sizes", "expand", "linear_candidates", "recognize_linear",
-        "loops", "recognize_loops", "chunk_solutions", "close_linear", "factored", "held_values", "loop_steps",
-        "recognize_chunk_loops", "recognize_chunked", "recognize_decoding", "blocked", "decays", "inverses",
-        "decay_tables", "substeps", "added_states",
+        "low_scores", "loops", "recognize_loops", "chunk_solutions", "close_linear", "factored", "held_values",
+        "loop_steps", "recognize_chunk_loops", "recognize_chunked", "recognize_decoding", "blocked", "decays",
+        "inverses", "decay_tables", "substeps", "added_states",
     ),
     "codegen": ("codegen", "codegen.*"),
     "pipeline": (

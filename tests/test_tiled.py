@@ -89,6 +89,10 @@ def added(t: Tensors) -> Tensor:
     return with_sink(t, scores(t) + torch.where(left_padded(t), 0.0, -100.0).to(t["q"].dtype), -100.0)
 
 
+def low(t: Tensors) -> Tensor:
+    return torch.softmax(scores(t).masked_fill(~tril(t), -1e4) + t["added"][:, None, None], -1) @ t["v"]
+
+
 def drawn(seed: int, row: int, column: int) -> float:
     """The counter's definition, on Python's own numbers."""
     word = 2**32 - 1
@@ -161,6 +165,7 @@ EAGER: dict[str, Callable[[Tensors], Tensor]] = {
     "empty_inf": lambda t: attend(t, keep=left_padded(t), fill=-math.inf),
     "empty_zero": zero_rows,
     "empty_added": added,
+    "low_scores": low,
     "masked_rows": masked_rows,
     "gated": gated,
     "dropout": dropped,
