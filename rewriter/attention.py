@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 
 from refocus.ir import Axis, Expr, Region
-from refocus.lift import op_name
 from refocus.normal_form import Binding
 from refocus.notation import notation
 from refocus.patterns.declined import Declined
@@ -39,7 +38,7 @@ class Site:
     interior: frozenset[fx.Node] = frozenset()
     family: str = "softmax"
     readings: Readings = field(default_factory=lambda: Readings())
-    shared: tuple[tuple[fx.Node, fx.Node], ...] = ()  # scores that others read, and who: fine if these are fused, too
+    shared: tuple[tuple[frozenset[fx.Node], Declined], ...] = ()  # who else reads scores or weights: fine if all fuse
     loading: Site | None = None  # the same where these are not: of several products, those that others read are loaded
     results: tuple[RowResult, ...] = ()  # what else the region's only part yields, of its rows
     rows: tuple[Expr, ...] = ()  # where the site's axes read a row of the last part
@@ -73,20 +72,19 @@ class Left:
 
 
 def closed_under_sharing(sites: list[Site]) -> tuple[list[Site], list[tuple[Site, Left]]]:
-    """The sites that remain when scores may be read by nobody but sites: two attentions over the same scores, or over
-    sums of the same products, are both fused, or neither is; unless there is another product in the scores, and those
-    that others read can be loaded."""
+    """The sites that remain when scores and weights may be read by nobody but sites: two attentions over the same
+    scores, or over sums of the same products, are both fused, or neither is; unless there is another product in the
+    scores, and those that others read can be loaded."""
     gone: list[tuple[Site, Left]] = []
     while True:
         inner = {n for site in sites for n in (*site.interior, site.root)}
-        open_ = [(site, node, user) for site in sites for node, user in site.shared if user not in inner]
+        open_ = [(site, reason) for site in sites for readers, reason in site.shared if not readers <= inner]
         if not open_:
             return sites, gone
-        for site, node, user in {id(site): (site, node, user) for site, node, user in reversed(open_)}.values():
+        for site, reason in {id(site): (site, reason) for site, reason in reversed(open_)}.values():
             if site.loading is not None:
                 sites = [site.loading if x is site else x for x in sites]
                 continue
-            reason = Declined(f"a score is read elsewhere (by `{op_name(user)}`)", node.name)
             gone.append((site, Left(site.root, site.normaliser, reason)))
             sites = [x for x in sites if x is not site]
 

@@ -10,7 +10,15 @@ from torch import fx
 
 from refocus import simplify as s
 from refocus.attention import Part, Site
-from refocus.closure import check_no_writes, check_reads, interior_of, is_product, is_returned, reads_shape
+from refocus.closure import (
+    check_no_writes,
+    check_reads,
+    interior_of,
+    is_product,
+    is_returned,
+    only_roots_after,
+    reads_shape,
+)
 from refocus.empty_rows import UNPLAIN_FILLS
 from refocus.facts import Candidate, Facts
 from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Reduce
@@ -60,15 +68,20 @@ def close_site(
     root = candidate.root
     interior = interior_of(candidate, facts, lifted.lifter.visited)
     reader = RowReader(facts, lifted, axes, {result.node: result for result in told})
-    shared: list[tuple[fx.Node, fx.Node]] = []
+    shared: list[tuple[frozenset[fx.Node], Declined]] = []
     for node, user in _escapes(interior, root, facts):
         if reader.follows(node, user):
             continue
         if not facts.order[node] >= facts.order[candidate.normaliser]:
-            shared.append((node, user))
+            reason = f"a score is read elsewhere (by `{op_name(user)}`)"
+            shared.append((frozenset((user,)), Declined(reason, node.name)))
         elif user not in facts.roots:  # the same weights applied to other values are a site of its own
             reason = f"the probabilities are read elsewhere (by `{op_name(user)}`)"
-            raise Stop(Declined(reason + ", and the graph returns them" * is_returned(user), node.name))
+            declined = Declined(reason + ", and the graph returns them" * is_returned(user), node.name)
+            roots = only_roots_after(user, facts)
+            if not roots:
+                raise Stop(declined)
+            shared.append((roots, declined))
     check_no_writes(facts, interior | lifted.lifter.visited | {root}, root)
     result, one_query = list(free) or axes.flat(), not lifted.lifter.query_axes
     drafts = [

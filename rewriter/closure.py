@@ -12,7 +12,7 @@ from refocus.hoist import Hoisted
 from refocus.ir import Call, Region
 from refocus.lift import is_tensor, op_name
 from refocus.lift_reductions import CONTRACTIONS
-from refocus.lift_tables import MOVES
+from refocus.lift_tables import MOVES, OPERATIONS
 from refocus.lift_views import SPLITS
 from refocus.normal_form import Binding
 from refocus.patterns.declined import Declined, Stop
@@ -58,6 +58,25 @@ def is_returned(node: fx.Node) -> bool:
             stack.extend(user for user in reader.users if user not in seen)
             seen.update(reader.users)
     return False
+
+
+def only_roots_after(node: fx.Node, facts: Facts) -> frozenset[fx.Node]:
+    """The results that may be an attention's and that a reader of weights leads to (other values are multiplied with
+    them in another shape or order); none, if it leads anywhere else, too."""
+    roots: set[fx.Node] = set()
+    seen, stack = {node}, [node]
+    while stack:
+        reader = stack.pop()
+        if op_name(reader) not in _FOLLOWED or not reader.users:
+            return frozenset()
+        roots |= facts.roots & reader.users.keys()
+        following = reader.users.keys() - facts.roots - seen
+        seen |= following
+        stack.extend(following)
+    return frozenset(roots)
+
+
+_FOLLOWED = frozenset((*MOVES, *OPERATIONS, *SPLITS, "unbind"))
 
 
 def check_reads(facts: Facts, interior: set[fx.Node], part: Part) -> None:

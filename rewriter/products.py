@@ -29,6 +29,7 @@ def reads_of(
     dims = root.args[1] if len(root.args) > 1 else None
     keep = bool(root.args[2]) if len(root.args) > 2 else bool(root.kwargs.get("keepdim", False))
     assert isinstance(product, fx.Node)
+    lifter.visited.add(product)  # weights are led through it to the sum
     shape = shape_of(product)
     gone = {int(d) % len(shape) for d in ([dims] if isinstance(dims, int) else dims or range(len(shape)))}  # type: ignore[union-attr, arg-type, call-overload]
     axes = {d: lifter.bound(root, d, shape[d]) for d in sorted(gone)}

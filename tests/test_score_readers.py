@@ -150,3 +150,35 @@ def test_a_product_that_two_attentions_read_is_loaded_by_neither() -> None:
 
     report = check(Attention(function), drawn(12), lower=False, gradients=True).report
     assert [site.notation.count("sum_d") for site in report.sites] == [2, 2]
+
+
+def multiplied_by_hand(weights: Tensor, values: Tensor) -> Tensor:
+    return (weights[..., None] * values.unsqueeze(-3)).sum(-2)
+
+
+def heads_in_one(weights: Tensor, values: Tensor) -> Tensor:
+    return (weights.flatten(0, 1) @ values.flatten(0, 1)).unflatten(0, (2, 2))
+
+
+@pytest.mark.parametrize("product", [multiplied_by_hand, heads_in_one])
+def test_weights_in_two_shapes_are_two_attentions(product) -> None:  # type: ignore[no-untyped-def]
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = scores(q, k).softmax(-1)
+        return product(weights, v) - weights @ v.flip(2)
+
+    def also_returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        weights = scores(q, k).softmax(-1)
+        return product(weights, v), weights[..., None]
+
+    fuses(function, 10, sites=2)
+    stays(also_returned, "the probabilities are read elsewhere", 10)
+
+
+def test_weights_in_two_shapes_of_which_one_is_no_attention() -> None:
+    """Where one product is left, the weights are stored, and the other one is left with it."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        weights = scores(q, k).softmax(-1)
+        return weights @ v, (weights.flatten(0, 1) + v.sum()) @ v.flatten(0, 1).cumsum(-1).sin()
+
+    fuses(function, 10, sites=2)
