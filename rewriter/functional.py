@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._prims_common import make_contiguous_strides_for
 
-from refocus.sizes import same_shape
+from refocus.sizes import hint, memory_order, same_shape, size_expr
 
 
 def make_functional(gm: fx.GraphModule, mode: Any) -> None:
@@ -36,6 +37,9 @@ def make_functional(gm: fx.GraphModule, mode: Any) -> None:
             if written is None:
                 continue
         before = target.meta["val"]
+        readers = (*node.users, *(u for u in target.users if order[u] > order[node]))
+        if any(_name(u) == "as_strided" for u in readers) and not _is_dense(before):
+            continue  # what lies between its elements may be read, too
         with mode:
             try:
                 args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
@@ -53,6 +57,7 @@ def make_functional(gm: fx.GraphModule, mode: Any) -> None:
         new = copied
         position = order[node]
         order[new] = position
+        new = _laid_out(gm, mode, new, before, node, order)
         if written is not None:
             new = written.put_back(gm, mode, node, new, order)
         else:
@@ -126,6 +131,39 @@ def _copy_of(gm: fx.GraphModule, mode: Any, write: fx.Node, order: dict[fx.Node,
         steps.append((torch.ops.aten.expand.default, (list(wanted.shape),), {}))
     steps.append((torch.ops.aten.clone.default, (), {"memory_format": torch.contiguous_format}))
     new = source
+    for operation, args, kwargs in steps:
+        with gm.graph.inserting_before(write):
+            step = gm.graph.call_function(operation, (new, *args), kwargs)
+        step.meta.update(write.meta)
+        with mode:
+            step.meta["val"] = operation(new.meta["val"], *args, **kwargs)
+        order[step] = order[write]
+        new = step
+    return new
+
+
+def _is_dense(value: torch.Tensor) -> bool:
+    """Whether a tensor takes up all of the memory between its first and its last element, each place once."""
+    within = value.permute(memory_order(value))
+    dense = make_contiguous_strides_for(within.shape)
+    return all(hint(n) == 1 or size_expr(a) == size_expr(b) for n, a, b in zip(within.shape, within.stride(), dense))
+
+
+def _laid_out(
+    gm: fx.GraphModule, mode: Any, new: fx.Node, old: torch.Tensor, write: fx.Node, order: dict[fx.Node, int]
+) -> fx.Node:
+    """What a write leaves, with its dimensions in memory as those of what was written: views that come later ask for
+    that, and so may who gets the result."""
+    wanted = memory_order(old)
+    told = [d for d in wanted if hint(old.shape[d]) != 1]
+    if [d for d in memory_order(new.meta["val"]) if d in told] == told:
+        return new
+    back = sorted(range(len(wanted)), key=wanted.__getitem__)
+    steps: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
+        (torch.ops.aten.permute.default, (wanted,), {}),
+        (torch.ops.aten.clone.default, (), {"memory_format": torch.contiguous_format}),
+        (torch.ops.aten.permute.default, (back,), {}),
+    ]
     for operation, args, kwargs in steps:
         with gm.graph.inserting_before(write):
             step = gm.graph.call_function(operation, (new, *args), kwargs)
@@ -263,7 +301,7 @@ class _Written:
                 whole = insert(torch.ops.aten.transpose.int, (whole, *view.args[1:]), {})
             elif name == "view":
                 whole = seen_as(whole, list(source.meta["val"].shape))  # type: ignore[union-attr]
-        renewed = {self.base: whole}
+        renewed = {self.base: _laid_out(gm, mode, whole, self.base.meta["val"], write, order)}
         for view in dict.fromkeys((*self.chain, *self.later)):
             source = view.args[0]
             assert isinstance(source, fx.Node)

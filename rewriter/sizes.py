@@ -50,6 +50,11 @@ def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
     return [size_expr(d, 0) for d in a.shape] == [size_expr(d, 0) for d in b.shape]
 
 
+def memory_order(value: torch.Tensor) -> list[int]:
+    """The dimensions of a tensor as they follow one another in memory, the outermost first."""
+    return sorted(range(value.dim()), key=lambda d: (-hint(value.stride(d), 1), d))
+
+
 def hint(size: Any, default: int = 1024) -> int:
     """A concrete stand-in for a size, for cost decisions only."""
     if isinstance(size, torch.SymInt):

@@ -30,7 +30,7 @@ from refocus.ir import Axis, Expr, Load, Region, Sym
 from refocus.normal_form import Binding, Seed
 from refocus.patterns.log_sums import LOG_SUM
 from refocus.simplify import substitute
-from refocus.sizes import hint, shape_of
+from refocus.sizes import memory_order, shape_of
 
 # Engines that are written into the graph, for Inductor to compile; the others are one operator call.
 IN_GRAPH = {"cpp": "refocus.codegen.cpp", "sdpa": "refocus.codegen.sdpa"}
@@ -341,7 +341,7 @@ def _of_rows(top: Tensor, log_total: Tensor) -> tuple[Tensor, Tensor]:
 def laid_out(value: Tensor, root: fx.Node, sizes: dict[Sym, int]) -> Tensor:
     """A value with the shape, dtype and order of strides of the node that it replaces."""
     old = root.meta["val"]
-    order = sorted(range(old.dim()), key=lambda d: (-hint(old.stride(d), 1), d))
+    order = memory_order(old)
     value = value.to(old.dtype).reshape([size_of(d, sizes) for d in shape_of(root)])
     return value.permute(order).contiguous().permute(sorted(range(len(order)), key=order.__getitem__))
 

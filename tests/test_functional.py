@@ -158,3 +158,49 @@ def test_many_strokes_are_left_alone(count: int) -> None:
     traced = functional(run, x)
     assert bool(writes(traced)) == (count > 32)
     assert torch.equal(traced(x), run(x))
+
+
+def all_written(x: Tensor, y: Tensor) -> None:
+    x[...] = y
+
+
+def copied(x: Tensor, y: Tensor) -> None:
+    x.copy_(y[:1])  # spread over rows
+
+
+def half_written(x: Tensor, y: Tensor) -> None:
+    x[:, :2] = y[:, :2]
+
+
+def through_a_view(x: Tensor, y: Tensor) -> None:
+    x.transpose(0, 2).view(-1, 4)[3:].copy_(y.reshape(-1, 4)[3:])
+
+
+WRITES = [all_written, copied, half_written, through_a_view]
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("view", [lambda x: x.as_strided((8, 3), (3, 1)), lambda x: x.transpose(0, 2).view(-1)])
+def test_what_is_written_lies_in_memory_as_before(write: Callable[..., None], view: Callable[[Tensor], Tensor]) -> None:
+    """Of a tensor that is laid out in another way than what is written to it, views are asked for afterwards."""
+
+    def run(y: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.zeros(4, 2, 3).transpose(0, 2)
+        write(x, y)
+        return view(x).clone(), x
+
+    y = torch.arange(24.0).reshape(3, 2, 4)
+    gm = functional(run, y)
+    assert write is through_a_view or not writes(gm)
+    for got, wanted in zip(gm(y), run(y)):
+        assert torch.equal(got, wanted) and got.stride() == wanted.stride()
+
+
+def test_what_lies_between_elements_that_are_written_is_read_in_place() -> None:
+    def run(y: Tensor) -> Tensor:
+        x = torch.zeros(6, 4)[::2]
+        x.copy_(y)
+        return x.as_strided((4, 2), (4, 1)).clone()
+
+    y = torch.arange(12.0).reshape(3, 4)
+    assert torch.equal(functional(run, y)(y), run(y))
