@@ -129,9 +129,14 @@ def read(tensor: Tensor, index: list[Grid | int | Tensor], device: torch.device,
         indices = [i.tensor(device) if isinstance(i, Grid) else i for i in (index[p] for p in picked)]
         along = sorted({d for t in indices for d in spread(t)})  # type: ignore[arg-type]
         view = view.movedim([k for k, d in enumerate(labels) if d == 0], list(range(len(picked))))
-        view = view[tuple(only(t, along) for t in indices)]  # type: ignore[arg-type]
+        view = _indexed(view, [only(t, along) for t in indices])  # type: ignore[arg-type]
         labels = along + [d for d in labels if d != 0]
     return place(view, labels)
+
+
+def _indexed(tensor: Tensor, indices: list[Tensor]) -> Tensor:
+    """tensor[indices], which would ask an index without dimensions for its number."""
+    return tensor[tuple(indices)] if any(t.dim() for t in indices) else torch.ops.aten.index.Tensor(tensor, indices)
 
 
 def add_at(sums: Tensor, index: list[Grid | int | Tensor], part: Tensor, device: torch.device) -> None:

@@ -293,6 +293,18 @@ def test_runs_inside_flex_attention(name: str, monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(out.double(), want, rtol=0, atol=3e-6)
 
 
+def test_an_index_without_dimensions_is_not_asked_for_its_number() -> None:
+    """A row that the data choose, one for all: while a graph is traced, nobody knows which."""
+    e = Load("x", (Load("t", (Const(1),), INT), P), "float32")
+
+    def run(x: Tensor, t: Tensor) -> Tensor:
+        return evaluate(e, arange_env((P,), {}), {"x": x, "t": t}, {})
+
+    graph = make_fx(run, tracing_mode="fake")(TENSORS["x"], TENSORS["t"])
+    for t in (TENSORS["t"], TENSORS["t"] + 1):
+        assert torch.equal(graph(TENSORS["x"], t), TENSORS["x"][int(t[1])])
+
+
 @pytest.mark.parametrize("op", ["floordiv", "mod"])
 def test_bounded_positions_are_divided_in_compiled_code(op: str) -> None:
     """Inductor fails (torch 2.13) on an index that it sees to divide Max(0, position)."""
