@@ -49,7 +49,7 @@ class Joined:
 
 def joints(group: list[Candidate], facts: Facts) -> Iterator[Joint]:
     """Sums that several products of one normaliser flow into: those of most products first, then in graph order."""
-    products = [c for c in group if c.mixes == 0 and op_name(c.root) in CONTRACTIONS]
+    products = [c for c in group if c.mixes == 0 and op_name(c.root) in (*CONTRACTIONS, "sum")]
     reached: dict[fx.Node, list[Candidate]] = {}
     for product in products:
         steps = _sums_and_views(product.root, facts)

@@ -64,6 +64,11 @@ def counted_otherwise(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -
     return torch.add(q, 3 - (-(p[..., :10] @ v) - torch.rsub(p[..., 10:] @ v2 / 4, q, alpha=2)), alpha=0.1)
 
 
+def one_multiplied_by_hand(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    near, far = torch.cat((scores(q, k), scores(q, k2)), -1).softmax(-1).split((10, 7), -1)
+    return (far.unsqueeze(-1) * v2.unsqueeze(-3)).sum(-2) + near @ v
+
+
 def causal_within_the_first(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
     near = scores(q, k).masked_fill(torch.ones(24, 24).triu(1) > 0, float("-inf"))
     p = torch.cat((near, scores(q, k2)), -1).softmax(-1)
@@ -74,7 +79,7 @@ def causal_within_the_first(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Ten
     "function",
     [
         two_parts, split_and_seen_otherwise, beside_a_residual, one_column_dropped, added_after, taken_away,
-        counted_otherwise,
+        counted_otherwise, one_multiplied_by_hand,
     ],
 )  # fmt: skip
 def test_products_with_parts_of_the_weights_are_one_attention(function: Callable[..., Tensor]) -> None:
