@@ -9,6 +9,7 @@ of the root are kept, so that every later view works as before.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +31,7 @@ from refocus.ir import Axis, Expr, Load, Region, Sym
 from refocus.normal_form import Binding, Seed
 from refocus.patterns.log_sums import LOG_SUM
 from refocus.simplify import substitute
-from refocus.sizes import memory_order, shape_of
+from refocus.sizes import memory_order
 
 # Engines that are written into the graph, for Inductor to compile; the others are one operator call.
 IN_GRAPH = {"cpp": "refocus.codegen.cpp", "sdpa": "refocus.codegen.sdpa"}
@@ -247,8 +248,8 @@ def _syms_of(site: Site) -> list[Sym]:
     found: set[Sym] = set()
     for part in site.parts:
         found.update(part.region.syms)
-    exprs = [*shape_of(site.root), site.epilogue, *(a.size for g in site.dims for a in g)]
-    exprs += [size for r in site.results for size in shape_of(r.node)]
+    exprs = [site.epilogue, *(a.size for g in site.dims for a in g)]
+    exprs += [a.size for r in site.results for g in r.dims for a in g]
     for part in site.parts:
         exprs += [b.value for b in part.bindings if isinstance(b, Hoisted)]
     for e in exprs:
@@ -317,12 +318,12 @@ def _function(
         else:
             value = evaluate(site.epilogue, arange_env(flat, sizes), {**named, **results}, sizes)
             value = value.expand([size_of(a.size, sizes) for a in flat])
-        found = [laid_out(value, site.root, sizes)]
+        found = [laid_out(value, site.root, site.dims, sizes)]
         for result in site.results:
             own = [a for group in result.dims for a in group]
             told = substitute(result.value.value, {LOG_SUM: Load(_LOG_SUM, site.rows, LOG_SUM.dtype)})
             value = evaluate(told, arange_env(own, sizes), results, sizes).expand([size_of(a.size, sizes) for a in own])
-            found.append(laid_out(value, result.node, sizes))
+            found.append(laid_out(value, result.node, result.dims, sizes))
         return found
 
     return replacement
@@ -338,11 +339,12 @@ def _of_rows(top: Tensor, log_total: Tensor) -> tuple[Tensor, Tensor]:
     return log_sum, (log_total - (log_sum - top)).detach().exp()
 
 
-def laid_out(value: Tensor, root: fx.Node, sizes: dict[Sym, int]) -> Tensor:
-    """A value with the shape, dtype and order of strides of the node that it replaces."""
+def laid_out(value: Tensor, root: fx.Node, dims: Sequence[Sequence[Axis]], sizes: dict[Sym, int]) -> Tensor:
+    """A value with the shape, dtype and order of strides of the node that it replaces, whose dimensions have these
+    axes. Their sizes are asked for, not its own: what is known of a symbol grows while the graph is rewritten."""
     old = root.meta["val"]
     order = memory_order(old)
-    value = value.to(old.dtype).reshape([size_of(d, sizes) for d in shape_of(root)])
+    value = value.to(old.dtype).reshape([math.prod(size_of(a.size, sizes) for a in group) for group in dims])
     return value.permute(order).contiguous().permute(sorted(range(len(order)), key=order.__getitem__))
 
 

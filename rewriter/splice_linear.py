@@ -22,7 +22,6 @@ from refocus.evaluate import arange_env, evaluate, size_of
 from refocus.hoist import Hoisted
 from refocus.ir import Axis, Expr, Load, Sym
 from refocus.linear_ir import LinearRegion
-from refocus.sizes import shape_of
 from refocus.splice import Splicer, laid_out, late
 
 _GONE = -1.0e4  # exp of it is 0 in every dtype
@@ -62,7 +61,7 @@ def _like(node: fx.Node, mode: Any) -> Tensor:
 
 def _syms_of(site: LinearSite) -> list[Sym]:
     exprs: list[Expr] = [*(b.value for b in site.bindings), *(o.value for o in site.outputs)]
-    exprs += [d for o in site.outputs for d in shape_of(o.node)]
+    exprs += [a.size for o in site.outputs for a in o.dims if a is not None]
     found = set(site.region.syms)
     for e in exprs:
         for node in e.walk():
@@ -119,7 +118,8 @@ def _function(
         for output in site.outputs:
             flat = [a for a in output.dims if a is not None]
             value = _valued(output.value, flat, {**named, **results}, sizes)
-            found.append(laid_out(value.expand([size_of(a.size, sizes) for a in flat]), output.node, sizes))
+            value = value.expand([size_of(a.size, sizes) for a in flat])
+            found.append(laid_out(value, output.node, [[] if a is None else [a] for a in output.dims], sizes))
         return found
 
     return replacement

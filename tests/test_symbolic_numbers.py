@@ -146,3 +146,22 @@ def test_sizes_are_not_held_to_differ(function: Callable[..., Tensor]) -> None:
         torch.testing.assert_close(compiled(*parts), function(*parts))
     (report,) = found
     assert all(site.fused for site in report.sites), report
+
+
+def looked_up(x: Tensor, weight: Tensor) -> Tensor:
+    q, k, v = (t.unflatten(-1, (1, 4)).transpose(1, 2) for t in F.linear(x, weight).chunk(3, -1))
+    return ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def summed_up(x: Tensor, weight: Tensor) -> Tensor:
+    q, k, v = (t.unflatten(-1, (1, 4)).transpose(1, 2) for t in F.linear(x, weight).chunk(3, -1))
+    return ((q @ k.mT).tril() @ v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("function", [looked_up, summed_up])
+@pytest.mark.filterwarnings("error::refocus.backend.FallbackWarning")
+def test_a_size_that_turns_out_to_be_a_number(function: Callable[..., Tensor]) -> None:
+    run = rewritten(function, engine="tiled", dynamic=True)
+    for tokens in (9, 20):
+        given = torch.randn(2, tokens, 4), torch.randn(12, 4)
+        torch.testing.assert_close(run(*given), function(*given), rtol=1e-4, atol=1e-4)
