@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import torch
 from torch import fx
 
 
-def equal_values(graph: fx.Graph, apart: Set[fx.Node], grad_enabled: Mapping[fx.Node, bool]) -> dict[fx.Node, fx.Node]:
+def equal_values(
+    graph: fx.Graph,
+    apart: Set[fx.Node],
+    grad_enabled: Mapping[fx.Node, bool],
+    writes_before: Callable[[fx.Node, fx.Node], int],
+) -> dict[fx.Node, fx.Node]:
     """Node -> the first node that is the same operation on the same values, under the same gradient mode. What is drawn
-    at random equals nothing but itself, and so does what is `apart`: written in place, or cut off from gradients."""
+    at random equals nothing but itself, and so does what is `apart`: written in place, or cut off from gradients.
+    `writes_before`: how often what a node (the second) reads (the first) was written in place before."""
     first: dict[Any, fx.Node] = {}
     found: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
@@ -24,7 +30,8 @@ def equal_values(graph: fx.Graph, apart: Set[fx.Node], grad_enabled: Mapping[fx.
         if drawn or writes:
             continue
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: found.get(n, n))
-        key = (node.target, repr((args, sorted(kwargs.items()))), grad_enabled[node])
+        written = tuple(writes_before(source, node) for source in node.all_input_nodes)
+        key = (node.target, repr((args, sorted(kwargs.items()))), grad_enabled[node], written)
         if node is not first.setdefault(key, node):
             found[node] = first[key]
     return found

@@ -6,7 +6,7 @@ All of it is one forward pass over the nodes, shared by every site of the graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +74,14 @@ class Facts:
         if value is None or value.numel() <= _KEPT:
             self._constants[node] = value
         return value
+
+    def writes_before(self, source: fx.Node, reader: fx.Node) -> int:
+        """How often the memory of a value was written to before it is read."""
+        return sum(self.order[w] < self.order[reader] for w in self.writes_to(source))
+
+    def writes_to(self, source: fx.Node) -> Sequence[fx.Node]:
+        """What writes to the memory of a value."""
+        return self.writers.get(self.storage.get(source, -1), ())
 
     def closed_form(self, node: fx.Node) -> Expr | None:
         """What a closed node or a buffer is as a function of its dimensions, proved on its values; None where it
@@ -225,7 +233,7 @@ def gather_facts(gm: fx.GraphModule, buffers: dict[fx.Node, torch.Tensor] | None
     facts.pure -= facts.opaque
     facts.cuts.update(n for n in unrecorded if any(u.op != "output" and facts.grad_enabled[u] for u in n.users))
     _settle(facts)
-    facts.same = equal_values(gm.graph, facts.opaque | facts.cuts, facts.grad_enabled)
+    facts.same = equal_values(gm.graph, facts.opaque | facts.cuts, facts.grad_enabled, facts.writes_before)
     return facts
 
 

@@ -71,7 +71,8 @@ class Splicer:
         body = self.traced(key, function, values, [n.meta["val"] for n in sym_nodes])
         for node in moved:
             place.prepend(node)
-        given = [*(self._kept(n, place) for n in inputs), *sym_nodes]
+        kept = [self._saved(n, place) if trained else n for n in inputs]
+        given = [*(self._kept(n, place) for n in kept), *sym_nodes]
         return self.inline(body, given, [site.root, *(r.node for r in site.results)], place, site.interior)
 
     def traced(
@@ -91,6 +92,17 @@ class Splicer:
         if getattr(value, "fake_mode", self.mode) is self.mode:
             return value
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+    def _saved(self, node: fx.Node, root: fx.Node) -> fx.Node:
+        """An operand that a backward finds as it was: a copy of what is written in place later on. The model may have
+        kept what it made of it, and no gradient may be taken through memory that was changed."""
+        floating = node.meta["val"].is_floating_point()
+        if not floating or self.facts.writes_before(node, root) == len(self.facts.writes_to(node)):
+            return node
+        with self.gm.graph.inserting_before(root):
+            copy = self.gm.graph.call_function(torch.ops.aten.clone.default, (self._replaced.get(node, node),))
+        copy.meta["val"] = node.meta["val"]
+        return copy
 
     def _kept(self, node: fx.Node, root: fx.Node) -> fx.Node:
         """A constant mask that follows no rule is computed now, once: then it is the same tensor on every call, and
