@@ -83,20 +83,23 @@ class LowScores:
             return any(self._may_be_low(a) for a in e.children if a.is_float)
         if e.tensor in self.hoisted:
             return self._may_be_low(self.hoisted[e.tensor].value)
-        return e.tensor not in self.facts.nodes or _may_be_a_mask(self.facts.nodes[e.tensor])
+        return e.tensor not in self.facts.nodes or _may_be_a_mask(self.facts.nodes[e.tensor], self.facts)
 
 
 def _chosen(condition: Expr, yes: Expr, no: Expr) -> Expr:
     return s.or_(s.and_(condition, yes), s.and_(s.not_(condition), no))
 
 
-def _may_be_a_mask(node: fx.Node) -> bool:
+def _may_be_a_mask(node: fx.Node, facts: Facts) -> bool:
     """Whether a tensor may hold fills: it came as numbers, or huge ones stand in how it is made. Parameters, which are
     learned, and products with them are taken for as large as scores."""
     seen, stack = {node}, [node]
     while stack:
         n = stack.pop()
         if op_name(n) in CONTRACTIONS or op_name(n) in _BOUNDED or not _is_float(n):
+            continue
+        literal = facts.constant(n) if n.op == "get_attr" else None
+        if literal is not None and not bool((literal.abs() >= -MASK_FILL).any()):
             continue
         if n.op != "call_function":
             if not isinstance(n.meta.get("example_value"), torch.nn.Parameter):
@@ -114,7 +117,7 @@ _BOUNDED = frozenset(
     ("softmax", "_softmax", "sigmoid", "tanh", "relu", "gelu", "silu", "softplus", "exp", "exp2", "abs", "square",
      "layer_norm", "rms_norm", "group_norm", "batch_norm", "sin", "cos", "rand_like", "randn_like")
 )  # fmt: skip
-_STEEP = frozenset(("log", "log2", "log10", "log1p", "log_softmax", "logsigmoid", "reciprocal", "pow"))
+_STEEP = frozenset(("log", "log2", "log10", "log1p", "log_softmax", "logsigmoid"))
 
 
 def _is_float(node: fx.Node) -> bool:

@@ -100,7 +100,8 @@ def recognize(facts: Facts) -> list[Site | Left]:
     sites = each_told_once(sites)
     for site, left in read_elsewhere:
         done.discard(site.root)
-        lefts[site.root] = unread.get(site.root, left)
+        if all(x.normaliser is not site.normaliser for x in lefts.values()):  # a softmax is reported once
+            lefts[site.root] = unread.get(site.root, left)
     inner = {n for site in sites for n in (*site.interior, site.normaliser)}
     gone = done | inner
     read = {group[0].normaliser for group in groups}
