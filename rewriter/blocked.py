@@ -10,7 +10,8 @@ from dataclasses import replace
 from torch import fx
 
 from refocus.attention import Left
-from refocus.facts import NORMALISERS, Facts, contraction_operands, is_kept, is_of_one, of_pair_sums, taint_of
+from refocus.candidates import is_of_one, of_pair_sums
+from refocus.facts import NORMALISERS, Facts, contraction_operands, is_kept, taint_of
 from refocus.finite_rows import Open
 from refocus.ir import Axis, Const, Load
 from refocus.lift import arguments, is_tensor, op_name

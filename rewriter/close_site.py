@@ -10,6 +10,7 @@ from torch import fx
 
 from refocus import simplify as s
 from refocus.attention import Part, Site
+from refocus.candidates import Candidate
 from refocus.closure import (
     check_no_writes,
     check_reads,
@@ -20,7 +21,7 @@ from refocus.closure import (
     reads_shape,
 )
 from refocus.empty_rows import UNPLAIN_FILLS
-from refocus.facts import Candidate, Facts
+from refocus.facts import Facts
 from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Reduce
 from refocus.joint import NOTHING
 from refocus.lift import dtype_of, op_name

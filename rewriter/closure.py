@@ -7,7 +7,8 @@ from torch import fx
 
 from refocus.attention import Part
 from refocus.blank import is_put_alike
-from refocus.facts import Candidate, Facts, contraction_operands
+from refocus.candidates import Candidate
+from refocus.facts import Facts, contraction_operands
 from refocus.hoist import Hoisted
 from refocus.ir import Call, Region
 from refocus.lift import is_tensor, op_name

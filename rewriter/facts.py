@@ -5,8 +5,7 @@ All of it is one forward pass over the nodes, shared by every site of the graph.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,14 +18,12 @@ from refocus.blank import is_blank, is_put_alike, number_of, sources_of
 from refocus.bodies import DATA
 from refocus.equal_values import equal_values
 from refocus.infer import closed_form, constant_form
-from refocus.ir import BOOL, Call, Const, Expr
+from refocus.ir import BOOL, Call, Expr
 from refocus.lift import arguments, is_tensor, op_name
 from refocus.lift_reductions import CONTRACTIONS
 from refocus.lift_tables import MOVES, OPERATIONS
 from refocus.lift_views import SPLITS
 from refocus.masks import MASK_FILL
-from refocus.pair_sums import is_pair_sum
-from refocus.sizes import hint, shape_of
 
 NORMALISERS = ("softmax", "_softmax", "_safe_softmax", "special_softmax", "exp", "exp2", "log_softmax", "_log_softmax")
 ATTENTION_OPS = ("scaled_dot_product_attention",)
@@ -209,7 +206,7 @@ def gather_facts(gm: fx.GraphModule, buffers: dict[fx.Node, torch.Tensor] | None
         elif node.op == "call_function":
             name = op_name(node)
             if all(n in facts.pure or _is_number(n) for n in sources) and (
-                name in MOVES or name in OPERATIONS or name in _SPLITS
+                name in MOVES or name in OPERATIONS or name in SEVERAL
             ):
                 facts.pure.add(node)
             if all(n in facts.closed for n in sources) and _deterministic(node):
@@ -258,7 +255,7 @@ def _settle(facts: Facts) -> None:
 
 
 _STOPS = ("detach", "detach_copy", DATA)
-_SPLITS = (*SPLITS, "unbind", "meshgrid", "broadcast_tensors")
+SEVERAL = (*SPLITS, "unbind", "meshgrid", "broadcast_tensors")  # what has several tensors for a result
 
 
 def _is_number(node: fx.Node) -> bool:
@@ -314,60 +311,7 @@ _COPIES = frozenset(
 )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------- candidates
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A place where attention may be: the contraction with values, which operand is the weights, the normaliser."""
-
-    root: fx.Node
-    weights: int
-    normaliser: fx.Node
-    mixes: int = 0  # contractions between the normaliser and the root (talking heads)
-
-
-def candidates(facts: Facts) -> list[list[Candidate]]:
-    """For every normaliser that reads a score product, or other scores of pairs: the contractions it may flow into,
-    nearest first."""
-    groups: list[list[Candidate]] = []
-    for node in facts.order:
-        if node.op != "call_function" or not is_tensor(node) or node in facts.pure:
-            continue
-        name = op_name(node)
-        if name in ATTENTION_OPS:
-            groups.append([Candidate(node, -1, node)])
-        elif name in NORMALISERS and not is_of_one(node) and (taint_of(node, facts) or of_pair_sums(node, facts)):
-            group = list(_reached(node, facts))
-            if group:
-                groups.append(group)
-    return groups
-
-
-def of_pair_sums(node: fx.Node, facts: Facts) -> bool:
-    """Whether a softmax is of scores that are sums of what is made of a query and a key each."""
-    return "softmax" in op_name(node) and any(map(is_pair_sum, _led_from(node, facts)))
-
-
-def given_scores(facts: Facts, operands: Iterable[fx.Node]) -> list[fx.Node]:
-    """Softmaxes over scores that come into the graph ready-made: as large as one of its inputs, which pointwise
-    operations and views alone lead to. Not those that lead to `operands` of attention: they are of features."""
-    found = []
-    features = set().union(*(_led_from(node, facts) for node in operands))
-    for node in facts.order:
-        if node.op != "call_function" or not is_tensor(node) or "softmax" not in op_name(node) or node in facts.pure:
-            continue
-        if node in features or node.meta["val"].dim() < 3 or is_of_one(node):
-            continue
-        if taint_of(node, facts) or of_pair_sums(node, facts):
-            continue
-        for source in _led_from(node, facts):
-            if source.op != "placeholder" or not is_tensor(source) or is_kept(source):
-                continue
-            if source.meta["val"].is_floating_point() and 0.5 < _elements(source) / max(1, _elements(node)) < 1.5:
-                found.append(node)
-                break
-    return found
+# ---------------------------------------------------------------------------------------------------- operands
 
 
 def is_kept(node: fx.Node) -> bool:
@@ -376,70 +320,11 @@ def is_kept(node: fx.Node) -> bool:
     return kept or isinstance(node.meta.get("example_value"), torch.nn.Parameter)
 
 
-def _led_from(node: fx.Node, facts: Facts) -> set[fx.Node]:
-    """What a value is made of by operations of each element."""
-    found, stack = {node}, [node]
-    while stack:
-        n = stack.pop()
-        if n.op == "call_function" and (op_name(n) in MOVES or op_name(n) in OPERATIONS or op_name(n) in _SPLITS):
-            sources = [a for a in sources_of(n) if a not in found]
-            found.update(sources)
-            stack.extend(sources)
-    return found
-
-
-def _elements(node: fx.Node) -> int:
-    return math.prod(hint(size) for size in node.meta["val"].shape)
-
-
-def is_of_one(node: fx.Node) -> bool:
-    """Whether a softmax runs over a single element: it is one, and nobody attends to anything."""
-    source = arguments(node)[0]
-    dim = arguments(node)[1] if len(arguments(node)) > 1 else node.kwargs.get("dim")
-    if "softmax" not in op_name(node) or not isinstance(dim, int) or not is_tensor(source):
-        return False
-    shape = source.meta["val"].shape
-    return bool(shape) and shape_of(source)[dim] == Const(1)
-
-
-def _reached(normaliser: fx.Node, facts: Facts) -> Iterator[Candidate]:
-    queue: list[tuple[fx.Node, int]] = [(normaliser, 0)]
-    seen = {normaliser}
-    while queue:
-        node, mixes = queue.pop(0)
-        for user in sorted(node.users, key=facts.order.__getitem__):
-            if user in seen or user.op != "call_function":
-                continue
-            name = op_name(user)
-            if name in CONTRACTIONS or (name == "sum" and _is_product_sum(user, facts)):
-                if any(_is_nothing(n, facts) for n in contraction_operands(user)):
-                    continue
-                for k, operand in enumerate(contraction_operands(user)):
-                    if operand is node or (name == "sum" and operand in seen):
-                        yield Candidate(user, k, normaliser, mixes)
-                if mixes < 1 and name != "sum":
-                    seen.add(user)
-                    queue.append((user, mixes + 1))
-                if name != "sum":
-                    continue
-            # Past another contraction, an exponential is one of other scores.
-            if name in NORMALISERS and (mixes or name not in ("exp", "exp2")):
-                continue
-            if name in MOVES or name in OPERATIONS or name in _SPLITS:
-                seen.add(user)
-                queue.append((user, mixes))
-
-
-def _is_nothing(node: fx.Node, facts: Facts) -> bool:
-    """Whether a value is zero everywhere, like the state before the first chunk."""
-    form = facts.closed_form(node) if node in facts.closed else None
-    return isinstance(form, Const) and form.value == 0
-
-
 _PRODUCTS = ("mul", "multiply")
 
 
-def _is_product_sum(node: fx.Node, facts: Facts) -> bool:
+def is_product_sum(node: fx.Node, facts: Facts) -> bool:
+    """Whether a sum is of products that were multiplied by hand, none of whose factors is a mask."""
     source = arguments(node)[0]
     return isinstance(source, fx.Node) and op_name(source) in _PRODUCTS and not _is_masked(source, facts)
 
@@ -485,7 +370,7 @@ def taint_of(node: fx.Node, facts: Facts) -> frozenset[fx.Node]:
             found |= facts.taints[n]
             continue
         name = op_name(n)
-        if name in CONTRACTIONS or name == "cdist" or (name == "sum" and _is_product_sum(n, facts)):
+        if name in CONTRACTIONS or name == "cdist" or (name == "sum" and is_product_sum(n, facts)):
             found.add(n)
             continue
         if name in _PRODUCTS and any(op_name(u) == "sum" for u in n.users) and not _is_masked(n, facts):

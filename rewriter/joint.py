@@ -16,7 +16,8 @@ import networkx as nx
 from torch import fx
 
 from refocus import simplify as s
-from refocus.facts import Candidate, Facts
+from refocus.candidates import Candidate
+from refocus.facts import Facts
 from refocus.ir import Axis, Const, Dot, Expr
 from refocus.lift import Index, Lifter, is_tensor, op_name
 from refocus.lift_joins import clamped

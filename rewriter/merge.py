@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from refocus import simplify as s
-from refocus.facts import Candidate, Facts
+from refocus.candidates import Candidate
+from refocus.facts import Facts
 from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Reduce
 from refocus.lift import Index, Lifter, op_name
 from refocus.patterns.declined import Declined, Stop

@@ -26,6 +26,7 @@ from refocus.added_states import split_apart
 from refocus.assumptions import Assumption, model_buffers
 from refocus.attention import Left, Site
 from refocus.bodies import closed_attentions, fused_attentions, with_bodies
+from refocus.candidates import given_scores
 from refocus.capture import CaptureFailed, capture
 from refocus.close_linear import LinearSite, sources_of
 from refocus.codegen.choose import plan_part
@@ -34,7 +35,7 @@ from refocus.codegen.readings import prefers_tokens
 from refocus.dead_code import remove_dead_code
 from refocus.equal_sizes import made_equal
 from refocus.errors import RegionNotFused
-from refocus.facts import Facts, gather_facts, given_scores
+from refocus.facts import Facts, gather_facts
 from refocus.functional import drop_unread_writes
 from refocus.index_checks import check_indices
 from refocus.ir import Region

@@ -27,7 +27,8 @@ import networkx as nx
 from torch import fx
 
 from refocus import simplify as s
-from refocus.facts import Candidate, Facts, contraction_operands, taint_of
+from refocus.candidates import Candidate
+from refocus.facts import Facts, contraction_operands, taint_of
 from refocus.ir import Const, Expr
 from refocus.lift import Index, Lifter, arguments, is_tensor, op_name
 from refocus.lift_views import VIEWS

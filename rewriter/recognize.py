@@ -23,10 +23,11 @@ from refocus import simplify as s
 from refocus.attention import Left, Readings, Site, closed_under_sharing, each_told_once
 from refocus.bands import Reading, Tensors, to_tokens
 from refocus.blocked import blocked, with_given_scores
+from refocus.candidates import Candidate, candidates
 from refocus.choices import is_choice, without_choice
 from refocus.close_site import close_site, read_elsewhere
 from refocus.closure import OVERWRITTEN, interior_of, overwritten
-from refocus.facts import Candidate, Facts, candidates, contraction_operands, taint_of
+from refocus.facts import Facts, contraction_operands, taint_of
 from refocus.finite_rows import Above
 from refocus.gathers import distinct, gathered
 from refocus.ir import Axis, Const, Dot, Expr, Load

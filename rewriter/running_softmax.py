@@ -14,7 +14,8 @@ import networkx as nx
 from torch import fx
 
 from refocus import simplify as s
-from refocus.facts import Candidate, Facts, taint_of
+from refocus.candidates import Candidate
+from refocus.facts import Facts, taint_of
 from refocus.finite_rows import Open, Proofs, shifted_by_numbers
 from refocus.ir import Axis, Call, Const, Expr, Load, Reduce
 from refocus.joint import moved
