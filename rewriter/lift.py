@@ -349,7 +349,8 @@ def complexity(index: Index) -> int:
 
 def _is_moved(entry: Expr) -> bool:
     """Whether an entry is an axis that starts at a constant: the steps of a loop stand at one each, the first at 0."""
-    return isinstance(entry, Call) and entry.op == "add" and all(isinstance(a, Axis | Const) for a in entry.args)
+    plain = isinstance(entry, Call) and entry.op == "add" and all(isinstance(a, Axis | Const) for a in entry.args)
+    return plain and len(entry.axes) == 1
 
 
 def _laid_out(node: fx.Node, source: fx.Node) -> bool:

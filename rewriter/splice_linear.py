@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx
 
 from refocus import grid
-from refocus.close_linear import LinearSite, sources_of
+from refocus import simplify as s
+from refocus.close_linear import LinearSite, Output, sources_of
 from refocus.codegen import linear_operator
 from refocus.codegen.linear_form import LinearForm
 from refocus.codegen.plan import Plan
@@ -22,6 +23,7 @@ from refocus.evaluate import arange_env, evaluate, size_of
 from refocus.hoist import Hoisted
 from refocus.ir import Axis, Expr, Load, Sym
 from refocus.linear_ir import LinearRegion
+from refocus.sizes import shape_of
 from refocus.splice import Splicer, laid_out, late
 
 _GONE = -1.0e4  # exp of it is 0 in every dtype
@@ -119,10 +121,25 @@ def _function(
             flat = [a for a in output.dims if a is not None]
             value = _valued(output.value, flat, {**named, **results}, sizes)
             value = value.expand([size_of(a.size, sizes) for a in flat])
-            found.append(laid_out(value, output.node, [[] if a is None else [a] for a in output.dims], sizes))
+            found.append(laid_out(value, output.node, _by_dimension(output), sizes))
         return found
 
     return replacement
+
+
+def _by_dimension(output: Output) -> list[list[Axis]]:
+    """The axes of each dimension of an output: heads that a loop merges in every step are several of one."""
+    single = [[] if a is None else [a] for a in output.dims]
+    shape = shape_of(output.node)
+    if len(single) == len(shape):
+        return single
+    found: list[list[Axis]] = []
+    for size in shape:
+        group = single.pop(0)
+        while single and s.mul(1, *(a.size for a in group)) != size:
+            group = [*group, *single.pop(0)]
+        found.append(group)
+    return found
 
 
 def _valued(value: Expr, axes: list[Axis], tensors: dict[str, Tensor], sizes: dict[Sym, int]) -> Tensor:
