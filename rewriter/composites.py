@@ -42,12 +42,12 @@ def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) 
     beside keys, the definition makes both as large as all pairs. No gradient flows into the bound of a norm, and all of
     it past the bound."""
     back = dim - max(x1.dim(), x2.dim()) if dim >= 0 else dim
-    floats = x1.is_floating_point() and x2.is_floating_point()
+    floats = x1.is_floating_point() and x1.dtype == x2.dtype
     if not floats or min(x1.dim(), x2.dim()) < -back or x1.shape[back] != x2.shape[back]:
         return torch.ops.aten.cosine_similarity.default.decompose(x1, x2, dim, eps)  # type: ignore[no-any-return]
 
     def of_length_one(x: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(x, 2, back, keepdim=True)
-        return x / (norm + (norm.clamp(min=eps) - norm).detach())
+        return x / torch.where(norm < eps, norm + (eps - norm).detach(), norm)  # an overflown norm stays infinite
 
     return (of_length_one(x1) * of_length_one(x2)).sum(back)

@@ -113,3 +113,12 @@ def test_our_cosine_similarity_is_theirs(one: tuple[int, ...], other: tuple[int,
     flow = torch.randn(theirs.shape, generator=drawn, dtype=torch.float64)
     torch.testing.assert_close(mine, theirs)
     torch.testing.assert_close(*(torch.autograd.grad(z, (x, y), flow) for z in (mine, theirs)))
+
+
+@pytest.mark.parametrize("other", [torch.float16, torch.float32])
+def test_norms_that_overflow_and_mixed_dtypes(other: torch.dtype) -> None:
+    """Of vectors whose norms are beyond half precision, the similarity is zero; other dtypes are converted first."""
+    drawn = torch.Generator().manual_seed(0)
+    x, y = torch.full((3, 1, 8), 6e4).half(), torch.randn(1, 5, 8, generator=drawn).to(other)
+    mine = definitions()[torch.ops.aten.cosine_similarity.default](x, y, -1)
+    torch.testing.assert_close(mine, F.cosine_similarity(x, y, -1), rtol=0, atol=0)
