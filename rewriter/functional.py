@@ -122,7 +122,7 @@ def _copy_of(gm: fx.GraphModule, mode: Any, write: fx.Node, order: dict[fx.Node,
     if not isinstance(target, fx.Node) or not isinstance(source, fx.Node) or "val" not in source.meta:
         return None
     wanted, value = target.meta["val"], source.meta["val"]
-    steps: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    steps: list[_Step] = []
     if value.dtype != wanted.dtype or value.device != wanted.device:
         steps.append((torch.ops.aten._to_copy.default, (), {"dtype": wanted.dtype, "device": wanted.device}))
     if not same_shape(value, wanted):
@@ -130,16 +130,25 @@ def _copy_of(gm: fx.GraphModule, mode: Any, write: fx.Node, order: dict[fx.Node,
             return None
         steps.append((torch.ops.aten.expand.default, (list(wanted.shape),), {}))
     steps.append((torch.ops.aten.clone.default, (), {"memory_format": torch.contiguous_format}))
-    new = source
+    return _through(gm, mode, source, steps, write, order)
+
+
+_Step = tuple[Any, tuple[Any, ...], dict[str, Any]]  # an operation, and its arguments after the first
+
+
+def _through(
+    gm: fx.GraphModule, mode: Any, node: fx.Node, steps: Iterable[_Step], write: fx.Node, order: dict[fx.Node, int]
+) -> fx.Node:
+    """What operations make of a value, one after the other, where a write stands."""
     for operation, args, kwargs in steps:
         with gm.graph.inserting_before(write):
-            step = gm.graph.call_function(operation, (new, *args), kwargs)
+            step = gm.graph.call_function(operation, (node, *args), kwargs)
         step.meta.update(write.meta)
         with mode:
-            step.meta["val"] = operation(new.meta["val"], *args, **kwargs)
+            step.meta["val"] = operation(node.meta["val"], *args, **kwargs)
         order[step] = order[write]
-        new = step
-    return new
+        node = step
+    return node
 
 
 def _is_dense(value: torch.Tensor) -> bool:
@@ -159,20 +168,12 @@ def _laid_out(
     if [d for d in memory_order(new.meta["val"]) if d in told] == told:
         return new
     back = sorted(range(len(wanted)), key=wanted.__getitem__)
-    steps: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
+    steps: list[_Step] = [
         (torch.ops.aten.permute.default, (wanted,), {}),
         (torch.ops.aten.clone.default, (), {"memory_format": torch.contiguous_format}),
         (torch.ops.aten.permute.default, (back,), {}),
     ]
-    for operation, args, kwargs in steps:
-        with gm.graph.inserting_before(write):
-            step = gm.graph.call_function(operation, (new, *args), kwargs)
-        step.meta.update(write.meta)
-        with mode:
-            step.meta["val"] = operation(new.meta["val"], *args, **kwargs)
-        order[step] = order[write]
-        new = step
-    return new
+    return _through(gm, mode, new, steps, write, order)
 
 
 _FRESH_ALIASING = frozenset(
