@@ -118,6 +118,9 @@ def _add(found: Sums, sign: int, term: Expr, at: Places) -> None:
             stack.extend((f.args[0], s.call("reciprocal", s.cast(f.args[1], f.dtype), dtype=f.dtype)))
         elif f.is_int:
             positions = s.mul(positions, f)
+        elif isinstance(f, Reduce) and (same := _same_each_time(f, at)) is not None:
+            positions = s.mul(positions, same[0])
+            stack.extend(same[1])
         elif f.axes & at.axes:
             cores.append(f)
         else:
@@ -131,6 +134,23 @@ def _add(found: Sums, sign: int, term: Expr, at: Places) -> None:
         raise Stop(Declined("a decay is no multiple of a distance and no difference of summed gates"))
     for way, core, inner, position in _Core(cores[0], at).sums():
         found.add(Gate(core, tuple(sorted((*rest, *inner), key=order_key))), position, count * way)
+
+
+def _same_each_time(total: Reduce, at: Places) -> tuple[Expr, tuple[Expr, ...]] | None:
+    """How many terms a sum has, and their factors, where all terms are equal: the sum of a gate that is the same
+    everywhere."""
+    product = product_of(total)
+    plain = not product.divisors and not product.exponents and total.op == "sum"
+    if not plain or any(a in f.axes for f in product.factors for a in product.summed):
+        return None
+    times: Expr = Const(1)
+    conditions = list(product.conditions)
+    for step in product.summed:
+        mine = [c for c in conditions if step in c.axes]
+        conditions = [c for c in conditions if c not in mine]
+        low, high = _Core(total, at).bounds(step, mine)
+        times = s.mul(times, s.add(s.sub(high, low), 1))
+    return None if conditions or times.axes & set(product.summed) else (times, product.factors)
 
 
 @dataclass(frozen=True)
@@ -168,7 +188,7 @@ class _Core:
         if len(product.summed) == 1:
             (step,) = product.summed
             chunks = frozenset().union(*(f.axes for f in factors)) & at.chunks
-            low, high = self._bounds(step, product.conditions)
+            low, high = self.bounds(step, product.conditions)
             if len(chunks) > 1 or step.size != at.size:
                 raise self._stop()
             if chunks:
@@ -182,9 +202,9 @@ class _Core:
             if row.size != at.size:
                 continue
             of_rows = [c for c in product.conditions if row in c.axes]
-            if any(chunk in c.axes for c in of_rows) or self._bounds(row, of_rows) != (Const(0), s.sub(at.size, 1)):
+            if any(chunk in c.axes for c in of_rows) or self.bounds(row, of_rows) != (Const(0), s.sub(at.size, 1)):
                 continue
-            low, high = self._bounds(chunk, [c for c in product.conditions if c not in of_rows])
+            low, high = self.bounds(chunk, [c for c in product.conditions if c not in of_rows])
             core, shift = self._core(factors, chunk, row)
             last = s.add(s.sub(high, shift), 1)
             yield scale, core, tuple(rest), s.sub(s.mul(last, at.size), 1)
@@ -210,7 +230,7 @@ class _Core:
             raise self._stop()
         return core, shift
 
-    def _bounds(self, step: Axis, conditions: Iterable[Expr]) -> tuple[Expr, Expr]:
+    def bounds(self, step: Axis, conditions: Iterable[Expr]) -> tuple[Expr, Expr]:
         """The first and the last of the steps for which all `conditions` hold, both there wherever it matters."""
         lows: list[Expr] = [Const(0)]
         highs: list[Expr] = [s.sub(step.size, 1)]
