@@ -7,8 +7,6 @@ each. In-place operations on values made in the graph are then made functional, 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
@@ -19,6 +17,7 @@ from refocus.bodies import Retrace, changes_casts
 from refocus.composites import definitions
 from refocus.conversions import drop_idle_conversions
 from refocus.dead_code import remove_dead_code
+from refocus.equal_literals import attribute, merge_equal_literals
 from refocus.forwarded import forward_writes
 from refocus.functional import make_functional
 from refocus.fused_sums import split_sums
@@ -60,7 +59,7 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
     except Exception as problem:  # anything may go wrong while tracing foreign code; the caller falls back
         raise CaptureFailed(f"{type(problem).__name__}: {problem}") from problem
     for node in traced.graph.find_nodes(op="get_attr"):
-        if isinstance(_attribute(traced, node), FakeTensor):
+        if isinstance(attribute(traced, node), FakeTensor):
             # Values were made that the tracer does not follow: it took one for a constant.
             raise CaptureFailed("a value of the graph was lost when it was traced again")
     traced.meta.update(gm.meta)
@@ -75,7 +74,8 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
             new._dynamo_source = source  # type: ignore[attr-defined]
     for node in traced.graph.nodes:
         if node.op == "get_attr" and "val" not in node.meta:
-            node.meta["val"] = _attribute(traced, node)
+            node.meta["val"] = attribute(traced, node)
+    merge_equal_literals(traced)
     drop_idle_conversions(traced)
     detach_blanks(traced)
     join_strokes(traced, mode)
@@ -86,9 +86,3 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
     split_sums(traced, mode)
     return traced
 
-
-def _attribute(gm: fx.GraphModule, node: fx.Node) -> Any:
-    value: Any = gm
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    return value

@@ -16,6 +16,7 @@ from torch import fx
 from refocus import debug
 from refocus.blank import is_blank, is_put_alike, number_of, sources_of
 from refocus.bodies import DATA
+from refocus.equal_literals import attribute
 from refocus.equal_values import equal_values
 from refocus.infer import closed_form, constant_form
 from refocus.ir import BOOL, Call, Expr
@@ -135,9 +136,7 @@ class Facts:
         env: dict[fx.Node, Any] = {}
         for step in sorted(self._needed(node), key=self.order.__getitem__):
             if step.op == "get_attr":
-                value: Any = self.graph.owning_module
-                for part in str(step.target).split("."):
-                    value = getattr(value, part)
+                value = attribute(self.graph.owning_module, step)
                 env[step] = value.detach().cpu() if isinstance(value, torch.Tensor) else value
             elif is_blank(step):
                 fill, blank = number_of(step), step.meta["val"]

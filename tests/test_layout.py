@@ -28,7 +28,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "lift": (
         "blank", "bodies", "capture", "functional", "strokes", "fold", "sizes", "lift", "lift_*", "equal_values",
-        "convolutions", "dead_code", "facts", "gathers", "native_layers", "held_numbers", "vmaps", "forwarded",
+        "equal_literals", "convolutions", "dead_code", "facts", "gathers", "native_layers", "held_numbers", "vmaps", "forwarded",
         "widths", "conversions", "chosen", "fused_sums", "composites", "pair_sums", "candidates",
     ),
     "patterns": ("patterns", "patterns.*"),
