@@ -28,8 +28,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "lift": (
         "blank", "bodies", "capture", "functional", "strokes", "fold", "sizes", "lift", "lift_*", "equal_values",
-        "equal_literals", "convolutions", "dead_code", "facts", "gathers", "native_layers", "held_numbers", "vmaps", "forwarded",
-        "widths", "conversions", "chosen", "fused_sums", "composites", "pair_sums", "candidates",
+        "equal_literals", "convolutions", "dead_code", "facts", "gathers", "native_layers", "held_numbers", "vmaps",
+        "forwarded", "widths", "conversions", "chosen", "fused_sums", "composites", "pair_sums", "candidates",
     ),
     "patterns": ("patterns", "patterns.*"),
     "recognize": (
