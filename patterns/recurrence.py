@@ -140,27 +140,22 @@ def _erased(
     here: dict[Expr, Expr] = {x: a for a, x in moved}
     mine = {a for a, _ in moved}
     # What is looked up has decayed already, each channel of it in its own way.
-    left = Counter(found.factors)
-    left.subtract(Counter(s.substitute(f, dict(moved)) for f in keep))
+    left = Counter(f for f in found.factors if not isinstance(f, Const))
+    left.subtract(Counter(s.substitute(f, dict(moved)) for f in keep if not isinstance(f, Const)))
     if any(count < 0 for count in left.values()):
         return None
     factors = list(left.elements())
     looked_up = [s.substitute(f, here) for f in factors if f.axes & set(found.summed)]
     keys = [f for f in factors if f.axes & mine]
-    others = [f for f in factors if not f.axes & (mine | set(found.summed))]
     if Counter(looked_up) != Counter(keys) or any(f.axes & mine and f.axes & set(found.summed) for f in factors):
         return None
-    sign = 1.0
-    scalars = []
-    for f in others:
-        if isinstance(f, Const):
-            sign *= float(f.value)
-        else:
-            scalars.append(f)
+    decay = _number(keep)
+    sign = _number(found.factors) / decay if decay else 0.0
+    scalars = [f for f in factors if not f.axes & (mine | set(found.summed))]
     if sign >= 0.0:
         return None
     written = product_of(write)
-    number = math.prod(float(f.value) for f in written.factors if isinstance(f, Const)) / -sign
+    number = _number(written.factors) / -sign
     rest = Counter(f for f in written.factors if not isinstance(f, Const))
     rest.subtract(Counter([*keys, *scalars]))
     if written.summed or written.divisors or written.conditions or any(count < 0 for count in rest.values()):
@@ -206,7 +201,7 @@ def _collected(products: Sequence[Product], dtype: str) -> list[Product]:
     """Products that are the same but for a number as one, and none where the numbers cancel."""
     found: dict[object, tuple[float, Product]] = {}
     for product in products:
-        number = math.prod(float(f.value) for f in product.factors if isinstance(f, Const))
+        number = _number(product.factors)
         rest = replace(product, factors=tuple(f for f in product.factors if not isinstance(f, Const)))
         key = (frozenset(Counter(rest.factors).items()), frozenset(rest.summed), *map(tuple, _others(rest)))
         found[key] = (found[key][0] if key in found else 0.0) + number, rest
@@ -215,6 +210,11 @@ def _collected(products: Sequence[Product], dtype: str) -> list[Product]:
         for number, rest in found.values()
         if number != 0.0
     ]
+
+
+def _number(factors: Sequence[Expr]) -> float:
+    """What numbers among factors multiply to."""
+    return math.prod(float(f.value) for f in factors if isinstance(f, Const))
 
 
 def _others(product: Product) -> tuple[Sequence[object], ...]:

@@ -34,7 +34,7 @@ def merge_equal_literals(gm: fx.GraphModule) -> None:
         gm.graph.erase_node(node)
 
 
-def attribute(gm: fx.GraphModule, node: fx.Node) -> Any:
+def attribute(gm: fx.GraphModule | None, node: fx.Node) -> Any:
     """What a graph holds under the name that a node reads."""
     value: Any = gm
     for part in str(node.target).split("."):

@@ -142,9 +142,13 @@ class _Changes:
             values.append(lifter.at(end, self.own))
         try:
             value = as_one(values, self.step)
-            return read_update(value, BEFORE.format(0), self.own, self.step, lambda x: log_of(x, self.facts))
+            update = read_update(value, BEFORE.format(0), self.own, self.step, lambda x: log_of(x, self.facts))
         except Stop:
             return None
+        # A decay that is the same in all steps is none in the other changes of a step: it is a gate of its position.
+        logs = [log_of(base, self.facts) for base in update.bases]
+        known = tuple(x for x in logs if x is not None)
+        return replace(update, gates=(*update.gates, *known), bases=()) if len(known) == len(logs) else update
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,30 @@ def of_other_steps(q: Tensor, k: Tensor, v: Tensor, b: Tensor, g: Tensor) -> Ten
     return torch.stack(rows, 2)
 
 
+def decayed_equally(
+    q: Tensor, k: Tensor, v: Tensor, b: Tensor, g: Tensor, number: bool = False, each: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Decays that are the same in all steps, of heads or a number: of a step, or of each of its changes."""
+    decay = 0.875 if number else torch.sigmoid(g[:1, :, 0])[..., None, None]
+    state, rows = start(q, v), []
+    for t in range(STEPS):
+        for n in range(k.shape[3]):
+            if each or n == 0:
+                state = state * decay
+            key, share = k[:, :, t, n], b[:, :, t, n, None]
+            state = state + outer(key, 0.5 * share * (v[:, :, t, n] - read(key, state)))
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2), state
+
+
+@pytest.mark.parametrize("number", [False, True], ids=["head", "number"])
+@pytest.mark.parametrize("each", [False, True], ids=["step", "change"])
+def test_decays_that_are_the_same_in_all_steps(number: bool, each: bool) -> None:
+    module = Module(decayed_equally, number=number, each=each)
+    (site,) = check(module, inputs(), family="linear", sites=1, lower=False, gradients=True).report.sites
+    assert "erase" in site.notation and "lookup" not in site.notation and "exp(gate" in site.notation
+
+
 @pytest.mark.parametrize("function", [read_between, squashed_between, at_once, of_other_steps])
 def test_near_miss(function: Function) -> None:
     report = check(Module(function), inputs(), fused=False, sites=1, lower=False).report
