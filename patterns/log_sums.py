@@ -78,8 +78,11 @@ def _sum_of(total: Expr, soft: Softmax, key: Axis) -> _Sum | None:
         read = match(s.call("div", body, total, dtype=total.dtype), key, by_hand=True)
         if isinstance(read, Declined) or (read.logits, read.extra) != (soft.logits, soft.extra):
             continue
+        terms = factored(body)
+        if terms.factors or terms.divisors:
+            continue  # of weights that are normalised already, or scaled: their quotient is a softmax, too
         if read.gate == Const(1.0, read.gate.dtype) and read.selected == TRUE and not read.cleaned:
-            return _Sum(tuple(by_key(factored(body).exponents, key)[1]), read.fills)
+            return _Sum(tuple(by_key(terms.exponents, key)[1]), read.fills)
     return None
 
 
