@@ -219,21 +219,32 @@ class KeyTiles(Dots):
         """One tile of keys of the main loop."""
         block, region = place.block, self.region
         place.expect(self.score, mask, region.gate)
-        self._masked_scores(place, mask)
+        kept = self._masked_scores(place, mask)
         top = "tl.max(scores, 1) * SCALE" if self.tame else "tl.max(scores, 1)"
         block.line(f"new_max = tl.maximum(row_max, {top})")
         shift = self._weigh(block, "new_max", mask != TRUE)
         block.line(f"alpha = {self._power('row_max', shift)}")
         block.line("row_sum = row_sum * alpha + tl.sum(weight, 1)")
-        self._accumulate(place, "acc")
+        self._accumulate(place, "acc", kept=kept)
         block.line("row_max = new_max")
 
-    def _masked_scores(self, place: Place, mask: Expr) -> None:
+    def _masked_scores(self, place: Place, mask: Expr) -> str | None:
+        """The scores of a tile; and under which name it is known which of them are kept, where a gate needs that."""
         self._scores(place, "scores", self.score)
         kept = [] if mask == TRUE else [place.text(part) for part in conjuncts(mask)]
         kept += place.guards((self.region.key,))
-        if kept:
-            place.block.line(f'scores = tl.where({conjunction(kept)}, scores, float("-inf"))')
+        if not kept:
+            return None
+        counts, named = conjunction(kept), mask != TRUE and self._gated
+        if named:
+            place.block.line(f"kept = {counts}")
+            counts = "kept"
+        place.block.line(f'scores = tl.where({counts}, scores, float("-inf"))')
+        return counts if named else None
+
+    @property
+    def _gated(self) -> bool:
+        return not (isinstance(self.region.gate, Const) and self.region.gate.value == 1.0)
 
     def _weigh(self, block: Block, top: str, emptied: bool) -> str:
         """The weights of a tile, against the maximum `top` of each row, where it is `emptied` of all keys, zeros.
@@ -261,14 +272,15 @@ class KeyTiles(Dots):
         else:
             place.block.line(f"{name} = {place.number(score)}")
 
-    def _accumulate(self, place: Place, acc: str, afresh: bool = False) -> None:
-        """acc = acc * alpha + (weight * gate) @ value, or the product alone."""
+    def _accumulate(self, place: Place, acc: str, afresh: bool = False, kept: str | None = None) -> None:
+        """acc = acc * alpha + (weight * gate) @ value, or the product alone. `kept`: which keys count, by name."""
         region, block = self.region, place.block
-        if not (isinstance(region.gate, Const) and region.gate.value == 1.0):
+        if self._gated:
             gated = f"weight * {place.number(region.gate, UNARY)}"
             guards = place.guards((region.key,))
-            # Past the last key the weight is zero, but the gate may be anything.
-            block.line(f"weight = tl.where({conjunction(guards)}, {gated}, 0.0)" if guards else f"weight = {gated}")
+            counts = kept or (conjunction(guards) if guards else None)
+            # Of what is left out, and past the last key, the weight is zero, but the gate may be anything.
+            block.line(f"weight = tl.where({counts}, {gated}, 0.0)" if counts else f"weight = {gated}")
         dtype = region.values.dtype if region.values.dtype in ("float16", "bfloat16") else "float32"
         shape = f"[BLOCK_K, {self.value_lanes}]"
         value = self._key_place(block, region.value).tile(region.values, dtype, shape, "value")

@@ -187,6 +187,9 @@ class Pairs(Dots):
         sums = self.scope.argument("sums_ptr", "saved", 1, dtype="float32")
         block.line(f"row_max = tl.load({sums} + {at}{masked})")
         block.line(f"log_sum = tl.load({sums} + {rows} + {at}{masked})")
+        if region.empty_row == "zero" and not self.tame:
+            block.line("# A row may have no key but such that a tensor adds -inf to.")
+            block.line('row_max = tl.where(row_max == float("-inf"), 0.0, row_max)')
         if emptied:
             block.line("empty = (tl.cast(log_sum, tl.int32, bitcast=True) & 1) == 1")
         block.line("log_sum = log_sum * LOG2E")
@@ -231,7 +234,8 @@ class Pairs(Dots):
         if gated:
             block.line(f"gate = {place.number(region.gate)}")
             if flows.weight in used:
-                block.line(f"gated = {self._in_range('weight * gate')}")
+                masked = "tl.where(kept, weight * gate, 0.0)"
+                block.line(f"gated = {masked if mask != TRUE or emptied else self._in_range('weight * gate')}")
                 weight = "gated"
         place.known[flows.weight, False] = weight
         if flows.score in used or flows.gate in used:

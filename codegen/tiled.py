@@ -255,14 +255,13 @@ class Tiles:
     def _row(self, rows: Scope, columns: Sequence[Column], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The result for the queries of a run, shaped as `like`, and its two row sums."""
         region = self.region
-        out, top, total, kept = self._online(rows, like, region.score, columns, region.empty_row != "never")
-        if kept is not None and not bool(kept.all()):
-            if region.empty_row == "zero":
-                out = torch.where(kept, out, 0.0)
-            else:
-                # What a mask with finite fills does to an emptied row is in the logits, over all keys.
-                others = self._online(rows, like, region.logits, self.tiled.everything(), False)
-                out, top, total = (torch.where(kept, a, b) for a, b in zip((out, top, total), others[:3]))
+        out, top, total, kept = self._online(rows, like, region.score, columns, region.empty_row == "logits")
+        if region.empty_row == "zero":
+            out = torch.where(top == -torch.inf, 0.0, out)
+        elif kept is not None and not bool(kept.all()):
+            # What a mask with finite fills does to an emptied row is in the logits, over all keys.
+            others = self._online(rows, like, region.logits, self.tiled.everything(), False)
+            out, top, total = (torch.where(kept, a, b) for a, b in zip((out, top, total), others[:3]))
         flat = tuple(range(self.key_dim, 0))
         return out.squeeze(self.key_dim), top.squeeze(flat), total.squeeze(flat)
 
@@ -294,6 +293,8 @@ class Tiles:
             total.mul_(shrink).add_(weight.sum(key_dim, keepdim=True))
             if self.gated:
                 weight = weight * tile.tensor(region.gate)
+                # Of what is left out the weight is zero, but the gate may be anything.
+                weight = weight if keep is None else torch.where(keep, weight, 0.0)
             acc.mul_(shrink).add_(contract(weight, tile.tensor(region.values), {key_dim: length}))
             top = higher
         for extra in region.extra:

@@ -111,6 +111,9 @@ class _Backward:
         delta = product.sum(over, keepdim=True) if over else product
         if into_rows is not None:  # a row's log-sum-exp has its probabilities as derivatives
             delta = delta - into_rows.reshape([*into_rows.shape, *ones])
+        if self.region.empty_row == "zero":  # weights of rows without keys are zero, and no number less another
+            none = top == -torch.inf
+            top, total = torch.where(none, 0.0, top), torch.where(none, torch.inf, total)
         row = Row(grad, delta, top.reshape([*top.shape, *ones]), total.reshape([*total.shape, *ones]))
         empty = self._empty(rows, columns)
         _give(rows, flows.out, grad)
@@ -154,7 +157,8 @@ class _Backward:
         if tiles.gated:
             gate = tile.tensor(region.gate)
             gated = gate * back
-            _give(tile, flows.weight, probability * gate)
+            weight = probability * gate
+            _give(tile, flows.weight, weight if keep is None else torch.where(keep, weight, 0.0))
             if flows.of_gate:
                 _give(tile, flows.gate, probability * back)
         else:

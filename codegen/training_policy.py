@@ -16,7 +16,7 @@ from refocus.codegen.policy import GAIN, LAUNCH, LEAST_GAIN, gathered_cost
 from refocus.codegen.readings import live_share
 from refocus.codegen.runs import Run, Tiled
 from refocus.evaluate import size_of
-from refocus.ir import TRUE, Region, Sym
+from refocus.ir import TRUE, Const, Region, Sym
 from refocus.masks import Tiling, classify
 
 _TILES = (128, 64, 32)
@@ -53,7 +53,8 @@ def choose_with_sums(region: Region, numbers: Mapping[Sym, int], written: Region
     cost = _cost(region, plan.block_q, numbers, written) + LAUNCH
     sizes = f"{batch} heads x {queries} queries x {keys} keys"
     if cost > GAIN * leave or leave - cost < LEAST_GAIN:
-        return Leave(f"its log-sum-exp is read, and no engine that tells it is faster at {sizes}")
+        why = "its weights are no softmax" if isinstance(region.score, Const) else "its log-sum-exp is read"
+        return Leave(f"{why}, and no engine that takes it is faster at {sizes}")
     return Chosen(plan, f"about {leave / cost:.1f} times faster than leaving it, at {sizes}")
 
 

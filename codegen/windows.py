@@ -72,11 +72,11 @@ class _Windows(Forward):
     def _window(self, place: Place) -> None:
         block, region = place.block, self.region
         place.expect(self.score, region.mask, region.gate)
-        self._masked_scores(place, region.mask)
+        kept = self._masked_scores(place, region.mask)
         block.line(f"row_max = tl.max(scores, 1){' * SCALE' if self.tame else ''}")
         self._weigh(block, "row_max", region.mask != TRUE)
         block.line("row_sum = tl.sum(weight, 1)")
-        self._accumulate(place, "acc", afresh=True)
+        self._accumulate(place, "acc", afresh=True, kept=kept)
 
     def _fill(self, block: Block) -> None:
         # Tiles of keys are loaded again: these rows are rare.

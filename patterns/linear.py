@@ -129,7 +129,7 @@ def _multiplied(a: Product, b: Product) -> Product:
     for one, other in ((a, b), (b, a)):
         parts = (*other.factors, *other.divisors, *other.conditions, *(e for _, e in other.exponents))
         if any(axis in other.summed or any(axis in x.axes for x in parts) for axis in one.summed):
-            raise Stop(Declined("the weights are not linear in the scores, which are multiplied with each other"))
+            raise Stop(Declined("the weights are not linear in the scores, but products of several", pairwise=True))
     return a.times(b)
 
 
@@ -344,7 +344,7 @@ def obstacle(product: Product, free: tuple[Axis, ...]) -> Declined | None:
                 mine = factor.axes & set(free)
                 theirs = [f.axes & set(free) for f in product.factors if key in f.axes and f is not factor]
                 if any(mine - other and other - mine for other in theirs):
-                    return Declined(_why_not(factor), blamed(factor))
+                    return Declined(_why_not(factor), blamed(factor), pairwise=True)
     plain = replace(product, divisors=())
     for key in product.summed:
         keyed = any(holds_sum(d) and key in d.axes for d in product.divisors)
@@ -376,13 +376,14 @@ def weight_of(product: Product, pair: Pair, step_of: Callable[[Expr, Axis], Expr
     query, key = pair
     for factor in product.factors:
         if {query, key} <= factor.axes:
-            raise Stop(Declined(_why_not(factor), blamed(factor)))
+            raise Stop(Declined(_why_not(factor), blamed(factor), pairwise=True))
     mask = s.and_(*(c for c in product.conditions if {query, key} <= c.axes))
     causal, strict = mask == s.le(key, query), mask == s.lt(key, query)
     if not (causal or strict or mask == TRUE):
         from refocus.notation import notation
 
-        raise Stop(Declined(f"a linear form needs a causal mask or none, and this one is {notation(mask)}"))
+        reason = f"a linear form needs a causal mask or none, and this one is {notation(mask)}"
+        raise Stop(Declined(reason, pairwise=True))
     known = s.assume(s.le(key, query))
     exponents = [x for sign, e in product.exponents for x in _under(e, sign, known)]
     gate = _gate(exponents, pair, step_of)

@@ -61,7 +61,7 @@ def one_sum(products: Sequence[Product], pair: Pair) -> tuple[Product, list[Prod
     first = sums[0].product
     total = [math.fsum(x.counts[k] for x in sums) for k in range(3)]
     if any(_bag(x.product) != _bag(first) for x in sums):
-        raise Stop(Declined("several attentions are added up in one sum"))
+        raise Stop(Declined("several attentions are added up in one sum", pairwise=True))
     own = _at_own(first, pair)
     rest = []
     for p in (p for p in products if key not in p.summed):

@@ -22,6 +22,8 @@ from refocus.patterns.factors import Factored, Signed, additive, factored, holds
 from refocus.patterns.fills import KEPT, UNCLEAR, of_shift, same_sum
 from refocus.patterns.guards import sum_under_guard, unguarded
 
+TOTAL = Load("sum of the weights", (), "float32")  # of weights that are not a softmax
+
 
 @dataclass(frozen=True)
 class Softmax:
@@ -31,7 +33,8 @@ class Softmax:
     outside of which it puts zeros, numbers or not: where(p, softmax(x), 0). `fills`: what becomes of a row that holds
     nothing but finite fills. It is the softmax of these ("kept"); 0 / 0, as they are so low that the exponential of
     each is zero ("lost"); that softmax times what rounding makes of it ("rounded"); or any, or none ("unclear").
-    `strict`: where all logits are -inf the model has no number, whatever the extra ones are.
+    `strict`: where all logits are -inf the model has no number, whatever the extra ones are. `unnormalised`: the
+    weights are gate * exp(logits), which may be divided by `divisor`, a function of their sum `TOTAL`.
     """
 
     logits: Expr
@@ -41,6 +44,14 @@ class Softmax:
     selected: Expr = TRUE
     fills: str = "kept"
     strict: bool = False
+    unnormalised: bool = False
+    divisor: Expr | None = None
+
+    @property
+    def dots(self) -> tuple[Dot, ...]:
+        """The products of queries and keys that the weights are made of."""
+        made_of = (self.logits, self.gate) if self.unnormalised else (self.logits,)
+        return tuple(dict.fromkeys(n for e in made_of for n in e.walk() if isinstance(n, Dot)))
 
 
 @dataclass(frozen=True)
@@ -172,7 +183,7 @@ def match(core: Expr, key: Axis, of_scores: bool = True, by_hand: bool = False) 
         d for d in top.divisors if holds_scores(d) or (not of_scores and any(isinstance(n, Reduce) for n in d.walk()))
     ]
     if not sums:
-        return Declined("the weights are not normalised over the keys")
+        return Declined("the weights are not normalised over the keys", pairwise=True)
     same = True  # sums that were divided by one after the other
     while len(sums) > 1:
         fewer = _renormalised(sums)
@@ -279,9 +290,9 @@ def _renormalised(divisors: list[Expr]) -> list[Expr] | None:
 
 
 def only_infinite(logits: Expr) -> bool:
-    """Whether a row has no number for a softmax only where a condition fills all of it with -inf: what is added from a
-    tensor may hold infinities of its own, and beside a finite fill there is a softmax. One number that all scores are
-    scaled by is taken for finite, like the scores."""
+    """Whether a row has no number for a softmax only where all of it is -inf, by a condition or by what a tensor adds:
+    beside a finite fill there is a softmax. What is added is taken for finite or -inf, and what scales the scores for
+    finite, like these."""
     stack = [logits]
     while stack:
         e = stack.pop()
@@ -290,7 +301,7 @@ def only_infinite(logits: Expr) -> bool:
         if isinstance(e, Call) and e.op in ("mul", "div") and holds_scores(e):
             stack.extend(a for a in e.args if a.is_float and (holds_scores(a) or a.axes))
             continue
-        if isinstance(e, Load) or (isinstance(e, Const) and e.is_float and -math.inf < e.value <= MASK_FILL):
+        if isinstance(e, Const) and e.is_float and -math.inf < e.value <= MASK_FILL:
             return False
         stack.extend(a for a in e.children if a.is_float)
     return True

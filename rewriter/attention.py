@@ -12,6 +12,10 @@ from refocus.notation import notation
 from refocus.patterns.declined import Declined
 from refocus.row_results import RowResult
 
+# What the epilogue loads of the rows of a part: what rounding leaves of their weights, how many keys they keep, and the
+# sums of their exponentials.
+ROUNDING, COUNT, SUM = "rounding", "count", "exponentials"
+
 
 @dataclass(frozen=True)
 class Part:
@@ -104,8 +108,8 @@ def each_told_once(sites: list[Site]) -> list[Site]:
 
 def _with_results(site: Site, results: tuple[RowResult, ...]) -> Site:
     """The same, and what its readings yield: row sums where these, or the epilogue, ask for them."""
-    rounded = any(x.tensor.startswith("rounding") for x in site.epilogue.loads)
-    parts = tuple(replace(p, region=replace(p.region, row_sums=rounded or bool(results))) for p in site.parts)
+    needed = any(x.tensor.startswith((ROUNDING, COUNT, SUM)) for x in site.epilogue.loads)
+    parts = tuple(replace(p, region=replace(p.region, row_sums=needed or bool(results))) for p in site.parts)
     readings = replace(
         site.readings,
         in_place=site.readings.in_place and _with_results(site.readings.in_place, results),

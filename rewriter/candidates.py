@@ -29,12 +29,14 @@ from refocus.sizes import hint, shape_of
 
 @dataclass(frozen=True)
 class Candidate:
-    """A place where attention may be: the contraction with values, which operand is the weights, the normaliser."""
+    """A place where attention may be: the contraction with values, which operand is the weights, the normaliser. Of
+    weights that are not `normalised`, it is they themselves."""
 
     root: fx.Node
     weights: int
     normaliser: fx.Node
     mixes: int = 0  # contractions between the normaliser and the root (talking heads)
+    normalised: bool = True
 
 
 def candidates(facts: Facts) -> list[list[Candidate]]:
@@ -48,7 +50,7 @@ def candidates(facts: Facts) -> list[list[Candidate]]:
         if name in ATTENTION_OPS:
             groups.append([Candidate(node, -1, node)])
         elif name in NORMALISERS and not is_of_one(node) and (taint_of(node, facts) or of_pair_sums(node, facts)):
-            group = list(_reached(node, facts))
+            group = list(reached(node, facts))
             if group:
                 groups.append(group)
     return groups
@@ -106,7 +108,8 @@ def is_of_one(node: fx.Node) -> bool:
     return bool(shape) and shape_of(source)[dim] == Const(1)
 
 
-def _reached(normaliser: fx.Node, facts: Facts) -> Iterator[Candidate]:
+def reached(normaliser: fx.Node, facts: Facts) -> Iterator[Candidate]:
+    """The contractions that what a node computes may flow into, nearest first."""
     queue: list[tuple[fx.Node, int]] = [(normaliser, 0)]
     seen = {normaliser}
     while queue:

@@ -9,7 +9,7 @@ import networkx as nx
 from torch import fx
 
 from refocus import simplify as s
-from refocus.attention import Part, Site
+from refocus.attention import COUNT, ROUNDING, SUM, Part, Site
 from refocus.candidates import Candidate
 from refocus.closure import (
     check_no_writes,
@@ -22,12 +22,13 @@ from refocus.closure import (
 )
 from refocus.empty_rows import UNPLAIN_FILLS
 from refocus.facts import Facts
-from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Reduce
+from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Reduce, Region
 from refocus.joint import NOTHING
 from refocus.lift import dtype_of, op_name
 from refocus.lifted import Lifted
 from refocus.normal_form import Draft, finish
 from refocus.patterns.declined import Declined, Stop
+from refocus.patterns.softmax import TOTAL
 from refocus.roles import Axes
 from refocus.row_results import RowReader, RowResult, settled
 
@@ -71,7 +72,7 @@ def close_site(
     reader = RowReader(facts, lifted, axes, {result.node: result for result in told})
     shared: list[tuple[frozenset[fx.Node], Declined]] = []
     for node, user in _escapes(interior, root, facts):
-        if reader.follows(node, user):
+        if not any(soft.unnormalised for _, _, soft in lifted.terms) and reader.follows(node, user):
             continue
         if not facts.order[node] >= facts.order[candidate.normaliser]:
             reason = f"a score is read elsewhere (by `{op_name(user)}`)"
@@ -89,27 +90,41 @@ def close_site(
         Draft(result, of_heads + lifted.heads, lifted.key, soft, lifted.values, lifted.uncopied, one_query)
         for of_heads, _, soft in lifted.terms
     ]
-    parts, orders = [], []
+    parts: list[Part] = []
+    orders: list[tuple[Axis, ...]] = []
     results: tuple[RowResult, ...] = ()
     row_index: tuple[Expr, ...] = ()
     epilogue: Expr | None = None
     dtype = dtype_of(root)
-    for k, (draft, (mixed, factor, _)) in enumerate(zip(drafts, lifted.terms)):
+    wide = dtype if dtype == "float64" else "float32"
+
+    def read_part(draft: Draft, dtype: str) -> tuple[Load, Expr | None]:
+        """One part more: what it gives out, and what its rows are multiplied with."""
+        nonlocal results, row_index
         region, bindings, order = finish(draft, facts, dtype, lifted.zero_rows)
         results = tuple(settled(r, draft.softmax, region) for r in reader.results.values())
-        rounded = region.row_sums
-        region = replace(region, row_sums=rounded or bool(results))
-        parts.append(Part(region, bindings))
-        check_reads(facts, interior, parts[-1])
-        orders.append(order)
         index = tuple((places or {}).get(a, a) for a in order)
         row_index = index[: len(index) - len(region.value)]
-        read = Load(f"part{k}", index, dtype)
+        of_row = _of_row(len(parts), draft, region, row_index)
+        read = Load(f"part{len(parts)}", index, dtype)
+        parts.append(Part(replace(region, row_sums=region.row_sums or bool(results)), bindings))
+        check_reads(facts, interior, parts[-1])
+        orders.append(order)
+        return read, of_row
+
+    for draft, (mixed, factor, soft) in zip(drafts, lifted.terms):
+        read, of_row = read_part(draft, dtype)
         term: Expr = read
-        if rounded:
+        if of_row is not None:
             if mixed:
                 raise Stop(UNPLAIN_FILLS)
-            term = s.call("mul", Load(f"rounding{k}", row_index, "float32"), term, dtype="float32")
+            term = s.call("mul", of_row, term, dtype="float32")
+        if soft.divisor is not None:
+            rows = [a for a in draft.free if a in soft.gate.axes | soft.logits.axes]
+            total: Expr
+            total, times = read_part(replace(draft, free=rows, values=Const(1.0, wide)), wide)
+            total = total if times is None else s.call("mul", times, total, dtype="float32")
+            term = s.call("div", term, s.substitute(soft.divisor, {TOTAL: total}), dtype="float32")
         plain_factor = isinstance(factor, Const) and factor.value == 1.0
         if not plain_factor:
             term = s.call("mul", factor, term, dtype="float32")
@@ -143,6 +158,15 @@ def close_site(
         results=results,
         rows=row_index,
     )
+
+
+def _of_row(k: int, draft: Draft, region: Region, row: tuple[Expr, ...]) -> Expr | None:
+    """What the rows of a part's result are multiplied with, by name where it comes from row sums; None for one."""
+    whole = draft.softmax.unnormalised
+    if not region.row_sums:
+        return s.cast(region.key.size, "float32") if whole else None
+    name = ROUNDING if not whole else COUNT if isinstance(region.score, Const) else SUM
+    return Load(f"{name}{k}", row, "float32")
 
 
 def _sum(axis: Axis, factor: Expr, part: Load, term: Expr) -> Expr:

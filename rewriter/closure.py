@@ -87,7 +87,7 @@ def check_reads(facts: Facts, interior: set[fx.Node], part: Part) -> None:
     compared = _compared(part.region)
     twins = _twins(facts, interior) if compared else set()
     for operand, binding in zip(part.region.operands, part.bindings):
-        for node in _nodes_of(binding, facts):
+        for node in nodes_of(binding, facts):
             made_of = _made_of(node, facts)
             own = made_of & interior
             if own:
@@ -112,7 +112,8 @@ def _made_of(node: fx.Node, facts: Facts) -> set[fx.Node]:
     return found
 
 
-def _nodes_of(binding: Binding, facts: Facts) -> list[fx.Node]:
+def nodes_of(binding: Binding, facts: Facts) -> list[fx.Node]:
+    """The nodes that an operand is made of."""
     if isinstance(binding, Hoisted):
         return [facts.nodes[x.tensor] for x in binding.value.loads if x.tensor in facts.nodes]
     return [binding] if isinstance(binding, fx.Node) else []

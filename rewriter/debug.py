@@ -24,6 +24,7 @@ _count = itertools.count()
 RULES = {
     "softmax": "the family: its sites are seen, and left as they are",
     "linear": "the family",
+    "pairwise": "the family",
     "triton": "the engine: nothing is planned for it",
     "cpp": "the engine",
     "tiled": "the engine",

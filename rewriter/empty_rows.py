@@ -62,13 +62,14 @@ class Rows:
         """Whether a row may hold nothing but finite fills."""
         return any(_is_fill(n) for n in logits.walk()) and not self._never_empty(separate_mask(logits)[1])
 
-    def rule(self, soft: Softmax, logits: Expr, mask: Expr) -> str:
-        """`Region.empty_row`. Raises Stop where a condition makes zeros of some rows without keys, maybe not of all."""
+    def rule(self, soft: Softmax, logits: Expr, mask: Expr, zeros: bool) -> str:
+        """`Region.empty_row`; `zeros`: the model's softmax is one that makes zeros of rows that are no numbers.
+        Raises Stop where a condition makes zeros of some rows without keys, maybe not of all."""
         apart = set(s.conjuncts(soft.selected)) - {TRUE, *s.conjuncts(mask)}
         if apart and self._may_be_emptied(logits):
             raise Stop(_UNPLAIN)
         if self._never_empty(mask):
-            return "never"
+            return "zero" if (zeros or soft.cleaned) and self._may_be_emptied(logits) else "never"
         if soft.cleaned:
             return "zero"
         if soft.selected == TRUE:

@@ -38,9 +38,9 @@ class Hoisted:
         return self.wide or next((x.dtype for x in self.value.loads if x.is_float), own)
 
 
-def hoist_distances(logits: Expr, query: Axis, key: Axis) -> tuple[Expr, dict[str, Hoisted]]:
-    """Replace rounding functions of the distance by loads; the new operands by the name that the loads use."""
-    found: dict[str, Hoisted] = {}
+def hoist_distances(value: Expr, query: Axis, key: Axis, found: dict[str, Hoisted]) -> Expr:
+    """Replace rounding functions of the distance by loads; `found` receives the new operands by the name that the loads
+    use."""
     span = s.sub(s.add(query.size, key.size), 1)
     distance = Axis(DISTANCE, span)
     shift = s.sub(key.size, 1)
@@ -51,21 +51,20 @@ def hoist_distances(logits: Expr, query: Axis, key: Axis) -> tuple[Expr, dict[st
             return None
         if any(isinstance(n, Dot | Reduce) for n in node.walk()):
             return None
-        value = s.substitute(node, as_distance)
-        if key in value.axes or query in value.axes:
+        outside = s.substitute(node, as_distance)
+        if key in outside.axes or query in outside.axes:
             return None
-        rest = sorted(value.axes - {distance}, key=lambda a: a.name)
+        rest = sorted(outside.axes - {distance}, key=lambda a: a.name)
         name = f"hoisted {len(found)}"
-        found[name] = Hoisted(value, (*rest, distance))
+        found[name] = Hoisted(outside, (*rest, distance))
         return Load(name, (*rest, s.add(query, s.neg(key), shift)), node.dtype)
 
-    return rewrite(logits, visit, s.rebuild), found
+    return rewrite(value, visit, s.rebuild)
 
 
-def hoist_sums(logits: Expr, query: Axis, key: Axis) -> tuple[Expr, dict[str, Hoisted]]:
-    """Replace sums of what is loaded by loads. What is summed for pairs is so of a tensor of pairs: none is made where
-    there was none."""
-    found: dict[str, Hoisted] = {}
+def hoist_sums(value: Expr, query: Axis, key: Axis, found: dict[str, Hoisted]) -> Expr:
+    """Replace sums of what is loaded by loads; `found` as above. What is summed for pairs is so of a tensor of pairs:
+    none is made where there was none."""
 
     def visit(node: Expr) -> Expr | None:
         if isinstance(node, Dot):
@@ -87,7 +86,7 @@ def hoist_sums(logits: Expr, query: Axis, key: Axis) -> tuple[Expr, dict[str, Ho
         found[name] = Hoisted(total, axes, wide=node.dtype)
         return Load(name, axes, node.dtype)
 
-    return rewrite(logits, visit, s.rebuild), found
+    return rewrite(value, visit, s.rebuild)
 
 
 def _rounds(value: Expr) -> bool:

@@ -246,7 +246,8 @@ class Region:
     `score` holds the `Dot`s; `mask` is the predicate that keeps a pair (TRUE when there is none).
     `logits` is the unreduced, faithful float expression with every finite fill and additive mask as the model
     wrote it: rows that `mask` empties are computed from it, so that they come out as in eager code.
-    `empty_row`: "never" (proved that no row is empty), "logits" (as above), "zero" (SDPA's rule).
+    `empty_row`: "never" (proved that no row is empty), "logits" (as above), "zero" (SDPA's rule: a row is zero, too,
+    whose logits are all -inf by what a tensor adds to them).
     `extra`: further logits without key axis (sinks), each a column that is dropped after the softmax.
     `gate` multiplies the normalised weight (Const 1.0 when there is none).
     `out_dtype`: dtype of the result; accumulation is always float32 (float64 for float64 inputs).
@@ -278,7 +279,8 @@ class Region:
 
     @property
     def dots(self) -> tuple[Dot, ...]:
-        return tuple(dict.fromkeys(n for n in self.score.walk() if isinstance(n, Dot)))
+        """The products of queries and keys that the weights are made of."""
+        return tuple(dict.fromkeys(n for e in (self.score, self.gate) for n in e.walk() if isinstance(n, Dot)))
 
     @property
     def expressions(self) -> tuple[Expr, ...]:

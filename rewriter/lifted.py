@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from refocus.ir import Axis, Dot, Expr, Load
+from refocus.ir import Axis, Expr, Load
 from refocus.joint import NOTHING
 from refocus.lift import Index, Lifter, complexity
 from refocus.patterns.log_sums import LogSum
@@ -61,6 +61,6 @@ def split_axis(lifted: Lifted, axes: Axes) -> Axes | None:
 
     A query axis (one that neither values nor keys have) stays whole: halves of it would only make for fewer rows."""
     shared = lifted.values.axes.union(
-        *(n.key.axes for _, _, soft in lifted.terms for n in soft.logits.walk() if isinstance(n, Dot))
+        *(dot.key.axes for _, _, soft in lifted.terms for dot in soft.dots)
     )
     return axes.split(_expressions(lifted), shared)

@@ -66,7 +66,7 @@ def finish(
     rest = [a for a in all_axes if a not in value]
     query_like = [a for a in rest if a in weight_axes and a not in draft.values.axes]
     # Heads that are mixed are in the scores and not in the values, too; but keys have them.
-    keyed = frozenset().union(*(n.key.axes for n in soft.logits.walk() if isinstance(n, Dot)))
+    keyed = frozenset().union(*(dot.key.axes for dot in soft.dots))
     unkeyed = [a for a in query_like if a not in keyed]
     query_like = unkeyed if unkeyed or draft.one_query else query_like
     query = _choose_query(query_like, mask, key)
@@ -75,22 +75,25 @@ def finish(
         batch = rest
     else:
         batch = [a for a in rest if a is not query]
-    for dot in (n for n in soft.logits.walk() if isinstance(n, Dot)):
-        if query in dot.key.axes:
-            raise Stop(Declined("a key depends on the query", None))
-    logits, sums = hoist_sums(soft.logits, query, key)
-    soft = replace(soft, logits=logits)
+    if any(query in dot.key.axes for dot in soft.dots):
+        raise Stop(Declined("a key depends on the query", None))
+    sums: dict[str, Hoisted] = {}
+    hoisted: dict[str, Hoisted] = {}
+    soft = replace(soft, logits=hoist_sums(soft.logits, query, key, sums))
+    if soft.unnormalised:
+        gate = hoist_sums(soft.gate, query, key, sums)
+        soft = replace(soft, gate=hoist_distances(gate, query, key, hoisted))
     if any(isinstance(n, Reduce) for e in (soft.logits, soft.gate, *soft.extra) for n in e.walk()):
         raise Stop(Declined("a sum that is not a product of queries and keys stands in the scores"))
     if query in draft.values.axes:
         raise Stop(Declined("the values depend on the query"))
     order = [*batch, *([query] if query.name != "one" else []), *value]
     names = _axis_names(batch, query, key, value, [soft.logits, soft.gate, *soft.extra, draft.values])
-    logits, hoisted = hoist_distances(soft.logits, query, key)
+    logits = hoist_distances(soft.logits, query, key, hoisted)
     rows = Rows(facts, batch, query, key)
     logits = rows.settled(soft, logits)
     score, mask = LowScores(facts, {**sums, **hoisted}).separated(logits)
-    rule = rows.rule(soft, logits, mask)
+    rule = rows.rule(soft, logits, mask, zero_rows)
     gate = soft.gate if rule == "logits" else known_inside(soft.gate, mask)
     builder = _Operands(facts, names, {**sums, **hoisted}, out_dtype)
     logits_, values_ = builder.canonical(logits), builder.values(draft.values, draft.in_place)
@@ -110,7 +113,7 @@ def finish(
         extra=extra_,
         gate=gate_,
         empty_row="zero" if zero_rows and rule == "logits" else rule,
-        row_sums=rows.rounded(soft, logits),
+        row_sums=rows.rounded(soft, logits) or (soft.unnormalised and not isinstance(logits, Const)),
     )
     if soft.strict and not has_number(soft.logits, rule == "never"):
         raise Stop(Declined("a row may have no keys: it is no number then, whatever its share"))

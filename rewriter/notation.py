@@ -45,9 +45,11 @@ def _region(region: Region) -> str:
     def head(symbol: str, *axes: Axis) -> str:
         return f"{symbol}[{','.join(names[a] for a in axes)}]"
 
-    masked = region.mask != TRUE
-    lines = [(head("S", *region.batch, region.query, region.key), plain.at(region.score, OR))]
-    inside = "S"
+    masked, gated = region.mask != TRUE, not (isinstance(region.gate, Const) and region.gate.value == 1.0)
+    alike = isinstance(region.score, Const) and gated and not region.extra  # a softmax of equal scores is a mean
+    pairs = head("W" if alike else "S", *region.batch, region.query, region.key)
+    lines = [(pairs, plain.at(region.gate if alike else region.score, OR))]
+    inside = "W" if alike else "S"
     if masked:
         lines.append(("mask", plain.at(region.mask, OR)))
         inside += " | mask"
@@ -57,13 +59,16 @@ def _region(region: Region) -> str:
     key = names[region.key]
     kind = region.normalizer
     weight = {"softmax": f"softmax_{key}", "sum": f"normalize_{key}", "none": ""}.get(kind, kind) + f"({inside})"
-    if not (isinstance(region.gate, Const) and region.gate.value == 1.0):
+    if alike:
+        weight = f"mean_{key}({inside})"
+    elif gated:
         lines.append(("gate", plain.at(region.gate, OR)))
         weight = f"({weight} * gate)"
     output = head("O", *region.batch, region.query, *region.value)
     lines.append((output, f"{weight} . {plain.at(region.values, NEG)}"))
     if region.row_sums:
-        lines.append((head("L", *region.batch, region.query), f"logsumexp_{key}({inside})"))
+        told = f"number_{key}(mask)" if alike else f"logsumexp_{key}({inside})"
+        lines.append((head("n" if alike else "L", *region.batch, region.query), told))
     if region.output is not None:
         lines.append(("put at", f"[{', '.join(plain.at(e, OR) for e in region.output.index)}]"))
     if masked and region.empty_row == "zero":

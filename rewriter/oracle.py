@@ -36,7 +36,8 @@ def run(
         extra = [faithful.tensor(x).to(dtype) for x in region.extra]
         weight = torch.where(kept, weight, softmax(logits, extra, key))
     if region.gate != Const(1.0, region.gate.dtype):
-        weight = weight * scope.tensor(region.gate)
+        gate = scope.tensor(region.gate)
+        weight = torch.where(weight == 0, 0.0, weight * gate)  # which may be anything where nothing is weighed
     out = contract(weight, scope.tensor(region.values), {key: size_of(region.key.size, numbers)})
     shape = [size_of(a.size, numbers) for a in (*region.batch, region.query)]
     value = [size_of(a.size, numbers) for a in region.value]
@@ -65,7 +66,9 @@ def log_sums(
         top = every_column.detach().amax(key, keepdim=True)
         base = torch.where(top == -torch.inf, 0.0, top)
         # Fills of finfo.min absorb the logarithm, but not its derivatives, which are the probabilities.
-        return (every_column - base).exp().sum(key, keepdim=True).log() + top
+        total = (every_column - base).exp().sum(key, keepdim=True)
+        none = total == 0  # and nothing flows back through it
+        return torch.where(none, -torch.inf, torch.where(none, 1.0, total).log() + top)
 
     scope = Scope(env, named, numbers, dtype)
     mask = scope.tensor(region.mask)
@@ -84,7 +87,8 @@ def weights(region: Region, scope: Scope, key: int) -> Tensor:
     mask = scope.tensor(region.mask)
     score = scope.tensor(region.score)
     length = size_of(region.key.size, scope.sizes)
-    some = _spread(mask, key, length).any(key, keepdim=True)
+    kept = torch.logical_and(mask, score != -torch.inf) if region.empty_row == "zero" else mask
+    some = _spread(kept, key, length).any(key, keepdim=True)
     # A row without keys is given scores before it is taken out, so that no NaN flows back through it.
     score = _spread(torch.where(some, torch.where(mask, score, -torch.inf), 0.0), key, length)
     weight = softmax(score, [scope.tensor(x) for x in region.extra], key)

@@ -45,6 +45,7 @@ from refocus.options import Options
 from refocus.output_chain import is_call, place_results
 from refocus.recognize import recognize
 from refocus.recognize_linear import recognize_linear
+from refocus.recognize_pairwise import recognize_pairwise
 from refocus.report import Report, joined
 from refocus.report import Site as Row
 from refocus.sites import describe_left, describe_site, kernel_path, location_of, numbers_of
@@ -80,6 +81,11 @@ def rewrite(gm: fx.GraphModule, options: Options, inputs: Sequence[Any] = ()) ->
     return Rewritten(done.gm, joined((*inner, done.report)), done.assumptions) if inner else done
 
 
+def _recognize(facts: Facts) -> list[Site | LinearSite | Left]:
+    """All attention of a graph, of every family, in graph order."""
+    return recognize_pairwise(facts, recognize_linear(facts, recognize(facts)))
+
+
 def _rewrite_outer(gm: fx.GraphModule, options: Options, inputs: Sequence[Any]) -> Rewritten:
     """All stages on one graph, past the bodies of operations that it holds."""
     started = time.perf_counter()
@@ -94,20 +100,20 @@ def _rewrite_outer(gm: fx.GraphModule, options: Options, inputs: Sequence[Any]) 
     placeholders = traced.graph.find_nodes(op="placeholder")
     buffers = model_buffers(placeholders, inputs)
     facts = gather_facts(traced, buffers)
-    found = recognize_linear(facts, recognize(facts))
+    found = _recognize(facts)
     if made_equal(traced.graph, found):
         facts = gather_facts(traced, buffers)
-        found = recognize_linear(facts, recognize(facts))
+        found = _recognize(facts)
     if splits := split_apart(found):
         facts = gather_facts(traced, buffers)
-        found = recognize_linear(facts, recognize(facts))
+        found = _recognize(facts)
         linear = {x.root for x in found if isinstance(x, LinearSite)}
         left = [x for x in splits if not linear.issuperset(x.gathers)]
         for split in left:
             split.undo()
         if left:
             facts = gather_facts(traced, buffers)
-            found = recognize_linear(facts, recognize(facts))
+            found = _recognize(facts)
     debug.dump("recognize", found)
     operands = {node for site in found if isinstance(site, LinearSite) for node in sources_of(site, facts)}
     ready_made = given_scores(facts, operands)

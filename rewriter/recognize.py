@@ -40,6 +40,7 @@ from refocus.normal_form import in_pieces
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.factors import holds_scores
 from refocus.patterns.fills import ROUNDED, UNCLEAR, by_rounded_sum
+from refocus.patterns.pairwise import match_pairwise
 from refocus.patterns.sdpa import lift_sdpa
 from refocus.patterns.shares import match_with_share
 from refocus.patterns.softmax import Softmax, steadied, terms_of, with_steady_softmaxes
@@ -448,6 +449,9 @@ def _weighted(candidate: Candidate, facts: Facts, axes: Axes, lifter: Lifter, fo
         if lifter.blame is not None and op_name(lifter.blame) not in CONTRACTIONS:
             reason += f" (`{op_name(lifter.blame)}` is not understood)"
         return Declined(reason, (lifter.blame or candidate.normaliser).name)
+    if not candidate.normalised:
+        pairs = match_pairwise(weights, key)
+        return pairs if isinstance(pairs, Declined) else Lifted(key, values, [((), *pairs)], NOTHING, lifter, False)
     parts, rest = terms_of(weights, key)
 
     def sizes(name: str) -> tuple[Expr, ...]:

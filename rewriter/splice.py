@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from refocus.attention import Site
+from refocus.attention import COUNT, ROUNDING, SUM, Site
 from refocus.codegen import operator
 from refocus.codegen.cotangents import flows_into
 from refocus.codegen.plan import Plan
@@ -324,7 +324,9 @@ def _function(
             if sums is not None:
                 rows = len(axes) - len(part.region.value)
                 sums = sums if sums.dim() == rows + 1 else sums.squeeze(-1)
-                results[_LOG_SUM], results[f"rounding{k}"] = _of_rows(*sums)
+                results[_LOG_SUM], results[f"{ROUNDING}{k}"] = _of_rows(*sums)
+                results[f"{SUM}{k}"] = results[_LOG_SUM].exp()
+                results[f"{COUNT}{k}"] = results[f"{SUM}{k}"].detach().round()  # of logits that are zero
         if site.plain:
             value = results["part0"].permute([site.axes[0].index(a) for a in flat])
         else:

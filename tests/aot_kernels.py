@@ -57,6 +57,7 @@ def forward() -> Iterator[Compiled]:
         "symbolic 64": (cases.symbolic(HALF, n=1024, d=64), NVIDIA),
         "fills 64": (cases.empty_added(HALF, n=1024, d=64), ALL),
         "documents 64": (cases.documents(HALF, n=1024, d=64), ALL),
+        "pairwise 64": (cases.pairwise(HALF, n=1024, d=64), NVIDIA),
         "float32 64": (cases.causal(SINGLE, n=1024, d=64), ("sm_80",)),
     }, kernels)  # fmt: skip
 
@@ -72,6 +73,7 @@ def backward() -> Iterator[Compiled]:
         "fills 64": (cases.empty_added(**half, d=64), NVIDIA),
         "bias 64": (cases.additive_bias(**half, d=64), ALL),
         "gate 128": (_more("pair_gate", 128), ("sm_90",)),
+        "pairwise 64": (cases.pairwise(**half, d=64), NVIDIA),
         "dropout 64": (_more("dropout", 64), NVIDIA),
         "softcap 128": (cases.softcap(**half, d=128), ("sm_90",)),
         "documents 64": (cases.documents(**half, d=64), ALL),

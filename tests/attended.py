@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -106,19 +106,18 @@ def _positions(position: Any) -> Tensor:
 def attending() -> Iterator[list[Attended]]:
     """Collects every region that runs meanwhile."""
     calls: list[Attended] = []
-    find = operator.engine_named
+    find, find_trainer = operator.engine_named, operator._trainer
 
-    def named(name: str) -> operator.Engine:
-        run = find(name)
-
-        def recorded(region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[int] = ()) -> Tensor:
+    def recording(run: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(region: Region, plan: Plan, operands: Sequence[Tensor], sizes: Sequence[int] = ()) -> Any:
             calls.append(Attended(region, tuple(t.detach().clone() for t in operands), tuple(sizes)))
             return run(region, plan, operands, sizes)
 
         return recorded
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(operator, "engine_named", named)
+        patch.setattr(operator, "engine_named", lambda name: recording(find(name)))
+        patch.setattr(operator, "_trainer", lambda name: (recording(find_trainer(name)[0]), find_trainer(name)[1]))
         yield calls
 
 

@@ -207,6 +207,22 @@ def masked_rows(dtype: torch.dtype = torch.float32, n: int = 50, d: int = 16) ->
     return s.case(s.score, mask, add(s.score, fill), empty_row="logits")
 
 
+def emptied_by_bias(dtype: torch.dtype = torch.float32, n: int = 50, d: int = 16) -> Case:
+    """Nothing is masked, but what is added takes all keys of some rows away: they are zeros."""
+    s = Setting(dtype, n, n, d, d)
+    bias = randn(4, dtype, H, n, n)
+    bias[1, 3], bias[0, n - 1] = -math.inf, -math.inf
+    s.tensors["bias"] = bias
+    return s.case(add(s.score, Load("bias", (s.h, s.i, s.j), s.f)), empty_row="zero")
+
+
+def pairwise(dtype: torch.dtype = torch.float32, n: int = 50, d: int = 16) -> Case:
+    """Weights that are a function of each score, and no softmax: a mean of equal scores, gated."""
+    s = Setting(dtype, n, n, d, d)
+    gate = call("square", call("relu", s.score))
+    return s.case(s.const(0.0), le(s.j, s.i), gate=gate, empty_row="zero")
+
+
 def gated(dtype: torch.dtype = torch.float32, n: int = 50, d: int = 16) -> Case:
     """The normalised weight is multiplied by a sigmoid of the key and one of the query."""
     s = Setting(dtype, n, n, d, d)
@@ -329,8 +345,8 @@ CASES: dict[str, Callable[..., Case]] = {
     f.__name__: f
     for f in (
         dense, causal, causal_bfloat16, window, gqa, additive_bias, alibi, softcap, padding, documents, sinks,
-        empty_min, empty_inf, empty_zero, empty_added, low_scores, gated, cross, relative_table, t5_buckets, symbolic,
-        two_dots, masked_rows, merged_heads, windows_2d, unbatched, dropout,
+        empty_min, empty_inf, empty_zero, empty_added, low_scores, gated, pairwise, emptied_by_bias, cross,
+        relative_table, t5_buckets, symbolic, two_dots, masked_rows, merged_heads, windows_2d, unbatched, dropout,
     )
 }
 

@@ -60,13 +60,14 @@ def check_graph(case: cases.Case) -> None:
     assert_close(out, *case)
 
 
-@pytest.mark.parametrize("name", [name for name in cases.all_names() if name != "dropout"])
+@pytest.mark.parametrize("name", [name for name in cases.all_names() if name not in ("dropout", "pairwise")])
 def test_graph(name: str) -> None:
     check_graph(cases.CASES[name]())
 
 
 def test_a_gate_on_pairs_is_declined() -> None:
-    assert cpp.supports(cases.dropout()[0]) == "a gate multiplies the weights pair by pair"
+    for case in (cases.dropout, cases.pairwise):
+        assert cpp.supports(case()[0]) == "a gate multiplies the weights pair by pair"
 
 
 @pytest.mark.parametrize(

@@ -216,10 +216,14 @@ NEAR_MISSES = [
     (half_of_the_earlier, "keys before and after a query are weighted differently"),
     (two_attentions, "several attentions are added up in one sum"),
     (a_matrix_beside, "more than a value of the query's position"),
-    (upper_band, "needs a causal mask or none"),
     (backward_other_way, "not the same function"),
     (backward_chunks, "runs from the last to the first"),
 ]
+
+
+def test_a_band_is_a_mask_of_pairs() -> None:
+    (site,) = check(Module(upper_band), inputs(3), family="pairwise", sites=1, lower=False).report.sites
+    assert site.mask
 
 
 @pytest.mark.parametrize(("function", "reason"), NEAR_MISSES, ids=[f.__name__ for f, _ in NEAR_MISSES])

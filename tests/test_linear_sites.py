@@ -99,16 +99,11 @@ def fewer_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 NEAR_MISSES = [
-    (squared, "multiplied with each other"),
-    (relu, "not linear in the scores (`relu` of them)"),
-    (shifted, "not linear in the scores (`add` of them)"),
-    (windowed, "needs a causal mask or none"),
     (quadratic_decay, "not linear in the distance"),
     (both_ways, "without a causal mask"),
     (unmatched_gates, "no difference of gates"),
     (other_sum, "a sum of other weights"),
     (column_sum, "depends on the key"),
-    (pair_bias, "do not come apart"),
     (read_twice, "read elsewhere"),
     (fewer_keys, "not as many keys as queries"),
 ]
@@ -119,6 +114,12 @@ def test_near_miss(function: Function, reason: str) -> None:
     given = inputs()[: function.__code__.co_argcount]
     report = check(Module(function), given, fused=False, sites=1, lower=False).report
     assert reason in report.sites[0].reason
+
+
+@pytest.mark.parametrize("function", [squared, relu, shifted, windowed, pair_bias])
+def test_weights_that_do_not_come_apart_are_those_of_pairs(function: Function) -> None:
+    given = inputs()[: function.__code__.co_argcount]
+    check(Module(function), given, family="pairwise", sites=1, lower=False)
 
 
 class Projections(nn.Module):

@@ -18,7 +18,10 @@ PLAIN = {
     "dense", "causal", "causal_bfloat16", "gqa", "gated", "cross", "two_dots", "merged_heads", "windows_2d",
     "unbatched",
 }  # fmt: skip
-REASONS = {"dropout": "gate", "softcap": "function", "sinks": "extra logits", "empty_added": "extra logits"}
+REASONS = {
+    "dropout": "gate", "pairwise": "gate", "softcap": "function", "sinks": "extra logits",
+    "empty_added": "extra logits",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", cases.all_names())

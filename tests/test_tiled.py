@@ -115,6 +115,12 @@ def dropped(t: Tensors) -> Tensor:
     return (weight * keep * 1.5) @ t["v"]
 
 
+def pairwise(t: Tensors) -> Tensor:
+    """The region is a mean: what the model sums over the keys that it sees, divided by their number."""
+    weights = torch.relu(t["q"] @ t["k"].mT * t["q"].shape[-1] ** -0.5).square().tril()
+    return (weights @ t["v"]) / torch.arange(1, t["q"].shape[2] + 1)[:, None]
+
+
 def gated(t: Tensors) -> Tensor:
     weight = torch.softmax(scores(t).masked_fill(~tril(t), -math.inf), -1)
     weight = weight * torch.sigmoid(t["gate_k"])[:, None, None, :] * torch.sigmoid(t["gate_q"])[None, :, :, None]
@@ -155,6 +161,7 @@ EAGER: dict[str, Callable[[Tensors], Tensor]] = {
     "causal_bfloat16": lambda t: attend(t, keep=tril(t)),
     "window": lambda t: attend(t, keep=tril(t) & (offsets(t) < 9)),
     "gqa": lambda t: attend(t, keep=tril(t)),
+    "emptied_by_bias": lambda t: attend(t, lambda s: s + t["bias"]).nan_to_num(),
     "additive_bias": lambda t: attend(t, lambda s: s + t["bias"]),
     "alibi": lambda t: attend(t, lambda s: s - t["slopes"][:, None, None] * offsets(t), tril(t)),
     "softcap": lambda t: attend(t, lambda s: torch.tanh(s / 2.0) * 2.0, tril(t) & (offsets(t) <= 20)),
@@ -168,6 +175,7 @@ EAGER: dict[str, Callable[[Tensors], Tensor]] = {
     "low_scores": low,
     "masked_rows": masked_rows,
     "gated": gated,
+    "pairwise": pairwise,
     "dropout": dropped,
     "cross": attend,
     "relative_table": lambda t: attend(t, lambda s: s + t["table"][(offsets(t) + 12).clamp(0, 24)].permute(2, 0, 1)),

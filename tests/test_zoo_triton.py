@@ -18,8 +18,8 @@ from tests import wide_models
 from tests.children import output, settle
 from tests.zoo import ENTRIES, load
 
-# A triangle, documents within a window, tables by distance, a product of a column and a row.
-FEW = ("causal", "document_window", "t5", "sccan")
+# A triangle, documents within a window, tables by distance, a product of a column and a row, weights of pairs.
+FEW = ("causal", "document_window", "t5", "sccan", "relu_attention")
 FUSED = [n for n in ENTRIES if load(n).expect.declined is None and not load(n).expect.open]
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tests.zoo.expect import Expect, Variant
 
 EXPECT = Expect(family="linear", mask="j <= i")
+PAIRWISE = Expect(family="pairwise", mask="j <= i")
 
 
 class KernelAttention(nn.Module):
@@ -56,8 +57,10 @@ VARIANTS = {
     "identity": _maker(KernelAttention, "identity", True),
     "identity_unnormalized": _maker(KernelAttention, "identity", False),
     "mlp": _maker(KernelAttention, "mlp", True),
-    "sigmoid": _maker(Similarity, "sigmoid", True, Expect(declined="not linear in the scores")),
-    "elu_of_scores": _maker(Similarity, "elu", True, Expect(declined="")),
+    "sigmoid": _maker(Similarity, "sigmoid", True, PAIRWISE),
+    "sigmoid_unnormalized": _maker(Similarity, "sigmoid", False, PAIRWISE),
+    "elu_of_scores": _maker(Similarity, "elu", True, PAIRWISE),
+    "elu_of_scores_unnormalized": _maker(Similarity, "elu", False, PAIRWISE),
 }
 
 
