@@ -188,9 +188,8 @@ def start_of(value: Any, size: Expr) -> Expr:
     if value is None:
         return Const(0)
     start = size_expr(value)
-    if isinstance(start, Const) and start.value < 0:
-        return s.maximum(s.add(start, size), 0)
-    return start
+    from_end = s.maximum(s.add(start, size), 0)
+    return s.where(s.lt(start, 0), from_end, start)  # the sign of a size is known: x[-n:]
 
 
 def _slice(node: fx.Node, index: Index) -> Place:

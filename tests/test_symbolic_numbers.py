@@ -165,3 +165,32 @@ def test_a_size_that_turns_out_to_be_a_number(function: Callable[..., Tensor]) -
     for tokens in (9, 20):
         given = torch.randn(2, tokens, 4), torch.randn(12, 4)
         torch.testing.assert_close(run(*given), function(*given), rtol=1e-4, atol=1e-4)
+
+
+def the_last_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    places = torch.arange(k.size(-2))
+    own = places[-q.size(-2) :]
+    later = places > own[:, None]
+    return (q @ k.mT - 0.1 * (places - own[:, None]).abs()).masked_fill(later & (places > 3), -math.inf).softmax(-1) @ v
+
+
+def narrowed_from_the_end(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    places, n = torch.arange(k.size(-2)), q.size(-2)
+    own, first = places.narrow(0, -n, n), places[-n]
+    return (q @ k.mT - 0.1 * (places - own[:, None]).abs() - 0.2 * (places - first).abs()).softmax(-1) @ v
+
+
+def the_last_or_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Where it begins may lie before the first."""
+    own = torch.arange(q.size(-2))[-k.size(-2) :]
+    return (q @ k.mT - 0.1 * (own[:, None] - torch.arange(k.size(-2))).abs()).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("function", [the_last_rows, narrowed_from_the_end, the_last_or_all])
+def test_places_counted_from_the_end_by_a_size(function: Function) -> None:
+    """x[-n:] where n is a size: the start is below zero, whatever n is."""
+    run = refocus.optimize(lambda *given: function(*given), engine="tiled", require=True, dynamic=True)
+    for queries, keys in ((7, 12), (5, 5), (9, 31)):
+        given = tuple(torch.randn(2, n, 8) for n in (queries, keys, keys))
+        with torch.no_grad():
+            torch.testing.assert_close(run(*given), function(*given))
