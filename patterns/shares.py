@@ -18,18 +18,19 @@ from refocus.patterns.fills import KEPT
 from refocus.patterns.softmax import Softmax, by_key, match
 
 
-def match_with_share(core: Expr, key: Axis, by_hand: bool = False) -> Softmax | Declined:
+def match_with_share(core: Expr, key: Axis, by_hand: bool = False, in_part: bool = False) -> Softmax | Declined:
     """`match`, of weights that may be multiplied with such a share."""
     parts = factored(core)
     shares = [f for f in parts.factors if _share_of(f) is not None]
     if not shares:
-        return match(core, key, by_hand=by_hand)
+        return match(core, key, by_hand=by_hand, in_part=in_part)
     rest = replace(parts, factors=[f for f in parts.factors if f not in shares])
-    found = match(multiplied(rest, core.dtype), key, by_hand=by_hand)
+    found = match(multiplied(rest, core.dtype), key, by_hand=by_hand, in_part=in_part)
     if isinstance(found, Declined):
         return found
     plain = (found.extra, found.cleaned, found.selected, found.fills) == ((), False, TRUE, KEPT)
-    shared = _shared(found, shares[0], key) if plain and len(shares) == 1 else None
+    along = key if found.part is None else found.part.whole
+    shared = _shared(found, shares[0], along) if plain and len(shares) == 1 else None
     reason = "the result is multiplied with a share that is not that of its own log-sum-exp"
     return shared or Declined(reason, "sigmoid")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from refocus import simplify as s
@@ -21,6 +22,7 @@ from refocus.patterns.declined import Declined
 from refocus.patterns.factors import Factored, Signed, additive, factored, holds_scores, multiplied, summed
 from refocus.patterns.fills import KEPT, UNCLEAR, of_shift, same_sum
 from refocus.patterns.guards import sum_under_guard, unguarded
+from refocus.patterns.key_parts import Part, ends_of_pieces, parts_like
 
 TOTAL = Load("sum of the weights", (), "float32")  # of weights that are not a softmax
 
@@ -33,8 +35,9 @@ class Softmax:
     outside of which it puts zeros, numbers or not: where(p, softmax(x), 0). `fills`: what becomes of a row that holds
     nothing but finite fills. It is the softmax of these ("kept"); 0 / 0, as they are so low that the exponential of
     each is zero ("lost"); that softmax times what rounding makes of it ("rounded"); or any, or none ("unclear").
-    `strict`: where all logits are -inf the model has no number, whatever the extra ones are. `unnormalised`: the
-    weights are gate * exp(logits), which may be divided by `divisor`, a function of their sum `TOTAL`.
+    `strict`: where all logits are -inf the model has no number, whatever the extra ones are. `part`: the logits are of
+    more keys than the weights that are used, which are at a part of them. `unnormalised`: the weights are
+    gate * exp(logits), which may be divided by `divisor`, a function of their sum `TOTAL`.
     """
 
     logits: Expr
@@ -44,6 +47,7 @@ class Softmax:
     selected: Expr = TRUE
     fills: str = "kept"
     strict: bool = False
+    part: Part | None = None
     unnormalised: bool = False
     divisor: Expr | None = None
 
@@ -174,9 +178,12 @@ def _row_sum(total: Expr) -> Expr | None:
     return out
 
 
-def match(core: Expr, key: Axis, of_scores: bool = True, by_hand: bool = False) -> Softmax | Declined:
+def match(
+    core: Expr, key: Axis, of_scores: bool = True, by_hand: bool = False, in_part: bool = False
+) -> Softmax | Declined:
     """Read `core` as a softmax over `key`, or say which part is not. `of_scores`: it has to hold products. `by_hand`:
-    it is spelled with exponentials, whose rows may or may not be shifted by their maxima."""
+    it is spelled with exponentials, whose rows may or may not be shifted by their maxima. `in_part`: it may be part of
+    a softmax over more keys."""
     top = factored(core)
     dtype = core.dtype
     sums = [
@@ -229,16 +236,23 @@ def match(core: Expr, key: Axis, of_scores: bool = True, by_hand: bool = False) 
     if total.axis.size == key.size and key not in core.axes:
         return Declined("the softmax does not run over the keys")
     surplus = s.sub(total.axis.size, key.size)
-    if not isinstance(surplus, Const) or not 0 <= surplus.value <= 64:
+    few = isinstance(surplus, Const) and 0 <= surplus.value <= _EXTRAS
+    more = int(surplus.value) if few else 0  # type: ignore[attr-defined]
+    found = None
+    for offset in dict.fromkeys((0, more) if few else ()):
+        found = found or _match_at(top, total, key, offset, more, extras, dtype)
+    if found is None and in_part:
+        found = _match_part(top, total, key, extras, dtype)
+    if found is None and not few:
         return Declined("the softmax runs over another axis than the keys")
-    for offset in dict.fromkeys((0, int(surplus.value))):
-        found = _match_at(top, total, key, offset, int(surplus.value), extras, dtype)
-        if found is None:
-            continue
-        if found.cleaned and not only_infinite(found.logits):
-            return Declined("probabilities that are no numbers are replaced, where it is not plain which these are")
-        return replace(found, fills=UNCLEAR if not same else found.fills if by_hand else KEPT)
-    return Declined("the exponents of the weights and of the normaliser differ")
+    if found is None:
+        return Declined("the exponents of the weights and of the normaliser differ")
+    if found.cleaned and not only_infinite(found.logits):
+        return Declined("probabilities that are no numbers are replaced, where it is not plain which these are")
+    return replace(found, fills=UNCLEAR if not same else found.fills if by_hand else KEPT)
+
+
+_EXTRAS = 64  # at most so many columns without keys
 
 
 def _unclamped(total: Expr) -> Expr:
@@ -354,6 +368,56 @@ def _match_at(
     selected = s.and_(*top.selected)
     fills = UNCLEAR if top.logged else of_shift(my_rows, summed(mine, dtype), key)
     return Softmax(logits, tuple(found), gate, top.cleaned, selected, fills)
+
+
+def _match_part(top: Factored, total: Reduce, key: Axis, extras: list[Expr], dtype: str) -> Softmax | None:
+    """Weights of some of the keys of a softmax as those of all of them, from what its sum says of the others; columns
+    at the ends that no key decides are none of them."""
+    weights = [e for _, e in top.exponents] + top.factors + top.conditions
+    for part in parts_like(total.body, total.axis, weights, key):
+        place = s.add(s.mul(part.step, key), part.start)
+        here = factored(s.substitute(total.body, {total.axis: place}))
+        if here.divisors or Counter(top.exponents) != Counter(here.exponents):
+            continue
+        if Counter(here.factors) - Counter(top.factors) or not set(here.conditions) <= set(top.conditions):
+            continue
+        for first, more in _columns_at_ends(total, part):
+            whole = Axis(f"{key.name}.whole", s.sub(total.axis.size, more))
+            inner = replace(part, whole=whole, start=s.sub(part.start, first))
+            if not inner.fits:
+                continue
+            there = factored(s.substitute(total.body, {total.axis: s.add(whole, first)}))
+            found = _match_at(_of_whole(top, here, there, inner), total, whole, first, more, extras, dtype)
+            if found is not None:
+                return replace(found, part=inner)
+    return None
+
+
+def _columns_at_ends(total: Reduce, part: Part) -> Iterator[tuple[int, int]]:
+    """How many columns to leave out at the beginning, and how many in all: most first."""
+    ends = ends_of_pieces(total.body, total.axis)
+    before = {int(e.value) for e in ends if isinstance(e, Const) and 0 < e.value <= _EXTRAS}
+    left = (s.sub(total.axis.size, e) for e in ends)
+    after = {int(e.value) for e in left if isinstance(e, Const) and 0 < e.value <= _EXTRAS}
+    for a in sorted({0, *before}, reverse=True):
+        for b in sorted({0, *after}, reverse=True):
+            if a + b <= _EXTRAS:
+                yield a, a + b
+
+
+def _of_whole(top: Factored, here: Factored, there: Factored, part: Part) -> Factored:
+    """Weights of the keys of a part, taken apart, as those of all keys. `here`, `there`: what is summed at the keys of
+    the part and at all keys."""
+    factors = [part.spread(f) for f in (Counter(top.factors) - Counter(here.factors)).elements()]
+    conditions = [part.spread(c, False) for c in top.conditions if c not in here.conditions]
+    return replace(
+        top,
+        exponents=there.exponents,
+        factors=[*there.factors, *factors],
+        divisors=[part.spread(d, 1.0) for d in top.divisors],
+        conditions=[*there.conditions, *conditions],
+        selected=tuple(part.spread(c, False) for c in top.selected),
+    )
 
 
 def _is_number(weight: Expr) -> bool:

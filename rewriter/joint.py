@@ -3,8 +3,9 @@
     p = softmax(cat(s, t)); p[.., :n] @ v + p[.., n:] @ w      ->      softmax(cat(s, t)) @ cat(v, w)
 
 Which part of the weights a product takes is read off the views between the two; the values are a conditional load, each
-part times the number that its product is scaled by. What is added to the weights after the softmax (a learned weight of
-each offset) makes a product of its own, kept outside.
+part times the number that its product is scaled by, and zero for keys that no product takes. The weights of one key may
+be multiplied with its value without a sum: p[.., -1:] * w. What is added to the weights after the softmax (a learned
+weight of each offset) makes a product of its own, kept outside.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from refocus.lift_reductions import CONTRACTIONS
 from refocus.lift_views import SPLITS, VIEWS
 from refocus.patterns.declined import Declined, Stop
 from refocus.products import reads_of
+from refocus.sizes import shape_of
 
 NOTHING: Expr = Const(0.0, "float32")
 
@@ -51,6 +53,7 @@ class Joined:
 def joints(group: list[Candidate], facts: Facts) -> Iterator[Joint]:
     """Sums that several products of one normaliser flow into: those of most products first, then in graph order."""
     products = [c for c in group if c.mixes == 0 and op_name(c.root) in (*CONTRACTIONS, "sum")]
+    products += _of_one_key(group[0].normaliser, facts) if products else []
     reached: dict[fx.Node, list[Candidate]] = {}
     for product in products:
         steps = _sums_and_views(product.root, facts)
@@ -62,6 +65,23 @@ def joints(group: list[Candidate], facts: Facts) -> Iterator[Joint]:
 
 
 _TRIED = 4
+
+
+def _of_one_key(normaliser: fx.Node, facts: Facts) -> Iterator[Candidate]:
+    """Weights of single keys times their values, which have an axis that the weights do not have."""
+    weights, seen, stack = nx.descendants(facts.flow, normaliser), {normaliser}, [normaliser]
+    while stack:
+        node = stack.pop()
+        for user in (u for u in node.users if u not in seen and is_tensor(u)):
+            operands = user.args[:2]
+            if op_name(user) in ("mul", "multiply") and all(map(is_tensor, operands)) and not user.kwargs:
+                at = operands.index(node)
+                wider = s.mul(*shape_of(user)) != s.mul(*shape_of(node))
+                if wider and operands[1 - at] not in weights:
+                    yield Candidate(user, at, normaliser)
+            elif _multiples(user) is not None or op_name(user) in VIEWS:
+                seen.add(user)
+                stack.append(user)
 
 
 def _sums_and_views(start: fx.Node, facts: Facts) -> nx.DiGraph:
@@ -154,10 +174,21 @@ def _addends(
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One product: its weights are columns `start`, .. of `weights`; `bound` is the axis it sums over."""
+class _Taken:
+    """What a product takes of weights, at `index` of them: those of all positions on `bound`, or of one key."""
 
-    bound: Axis
+    bound: Axis | None
+    weights: fx.Node
+    index: Index
+    values: tuple[fx.Node, Index]
+    scale: float
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One product: its weights are columns `start`, .. of `weights`; `bound` is the axis it sums over, if it does."""
+
+    bound: Axis | None
     weights: fx.Node
     index: Index
     dim: int
@@ -167,12 +198,12 @@ class _Part:
 
     @property
     def end(self) -> Expr:
-        return s.add(self.start, self.bound.size)
+        return s.add(self.start, Const(1) if self.bound is None else self.bound.size)
 
 
 def lift_joint(joint: Joint, lifter: Lifter, index: Index, after: frozenset[fx.Node]) -> Joined:
     """Read a sum of products. `after`: what comes after the normaliser. Raises Stop with the reason."""
-    parts: list[_Part] = []
+    taken: list[_Taken] = []
     rest = NOTHING
     weighted = {c.root: c.weights for c in joint.products}
     for node, at, scale in _addends(lifter, joint.root, index, set(weighted)):
@@ -180,42 +211,65 @@ def lift_joint(joint: Joint, lifter: Lifter, index: Index, after: frozenset[fx.N
             rest = _plus(rest, _times(lifter.leaf(node, at), scale))
             continue
         lifter.visited.add(node)
-        reads = reads_of(lifter, node, at)
-        if reads is None or len(reads[1]) != 2 or len(reads[0]) != 1:
+        reads = _factors(lifter, node, at)
+        if reads is None or len(reads[1]) != 2 or len(reads[0]) > 1:
             raise Stop(Declined("the values are not summed over one key axis", op_name(node)))
-        (bound,), operands = reads
+        bound, operands = next(iter(reads[0]), None), reads[1]
         weights, values = operands[weighted[node]], operands[1 - weighted[node]]
         for source, position, share in _addends(lifter, *weights, set()):
             if source in after:
-                parts.append(_part(bound, source, position, values, scale * share))
+                taken.append(_Taken(bound, source, position, values, scale * share))
                 continue
-            more = _times(lifter.at(*values), scale * share)
-            rest = _plus(rest, Dot((bound,), lifter.leaf(source, position), more, "float32"))
-    if len(parts) < 2:
+            more, weight = _times(lifter.at(*values), scale * share), lifter.leaf(source, position)
+            apart = s.call("mul", weight, more, dtype="float32")
+            rest = _plus(rest, apart if bound is None else Dot((bound,), weight, more, "float32"))
+    if len(taken) < 2:
         raise Stop(Declined("the products take no part of the weights"))
-    parts = _in_order(parts)
+    parts = _in_order(_parts(taken))
     first = parts[0]
-    for part in parts:
-        others = [e for k, e in enumerate(part.index) if k != part.dim]
-        same = part.weights is first.weights and part.dim == first.dim
-        if not same or others != [e for k, e in enumerate(first.index) if k != first.dim]:
-            raise Stop(Declined("the products do not take the weights apart, key by key", part.weights.name))
     key = Axis(f"{joint.root.name}.keys", s.sub(parts[-1].end, first.start))
     position = tuple(s.add(key, first.start) if k == first.dim else e for k, e in enumerate(first.index))
     return Joined(key, first.weights, position, _values(lifter, parts, key), rest)
 
 
+def _factors(
+    lifter: Lifter, node: fx.Node, index: Index
+) -> tuple[tuple[Axis, ...], list[tuple[fx.Node, Index]]] | None:
+    """What a product sums over, and where it reads its factors."""
+    if op_name(node) not in ("mul", "multiply"):
+        return reads_of(lifter, node, index)
+    probe = _Probe(lifter.known)
+    for operand in node.args[:2]:
+        probe.broadcast(operand, index)
+    return (), probe.reads
+
+
+def _parts(taken: list[_Taken]) -> list[_Part]:
+    """What products take of one tensor of weights, which they read alike but for the key."""
+    bound = [k for one in taken for k, e in enumerate(one.index) if one.bound in e.axes]
+    parts = []
+    for one in taken:
+        start = s.sub(one.index[bound[0]], one.bound or 0) if bound else None
+        others = [e for k, e in enumerate(one.index) if k not in bound]
+        same = one.weights is taken[0].weights and others == [e for k, e in enumerate(taken[0].index) if k not in bound]
+        if start is None or start.axes or start.loads or len(set(bound)) > 1 or not same:
+            raise Stop(Declined(_NOT_APART, one.weights.name))
+        parts.append(_Part(one.bound, one.weights, one.index, bound[0], start, one.values, one.scale))
+    return parts
+
+
+_NOT_APART = "the products do not take the weights apart, key by key"
+
+
 def _in_order(parts: list[_Part]) -> list[_Part]:
-    """Parts that follow each other without a gap, the first one first: a part starts where another ends."""
-    ends = {part.end for part in parts}
-    rest = sorted(parts, key=lambda part: part.start in ends)
-    ordered = [rest.pop(0)]
+    """Parts that follow each other, the first one first: each starts where another ends, or later."""
+    rest, ordered = list(parts), list[_Part]()
     while rest:
-        following = [part for part in rest if part.start == ordered[-1].end]
-        if len(following) != 1:
-            raise Stop(Declined("the products do not take the weights apart, key by key", ordered[-1].weights.name))
-        rest.remove(following[0])
-        ordered.append(following[0])
+        first = [p for p in rest if all(s.is_nonneg(s.sub(other.start, p.end)) for other in rest if other is not p)]
+        if len(first) != 1:
+            raise Stop(Declined(_NOT_APART, parts[0].weights.name))
+        rest.remove(first[0])
+        ordered.append(first[0])
     return ordered
 
 
@@ -227,24 +281,23 @@ def _times(value: Expr, scale: float) -> Expr:
     return value if scale == 1 else s.call("mul", value, Const(scale, value.dtype), dtype=value.dtype)
 
 
-def _part(bound: Axis, weights: fx.Node, index: Index, values: tuple[fx.Node, Index], scale: float) -> _Part:
-    dims = [k for k, e in enumerate(index) if bound in e.axes]
-    start = s.sub(index[dims[0]], bound) if len(dims) == 1 else None
-    if start is None or start.axes:
-        raise Stop(Declined("the products do not take the weights apart, key by key", weights.name))
-    return _Part(bound, weights, index, dims[0], start, values, scale)
-
-
 def _values(lifter: Lifter, parts: list[_Part], key: Axis) -> Expr:
     """The values as one conditional load along the joint key axis."""
     value: Expr | None = None
+    following: Expr | None = None
     for part in reversed(parts):
         begin = s.sub(part.start, parts[0].start)
-        end = s.add(begin, part.bound.size)
-        facts = s.assume(s.and_(s.ge(key, begin), s.lt(key, end)))
-        local = clamped(s.under(s.sub(key, begin), facts), part.bound.size)
+        end = s.sub(part.end, parts[0].start)
         node, index = part.values
-        here = _times(lifter.at(node, [s.substitute(e, {part.bound: local}) for e in index]), part.scale)
-        value = here if value is None else s.where(s.lt(key, end), here, value)
+        if part.bound is not None:
+            facts = s.assume(s.and_(s.ge(key, begin), s.lt(key, end)))
+            local = clamped(s.under(s.sub(key, begin), facts), part.bound.size)
+            index = tuple(s.substitute(e, {part.bound: local}) for e in index)
+        here = _times(lifter.at(node, index), part.scale)
+        if value is not None and following is not None:
+            if following != end:
+                value = s.where(s.lt(key, following), Const(0.0, here.dtype), value)
+            here = s.where(s.lt(key, end), here, value)
+        value, following = here, begin
     assert value is not None
     return value

@@ -12,7 +12,7 @@ Integers, booleans and what is made of nothing else are always followed to their
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, Protocol
 
@@ -118,7 +118,8 @@ class Lifter:
     parts of one tensor, so are its parts. `expands`: contractions
     are written out as sums, running sums too, and what is made of literals is followed like anything else. `standing`:
     positions that are known, of a part of a tensor that is being written. `alike`: parts of a stack that are computed
-    in the same way are one function of their number. `chooses`: the weights were found to be those of several scores.
+    in the same way are one function of their number. `kept`: values that are loaded wherever they are read. `chooses`:
+    the weights were found to be those of several scores.
     """
 
     known: Known
@@ -132,6 +133,7 @@ class Lifter:
     budget: int = 20_000
     expands: bool = False
     unpads: bool = False
+    kept: frozenset[fx.Node] = frozenset()
     standing: tuple[Standing, ...] = ()
     alike: bool = False
     chooses: bool = False
@@ -166,7 +168,8 @@ class Lifter:
         from refocus.lift_reductions import CONTRACTIONS  # the tables' functions take a Lifter
         from refocus.lift_tables import MOVES, OPERATIONS
 
-        if node.op in ("get_attr", "placeholder") or node in self.known.opaque or node in self.known.stored:
+        loaded = node in self.known.opaque or node in self.known.stored or node in self.kept
+        if loaded or node.op in ("get_attr", "placeholder"):
             return self.constant(node, index) or self.leaf(node, index)
         name = op_name(node)
         move = MOVES.get(name)
@@ -206,6 +209,10 @@ class Lifter:
             return self.leaf(node, index)
         self.visited.add(node)
         return value
+
+    def keeping(self, nodes: Iterable[fx.Node]) -> Lifter:
+        """The same, with these values loaded wherever they are read."""
+        return replace(self, kept=frozenset(nodes), blame=None, _memo={})
 
     # ------------------------------------------------------------------------------------------------ the cut
 

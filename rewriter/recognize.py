@@ -12,7 +12,7 @@ close       no value that holds scores may be read elsewhere, and nothing it rea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import reduce
 from itertools import islice
 
@@ -24,33 +24,27 @@ from refocus.attention import Left, Readings, Site, closed_under_sharing, each_t
 from refocus.bands import Reading, Tensors, to_tokens
 from refocus.blocked import blocked, with_given_scores
 from refocus.candidates import Candidate, candidates
-from refocus.choices import is_choice, without_choice
 from refocus.close_site import close_site, read_elsewhere
 from refocus.closure import OVERWRITTEN, interior_of, overwritten
 from refocus.facts import Facts, contraction_operands, taint_of
 from refocus.finite_rows import Above
 from refocus.gathers import distinct, gathered
-from refocus.ir import Axis, Const, Dot, Expr, Load
+from refocus.ir import Axis, Const, Expr
 from refocus.joint import NOTHING, Joint, joints, lift_joint
 from refocus.lift import Lifter, Unliftable, op_name
-from refocus.lift_reductions import CONTRACTIONS
 from refocus.lifted import Lifted, all_loads, split_axis, stands_in_pieces, untidy
 from refocus.merge import Merge, lift_merge, merges
 from refocus.normal_form import in_pieces
 from refocus.patterns.declined import Declined, Stop
-from refocus.patterns.factors import holds_scores
-from refocus.patterns.fills import ROUNDED, UNCLEAR, by_rounded_sum
-from refocus.patterns.pairwise import match_pairwise
 from refocus.patterns.sdpa import lift_sdpa
-from refocus.patterns.shares import match_with_share
-from refocus.patterns.softmax import Softmax, steadied, terms_of, with_steady_softmaxes
-from refocus.pieces import holds_pieces, whole, without_choice_of_products
+from refocus.patterns.softmax import Softmax
 from refocus.products import adds, reads_of
-from refocus.quotient import EXPONENTIALS, Quotient, Rescaled, lift_rescaled, quotients
-from refocus.roles import Axes, Summed, all_keys, cut_axes, keys_and_heads
+from refocus.quotient import Quotient, Rescaled, lift_rescaled, quotients
+from refocus.roles import Axes, Summed, all_keys, keys_and_heads
 from refocus.running_softmax import lift_chunked
 from refocus.sizes import shape_of
 from refocus.skews import unskewed
+from refocus.weighted import Weighted, loads_of, tainted_like, weighted
 
 
 def recognize(facts: Facts) -> list[Site | Left]:
@@ -338,7 +332,7 @@ def _product(
             return Declined("the values depend on the weights", node.name)
         factors.append(lifter.at(node, tuple(islice(at, len(index)))))
     values = reduce(lambda a, b: s.call("mul", a, b, dtype=a.dtype), factors)
-    return _weighted(candidate, facts, axes, lifter, _Weighted(key, weights_node, weights_index, values, rescaled))
+    return weighted(candidate, facts, axes, lifter, Weighted(key, weights_node, weights_index, values, rescaled))
 
 
 def _shares_scores(weights: fx.Node, values: fx.Node, facts: Facts) -> bool:
@@ -355,10 +349,10 @@ def _attempt_joint(joint: Joint, candidate: Candidate, facts: Facts, axes: Axes,
     after = frozenset(nx.descendants(facts.flow, joint.products[0].normaliser)) | {joint.products[0].normaliser}
     found = lift_joint(joint, lifter, axes.index(), after)
     lifter.key_axes.add(found.key)
-    if any(facts.nodes[x.tensor] in after for e in (found.values, found.rest) for x in _loads(e)):
+    if any(facts.nodes[x.tensor] in after for e in (found.values, found.rest) for x in loads_of(e)):
         return Declined("the values depend on the weights", joint.root.name)
-    weighted = _Weighted(found.key, found.weights, found.index, found.values)
-    outcome = _weighted(candidate, facts, axes, lifter, weighted)
+    of_parts = Weighted(found.key, found.weights, found.index, found.values)
+    outcome = weighted(candidate, facts, axes, lifter, of_parts)
     if isinstance(outcome, Declined) or found.rest == NOTHING:
         return outcome
     return replace(outcome, added=s.call("add", outcome.added, found.rest, dtype="float32"))
@@ -367,7 +361,7 @@ def _attempt_joint(joint: Joint, candidate: Candidate, facts: Facts, axes: Axes,
 def _attempt_merge(merge: Merge, facts: Facts, axes: Axes, far: bool) -> Lifted | Declined:
     lifter = Lifter(facts, far=far)
     weights = [contraction_operands(c.root)[c.weights] for c in merge.parts]
-    lifter.tainted = _tainted_like(weights, facts)
+    lifter.tainted = tainted_like(weights, facts)
     found = lift_merge(merge, facts, lifter, axes.index())
     terms: list[tuple[tuple[Axis, ...], Expr, Softmax]] = [((), Const(1.0, "float32"), found.softmax)]
     return Lifted(found.key, found.values, terms, NOTHING, lifter, False)
@@ -393,95 +387,3 @@ def _attempt_quotient(quotient: Quotient, facts: Facts, axes: Axes, far: bool) -
         return declined
     terms: list[tuple[tuple[Axis, ...], Expr, Softmax]] = [((), Const(1.0, "float32"), found.softmax)]
     return Lifted(found.key, found.values, terms, NOTHING, running, False, log_sum=found.rows.log_sum)
-
-
-def _tainted_like(weights: list[fx.Node], facts: Facts) -> Callable[[fx.Node], bool]:
-    """Whether a value may hold scores that these weights hold, too."""
-    taint = frozenset().union(*(taint_of(n, facts) for n in weights))
-    reach: dict[fx.Node, bool] = {}
-
-    def tainted(node: fx.Node) -> bool:
-        if node not in reach:
-            reach[node] = bool(taint_of(node, facts) & taint)
-        return reach[node]
-
-    return tainted
-
-
-def _loads(value: Expr) -> tuple[Load, ...]:
-    return (value,) if isinstance(value, Load) else value.loads
-
-
-@dataclass(frozen=True)
-class _Weighted:
-    """Weights at a position, and the values that they are multiplied with, along `key`."""
-
-    key: Axis
-    node: fx.Node
-    index: tuple[Expr, ...]
-    values: Expr
-    rescaled: Rescaled | None = None
-
-
-def _weighted(candidate: Candidate, facts: Facts, axes: Axes, lifter: Lifter, found: _Weighted) -> Lifted | Declined:
-    """Read the weights as softmaxes over the key."""
-    root, key, weights_node, weights_index, values = candidate.root, found.key, found.node, found.index, found.values
-    lifter.query_axes = cut_axes([a for a in axes.flat() if a not in values.axes], weights_index, key)
-    rows = [row.node for row in found.rescaled.rows] if found.rescaled is not None else []
-    # Past a mixture of heads, the weights' own source is that mixture.
-    sources = [weights_node, *([candidate.normaliser] if candidate.mixes else [])]
-    lifter.tainted = _tainted_like([*sources, *(n for n in rows if isinstance(n, fx.Node))], facts)
-    weights = without_choice(lifter.at(weights_node, weights_index), key, lifter.query_axes)
-    lifter.chooses = is_choice(weights, key)
-    if key not in weights.axes:
-        return Declined("the weights do not depend on the key", op_name(root))
-    if isinstance(weights, Load):
-        blame = lifter.blame or facts.nodes[weights.tensor]
-        return Declined(f"`{op_name(blame)}` is not understood", blame.name)
-    if found.rescaled is not None:
-        weights = found.rescaled.times_rows(lifter, weights)
-    if not any(isinstance(n, Dot) for n in weights.walk()):
-        for node in (facts.nodes[load.tensor] for load in weights.loads):
-            if node in facts.opaque and taint_of(node, facts):
-                writer = facts.writers[facts.storage[node]][-1]
-                return Declined(f"scores are written in place (by `{op_name(writer)}`), too far to follow", writer.name)
-        reason = "the weights hold no product of queries and keys"
-        if lifter.blame is not None and op_name(lifter.blame) not in CONTRACTIONS:
-            reason += f" (`{op_name(lifter.blame)}` is not understood)"
-        return Declined(reason, (lifter.blame or candidate.normaliser).name)
-    if not candidate.normalised:
-        pairs = match_pairwise(weights, key)
-        return pairs if isinstance(pairs, Declined) else Lifted(key, values, [((), *pairs)], NOTHING, lifter, False)
-    parts, rest = terms_of(weights, key)
-
-    def sizes(name: str) -> tuple[Expr, ...]:
-        return shape_of(facts.nodes[name])
-
-    cores: list[tuple[tuple[Axis, ...], Expr, Softmax]] = []
-    added = NOTHING
-    for part in parts:
-        if not holds_scores(part.core) and not part.mixed:  # weights that no product decides are applied outside
-            weight = s.call("mul", *steadied(part.factor, part.core, key), dtype="float32")
-            apart = Dot((key,), weight, values, "float32")
-            added = apart if added == NOTHING else s.call("add", added, apart, dtype="float32")
-            continue
-        read = match_with_share(part.core, key, by_hand=op_name(candidate.normaliser) in EXPONENTIALS)
-        if isinstance(read, Declined):
-            if lifter.blame is not None:
-                return Declined(f"{read.reason} (`{op_name(lifter.blame)}` is not understood)", lifter.blame.name)
-            return read
-        if read.fills == UNCLEAR and by_rounded_sum(part.core, key, _takes_maxima_away(lifter)):
-            read = replace(read, fills=ROUNDED)
-        read = replace(read, logits=without_choice_of_products(with_steady_softmaxes(read.logits), key, sizes))
-        if holds_pieces(read.logits):
-            read = replace(read, logits=whole(read.logits, key, sizes))
-        cores.append((part.mixed, part.factor, read))
-    if not cores:
-        return Declined("the weights are not normalised over the keys")
-    safe = any(op_name(n) == "_safe_softmax" for n in lifter.visited)
-    return Lifted(key, values, cores, rest, lifter, safe, added)
-
-
-def _takes_maxima_away(lifter: Lifter) -> bool:
-    """Whether what is read as log(sum(exp(x))) is `logsumexp`, for the only exponential is that of the weights."""
-    return sum(op_name(n) in EXPONENTIALS for n in lifter.visited) == 1
