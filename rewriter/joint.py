@@ -23,6 +23,7 @@ from refocus.ir import Axis, Const, Dot, Expr
 from refocus.lift import Index, Lifter, is_tensor, op_name
 from refocus.lift_joins import clamped
 from refocus.lift_reductions import CONTRACTIONS
+from refocus.lift_tables import MOVES, OPERATIONS
 from refocus.lift_views import SPLITS, VIEWS
 from refocus.patterns.declined import Declined, Stop
 from refocus.products import reads_of
@@ -79,7 +80,7 @@ def _of_one_key(normaliser: fx.Node, facts: Facts) -> Iterator[Candidate]:
                 wider = s.mul(*shape_of(user)) != s.mul(*shape_of(node))
                 if wider and operands[1 - at] not in weights:
                     yield Candidate(user, at, normaliser)
-            elif _multiples(user) is not None or op_name(user) in VIEWS:
+            elif op_name(user) in MOVES or op_name(user) in OPERATIONS:
                 seen.add(user)
                 stack.append(user)
 

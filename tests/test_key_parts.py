@@ -198,16 +198,25 @@ def two_of_one_key(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> T
     return p[..., :1] * v2[:, :, :1] + p[..., 1:-1] @ v + p[..., -1:] * v2[:, :, 1:2]
 
 
+def by_hand_with_a_sink(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    logits = torch.cat((scores(q, k), k2[:, :, :1, :1].expand(-1, -1, 24, -1)), -1)
+    e = (logits - logits.amax(-1, keepdim=True)).exp()
+    p = e / e.sum(-1, keepdim=True)
+    return p[..., 10:] * v2[:, :, :1] + p[..., :10] @ v
+
+
 def with_a_gap(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
     p = both(q, k, k2)
     return p[..., 1:8] @ v[:, :, 1:8] + p[..., 10:16] @ v2[:, :, :6]
 
 
-@pytest.mark.parametrize(
-    "function",
-    [sink_with_a_value, one_of_each_head, of_a_key_with_scores, by_einsum, two_of_one_key, with_a_gap],
-    ids=lambda f: f.__name__,
-)
+SEVERAL = [
+    sink_with_a_value, one_of_each_head, of_a_key_with_scores, by_einsum, two_of_one_key, by_hand_with_a_sink,
+    with_a_gap,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("function", SEVERAL, ids=lambda f: f.__name__)
 def test_several_parts_and_single_keys(function: Function) -> None:
     fuses(function, 10, 7)
 
