@@ -7,7 +7,7 @@ The keys outside of the part count in the normaliser as ever, and have zeros for
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -32,10 +32,17 @@ class Part:
         ahead = s.sub(self.whole, self.start)
         return s.and_(s.ge(ahead, 0), s.lt(ahead, s.mul(self.step, self.key.size)), s.eq(s.mod(ahead, self.step), 0))
 
+    @property
+    def place(self) -> Expr:
+        """The position at `key`."""
+        return s.add(s.mul(self.step, self.key), self.start)
+
     def spread(self, value: Expr, other: float | bool = 0.0) -> Expr:
         """What depends on `key` as a function of `whole`: `other` outside of the part."""
-        if self.key not in value.axes:
-            return value
+        return self.only(value, other) if self.key in value.axes else value
+
+    def only(self, value: Expr, other: float | bool = 0.0) -> Expr:
+        """A value at the part, as a function of `whole`: `other` outside of it."""
         facts = s.assume(self.inside)
         place = clamped(s.under(s.floordiv(s.sub(self.whole, self.start), self.step), facts), self.key.size)
         there = s.substitute(value, {self.key: place})
@@ -50,15 +57,20 @@ class Part:
         return s.ge(self.start, 0) == TRUE and s.lt(last, self.whole.size) == TRUE
 
 
-def parts_like(all_keys: Expr, whole: Axis, weights: Iterable[Expr], key: Axis) -> Iterator[Part]:
+def parts_like(all_keys: Expr, whole: Axis, weights: Sequence[Expr], key: Axis) -> Iterator[Part]:
     """Parts of `whole` that `weights` may be at, by the positions that they and `all_keys` (a value for each key) read.
     Whether they are, is for the caller to compare."""
     there = [place for step, place in _places((all_keys,), whole) if step == 1]
-    parts = (Part(whole, key, s.sub(here, place), step) for step, here in _places(weights, key) for place in there)
+    parts = [Part(whole, key, s.sub(here, place), step) for step, here in _places(weights, key) for place in there]
+    if key.size == Const(1):  # of which no axis may be left where it is read
+        ends = [Const(0), *ends_of_pieces(all_keys, whole), whole.size]
+        parts += [Part(whole, key, s.add(end, k)) for end in ends for k in (0, -1)]
+        known = dict.fromkeys(e for w in weights for x in w.loads for e in x.index if isinstance(e, Const))
+        parts += [Part(whole, key, s.sub(e, place)) for e in known for place in there]
     yield from islice((part for part in dict.fromkeys(parts) if part.fits), _TRIED)
 
 
-_TRIED = 16
+_TRIED = 32
 
 
 def _places(values: Iterable[Expr], axis: Axis) -> list[tuple[int, Expr]]:

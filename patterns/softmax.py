@@ -23,6 +23,7 @@ from refocus.patterns.factors import Factored, Signed, additive, factored, holds
 from refocus.patterns.fills import KEPT, UNCLEAR, of_shift, same_sum
 from refocus.patterns.guards import sum_under_guard, unguarded
 from refocus.patterns.key_parts import Part, ends_of_pieces, parts_like
+from refocus.polynomial import order_key
 
 TOTAL = Load("sum of the weights", (), "float32")  # of weights that are not a softmax
 
@@ -374,10 +375,13 @@ def _match_part(top: Factored, total: Reduce, key: Axis, extras: list[Expr], dty
     """Weights of some of the keys of a softmax as those of all of them, from what its sum says of the others; columns
     at the ends that no key decides are none of them."""
     weights = [e for _, e in top.exponents] + top.factors + top.conditions
+    one = not any(key in e.axes for e in weights)
+    exponents = _of_one_key(top.exponents) if one else top.exponents
     for part in parts_like(total.body, total.axis, weights, key):
-        place = s.add(s.mul(part.step, key), part.start)
-        here = factored(s.substitute(total.body, {total.axis: place}))
-        if here.divisors or Counter(top.exponents) != Counter(here.exponents):
+        here = factored(s.substitute(total.body, {total.axis: part.start if one else part.place}))
+        if one:
+            here = replace(here, exponents=_of_one_key(here.exponents))
+        if here.divisors or Counter(exponents) != Counter(here.exponents):
             continue
         if Counter(here.factors) - Counter(top.factors) or not set(here.conditions) <= set(top.conditions):
             continue
@@ -391,6 +395,24 @@ def _match_part(top: Factored, total: Reduce, key: Axis, extras: list[Expr], dty
             if found is not None:
                 return replace(found, part=inner)
     return None
+
+
+def _of_one_key(exponents: list[Signed]) -> list[Signed]:
+    """Exponents of a single position, where no axis tells which side of a product is the key's."""
+
+    def visit(node: Expr) -> Expr | None:
+        if not isinstance(node, Dot):
+            return None
+        both: Expr = Const(1.0, node.dtype)
+        for factor in sorted([*_factors(node.query), *_factors(node.key)], key=order_key):
+            both = s.call("mul", both, factor, dtype=node.dtype)
+        return Dot(node.over, both, Const(1.0, node.dtype), node.dtype)
+
+    return [(sign, rewrite(e, visit, s.rebuild)) for sign, e in exponents]
+
+
+def _factors(e: Expr) -> list[Expr]:
+    return [f for a in e.args for f in _factors(a)] if isinstance(e, Call) and e.op == "mul" else [e]
 
 
 def _columns_at_ends(total: Reduce, part: Part) -> Iterator[tuple[int, int]]:

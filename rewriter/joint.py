@@ -54,7 +54,7 @@ class Joined:
 def joints(group: list[Candidate], facts: Facts) -> Iterator[Joint]:
     """Sums that several products of one normaliser flow into: those of most products first, then in graph order."""
     products = [c for c in group if c.mixes == 0 and op_name(c.root) in (*CONTRACTIONS, "sum")]
-    products += _of_one_key(group[0].normaliser, facts) if products else []
+    products += of_one_key(group, facts)
     reached: dict[fx.Node, list[Candidate]] = {}
     for product in products:
         steps = _sums_and_views(product.root, facts)
@@ -68,18 +68,21 @@ def joints(group: list[Candidate], facts: Facts) -> Iterator[Joint]:
 _TRIED = 4
 
 
-def _of_one_key(normaliser: fx.Node, facts: Facts) -> Iterator[Candidate]:
-    """Weights of single keys times their values, which have an axis that the weights do not have."""
+def of_one_key(group: list[Candidate], facts: Facts) -> Iterator[Candidate]:
+    """Beside products that sum over keys, weights of single keys times their values, which have an axis that the
+    weights do not have: products that sum over an axis of size one."""
+    normaliser = group[0].normaliser
+    if not any(c.mixes == 0 and c.weights >= 0 for c in group):
+        return
     weights, seen, stack = nx.descendants(facts.flow, normaliser), {normaliser}, [normaliser]
     while stack:
         node = stack.pop()
         for user in (u for u in node.users if u not in seen and is_tensor(u)):
             operands = user.args[:2]
-            if op_name(user) in ("mul", "multiply") and all(map(is_tensor, operands)) and not user.kwargs:
-                at = operands.index(node)
-                wider = s.mul(*shape_of(user)) != s.mul(*shape_of(node))
-                if wider and operands[1 - at] not in weights:
-                    yield Candidate(user, at, normaliser)
+            product = op_name(user) in ("mul", "multiply") and all(map(is_tensor, operands)) and not user.kwargs
+            wider = product and s.mul(*shape_of(user)) != s.mul(*shape_of(node))
+            if wider and not weights.issuperset(operands):
+                yield Candidate(user, operands.index(node), normaliser)
             elif op_name(user) in MOVES or op_name(user) in OPERATIONS:
                 seen.add(user)
                 stack.append(user)
@@ -212,7 +215,7 @@ def lift_joint(joint: Joint, lifter: Lifter, index: Index, after: frozenset[fx.N
             rest = _plus(rest, _times(lifter.leaf(node, at), scale))
             continue
         lifter.visited.add(node)
-        reads = _factors(lifter, node, at)
+        reads = reads_of(lifter, node, at, weighted[node])
         if reads is None or len(reads[1]) != 2 or len(reads[0]) > 1:
             raise Stop(Declined("the values are not summed over one key axis", op_name(node)))
         bound, operands = next(iter(reads[0]), None), reads[1]
@@ -233,24 +236,13 @@ def lift_joint(joint: Joint, lifter: Lifter, index: Index, after: frozenset[fx.N
     return Joined(key, first.weights, position, _values(lifter, parts, key), rest)
 
 
-def _factors(
-    lifter: Lifter, node: fx.Node, index: Index
-) -> tuple[tuple[Axis, ...], list[tuple[fx.Node, Index]]] | None:
-    """What a product sums over, and where it reads its factors."""
-    if op_name(node) not in ("mul", "multiply"):
-        return reads_of(lifter, node, index)
-    probe = _Probe(lifter.known)
-    for operand in node.args[:2]:
-        probe.broadcast(operand, index)
-    return (), probe.reads
-
-
 def _parts(taken: list[_Taken]) -> list[_Part]:
     """What products take of one tensor of weights, which they read alike but for the key."""
     bound = [k for one in taken for k, e in enumerate(one.index) if one.bound in e.axes]
     parts = []
     for one in taken:
-        start = s.sub(one.index[bound[0]], one.bound or 0) if bound else None
+        at = one.index[bound[0]] if bound else None
+        start = at if at is None or one.bound not in at.axes else s.sub(at, one.bound)
         others = [e for k, e in enumerate(one.index) if k not in bound]
         same = one.weights is taken[0].weights and others == [e for k, e in enumerate(taken[0].index) if k not in bound]
         if start is None or start.axes or start.loads or len(set(bound)) > 1 or not same:

@@ -20,10 +20,14 @@ def adds(root: fx.Node) -> bool:
 
 
 def reads_of(
-    lifter: Lifter, root: fx.Node, index: tuple[Expr, ...]
+    lifter: Lifter, root: fx.Node, index: tuple[Expr, ...], weights: int = 0
 ) -> tuple[tuple[Axis, ...], list[tuple[fx.Node, tuple[Expr, ...]]]] | None:
+    """What a product sums over, and where it reads its operands, for one element of it. `weights`: which of these are
+    the weights."""
     if op_name(root) in CONTRACTIONS:
         return None if adds(root) else operands_at(lifter, root, index)
+    if op_name(root) in ("mul", "multiply"):
+        return _of_one_key(lifter, root, index, weights)
     # sum(p * v): a contraction spelled as multiply and sum
     product = root.args[0]
     dims = root.args[1] if len(root.args) > 1 else None
@@ -35,11 +39,29 @@ def reads_of(
     axes = {d: lifter.bound(root, d, shape[d]) for d in sorted(gone)}
     rest = iter(x for k, x in enumerate(index) if not keep or k not in axes)
     position = tuple(axes[d] if d in axes else next(rest) for d in range(len(shape)))
+    return tuple(axes.values()), [(o, aligned(o, position)) for o in contraction_operands(root)]
 
-    def aligned(node: fx.Node) -> tuple[Expr, ...]:
-        own = shape_of(node)
-        tail = position[len(position) - len(own) :]
-        return tuple(Const(0) if d == Const(1) else x for d, x in zip(own, tail))
 
-    operands = contraction_operands(root)
-    return tuple(axes.values()), [(o, aligned(o)) for o in operands]
+def aligned(node: fx.Node, position: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    """Where an operand is read for an element of what it is broadcast to."""
+    own = shape_of(node)
+    tail = position[len(position) - len(own) :]
+    return tuple(Const(0) if d == Const(1) else x for d, x in zip(own, tail))
+
+
+def _of_one_key(
+    lifter: Lifter, root: fx.Node, index: tuple[Expr, ...], weights: int
+) -> tuple[tuple[Axis, ...], list[tuple[fx.Node, tuple[Expr, ...]]]]:
+    """The weights of one key times its value: a sum over the dimension of size one that the weights have for the key,
+    where the value has one of its own."""
+    operands: list[fx.Node] = list(root.args[:2])  # type: ignore[arg-type]
+    reads = [(n, aligned(n, index)) for n in operands]
+    own = shape_of(operands[weights])
+    wide = [k for k, (d, e) in enumerate(zip(own, shape_of(root)[-len(own) :])) if d == Const(1) != e]
+    if not wide:
+        return (), reads
+    axis = lifter.bound(root, 0, Const(1))
+    at = list(reads[weights][1])
+    at[wide[-1]] = axis
+    reads[weights] = (operands[weights], tuple(at))
+    return (axis,), reads

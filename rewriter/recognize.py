@@ -30,7 +30,7 @@ from refocus.facts import Facts, contraction_operands, taint_of
 from refocus.finite_rows import Above
 from refocus.gathers import distinct, gathered
 from refocus.ir import Axis, Const, Expr
-from refocus.joint import NOTHING, Joint, joints, lift_joint
+from refocus.joint import NOTHING, Joint, joints, lift_joint, of_one_key
 from refocus.lift import Lifter, Unliftable, op_name
 from refocus.lifted import Lifted, all_loads, split_axis, stands_in_pieces, untidy
 from refocus.merge import Merge, lift_merge, merges
@@ -50,7 +50,8 @@ from refocus.weighted import Weighted, loads_of, tainted_like, weighted
 def recognize(facts: Facts) -> list[Site | Left]:
     """All attention sites of a graph, in graph order."""
     groups = candidates(facts)
-    facts.roots = {c.root for group in groups for c in group}
+    single = [[*of_one_key(group, facts)] for group in groups]
+    facts.roots = {c.root for group in (*groups, *single) for c in group}
     sites: list[Site] = []
     lefts: dict[fx.Node, Left] = {}
     done: set[fx.Node] = set()
@@ -71,7 +72,7 @@ def recognize(facts: Facts) -> list[Site | Left]:
         if isinstance(outcome, Site):
             sites.append(outcome)
             done.update((merge.root, *(c.root for c in merge.parts)))
-    for group in groups:
+    for group, of_one in zip(groups, single):
         level: int | None = None
         for joint in joints(group, facts):
             outcome = recognize_joint(joint, facts)
@@ -82,8 +83,10 @@ def recognize(facts: Facts) -> list[Site | Left]:
                 break
             if "read elsewhere" in outcome.declined.reason:  # all that the products need was understood
                 lefts.setdefault(group[0].root, outcome)
-        for candidate in group:
+        for candidate in (*group, *of_one):
             if candidate.root in done or (level is not None and candidate.mixes != level):
+                continue
+            if level is None and candidate in of_one:
                 continue
             outcome = recognize_one(candidate, facts)
             if isinstance(outcome, Site):
@@ -306,7 +309,7 @@ def _product(
     root = candidate.root
     if rescaled is not None:
         lifter.visited.add(root)
-    reads = reads_of(lifter, root, index)
+    reads = reads_of(lifter, root, index, candidate.weights)
     if reads is None:
         reason = "adds a bias of its own" if adds(root) else "has no index notation"
         return Declined(f"the product with the values {reason}", op_name(root))
@@ -314,7 +317,7 @@ def _product(
     weights_node, weights_index = operands.pop(candidate.weights)
     if any(candidate.root is node for node, _ in operands):
         return Declined("the weights meet themselves", op_name(root))
-    summed = summed or all_keys(over, weights_index, _places(operands))
+    summed = summed or all_keys(over, weights_index, _places(operands)) or _one_key(root, over, weights_index, operands)
     if summed is None:
         return Declined("the values are not summed over one key axis", op_name(root))
     key, weights_index, values_index = summed.key, summed.weights, summed.values
@@ -324,6 +327,7 @@ def _product(
         lifter.far = lifter.unpads = True
         values_index = tuple(s.substitute(e, {key: skew.place}) for e in values_index)
         weights_node, weights_index, key = skew.node, skew.index, skew.key
+    lifter.unpads |= key.size == Const(1)  # the scores of one key hold no axis for it
     lifter.key_axes.add(key)
     factors: list[Expr] = []
     at = iter(values_index)
@@ -333,6 +337,18 @@ def _product(
         factors.append(lifter.at(node, tuple(islice(at, len(index)))))
     values = reduce(lambda a, b: s.call("mul", a, b, dtype=a.dtype), factors)
     return weighted(candidate, facts, axes, lifter, Weighted(key, weights_node, weights_index, values, rescaled))
+
+
+def _one_key(
+    root: fx.Node,
+    over: tuple[Axis, ...],
+    weights: tuple[Expr, ...],
+    operands: Sequence[tuple[fx.Node, tuple[Expr, ...]]],
+) -> Summed | None:
+    """What is summed over where the weights are those of one key, and its value has no axis for it."""
+    if len(over) > 1 or any(a.size != Const(1) for a in over):
+        return None
+    return Summed(over[0] if over else Axis(f"{root.name}.one", Const(1)), (), weights, _places(operands))
 
 
 def _shares_scores(weights: fx.Node, values: fx.Node, facts: Facts) -> bool:

@@ -11,7 +11,7 @@ from refocus import simplify as s
 from refocus.candidates import Candidate
 from refocus.choices import is_choice, without_choice
 from refocus.facts import Facts, taint_of
-from refocus.ir import Axis, Dot, Expr, Load, Reduce
+from refocus.ir import Axis, Const, Dot, Expr, Load, Reduce
 from refocus.joint import NOTHING
 from refocus.lift import Lifter, op_name
 from refocus.lift_reductions import CONTRACTIONS
@@ -21,7 +21,7 @@ from refocus.patterns.factors import holds_scores
 from refocus.patterns.fills import ROUNDED, UNCLEAR, by_rounded_sum
 from refocus.patterns.pairwise import match_pairwise
 from refocus.patterns.shares import match_with_share
-from refocus.patterns.softmax import Softmax, steadied, terms_of, with_steady_softmaxes
+from refocus.patterns.softmax import Softmax, Term, steadied, terms_of, with_steady_softmaxes
 from refocus.pieces import holds_pieces, whole, without_choice_of_products
 from refocus.quotient import EXPONENTIALS, Rescaled
 from refocus.roles import Axes, cut_axes
@@ -87,7 +87,7 @@ def _lifted(candidate: Candidate, facts: Facts, lifter: Lifter, found: Weighted)
     """The weights in index notation."""
     weights = without_choice(lifter.at(found.node, found.index), found.key, lifter.query_axes)
     lifter.chooses = is_choice(weights, found.key)
-    if found.key not in weights.axes:
+    if found.key not in weights.axes and found.key.size != Const(1):
         return Declined("the weights do not depend on the key", op_name(candidate.root))
     if isinstance(weights, Load):
         blame = lifter.blame or facts.nodes[weights.tensor]
@@ -111,6 +111,8 @@ def _as_softmaxes(
 ) -> Lifted | Declined:
     key, values = found.key, found.values
     parts, rest = terms_of(weights, key)
+    if key not in weights.axes:  # of one key
+        parts, rest = [Term((), Const(1.0, weights.dtype), weights)], NOTHING
 
     def sizes(name: str) -> tuple[Expr, ...]:
         return shape_of(facts.nodes[name])
@@ -142,7 +144,7 @@ def _as_softmaxes(
     if any(soft.part != used for _, _, soft in cores):
         return Declined("softmaxes over different keys are added up", op_name(candidate.root))
     if used is not None:
-        key, values = used.whole, used.spread(values)
+        key, values = used.whole, used.only(values)
         lifter.key_axes.add(key)
     safe = any(op_name(n) == "_safe_softmax" for n in lifter.visited)
     return Lifted(key, values, cores, rest, lifter, safe, added)

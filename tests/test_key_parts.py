@@ -236,6 +236,38 @@ def rows_exchanged(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> T
     return p[..., :10] @ v + p.flip(2)[..., 10:] @ v2
 
 
+def single_keys_apart(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights of a key, scaled for each query, with a value of their own."""
+    p = both(q, k, k2)
+    return p[..., :10] @ v, torch.tanh(q[..., :1]) * (p[..., 12:13] * v2[:, :, :1])
+
+
+def a_sink_apart(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    logits = torch.cat((k2[:, :, :1, :1].expand(-1, -1, 24, -1), scores(q, k)), -1)
+    p = logits.softmax(-1) * torch.sigmoid(q[..., 1:2])
+    return torch.cat((p[..., :1] * v2[:, :, :1], p[..., 1:] @ v), -1)
+
+
+@pytest.mark.parametrize("function", [single_keys_apart, a_sink_apart], ids=lambda f: f.__name__)
+def test_the_weights_of_one_key_are_those_of_an_attention(function: Function) -> None:
+    fuses(function, 10, 7, sites=2)
+
+
+def other_weights_of_one_key(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of queries and keys that are divided by different numbers."""
+    a, b = q / (k[:, :, :1].abs() + 1), q / (k[:, :, 1:2].abs() + 1)
+    total = torch.cat((scores(a, k), scores(a, k2)), -1)
+    p = total.exp() / total.exp().sum(-1, keepdim=True)
+    r = torch.cat((scores(b, k), scores(b, k2)), -1).exp() / total.exp().sum(-1, keepdim=True)
+    return p[..., :10] @ v, r[..., 12:13] * v2[:, :, :1]
+
+
+def test_what_is_divided_by_the_same_sum_may_be_of_other_scores() -> None:
+    """One attention, whose log-sum-exps what stays outside is made of."""
+    report = check(Attention(other_weights_of_one_key), drawn(10, 7), sites=1, lower=False, gradients=True).report
+    assert "L[b,h,i]" in str(report)
+
+
 @pytest.mark.parametrize("function", [side_by_side, overlapping, rows_exchanged], ids=lambda f: f.__name__)
 def test_parts_that_are_no_whole_are_two_attentions(function: Function) -> None:
     fuses(function, 10, 7, sites=2)
