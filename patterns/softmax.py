@@ -376,12 +376,9 @@ def _match_part(top: Factored, total: Reduce, key: Axis, extras: list[Expr], dty
     at the ends that no key decides are none of them."""
     weights = [e for _, e in top.exponents] + top.factors + top.conditions
     one = not any(key in e.axes for e in weights)
-    exponents = _of_one_key(top.exponents) if one else top.exponents
     for part in parts_like(total.body, total.axis, weights, key):
         here = factored(s.substitute(total.body, {total.axis: part.start if one else part.place}))
-        if one:
-            here = replace(here, exponents=_of_one_key(here.exponents))
-        if here.divisors or Counter(exponents) != Counter(here.exponents):
+        if here.divisors or Counter(_of_one_key(top.exponents, key)) != Counter(_of_one_key(here.exponents, key)):
             continue
         if Counter(here.factors) - Counter(top.factors) or not set(here.conditions) <= set(top.conditions):
             continue
@@ -397,12 +394,15 @@ def _match_part(top: Factored, total: Reduce, key: Axis, extras: list[Expr], dty
     return None
 
 
-def _of_one_key(exponents: list[Signed]) -> list[Signed]:
-    """Exponents of a single position, where no axis tells which side of a product is the key's."""
+def _of_one_key(exponents: list[Signed], key: Axis) -> list[Signed]:
+    """Exponents, where the sides of a product at a single position are not told apart: no axis says which is the
+    key's."""
 
     def visit(node: Expr) -> Expr | None:
         if not isinstance(node, Dot):
             return None
+        if key in node.axes:
+            return node
         both: Expr = Const(1.0, node.dtype)
         for factor in sorted([*_factors(node.query), *_factors(node.key)], key=order_key):
             both = s.call("mul", both, factor, dtype=node.dtype)

@@ -211,8 +211,8 @@ class Lifter:
         return value
 
     def keeping(self, nodes: Iterable[fx.Node]) -> Lifter:
-        """The same, with these values loaded wherever they are read."""
-        return replace(self, kept=frozenset(nodes), blame=None, _memo={})
+        """The same, with these values loaded wherever they are read, and products read at single keys, too."""
+        return replace(self, kept=frozenset(nodes), unpads=True, blame=None, _memo={})
 
     # ------------------------------------------------------------------------------------------------ the cut
 

@@ -97,7 +97,7 @@ class RowReader:
                     return RowResult(node, running, tuple(map(tuple, dims)))
                 continue
             lifter = Lifter(self.facts, given.tainted, query_axes=set(given.query_axes), far=given.far)
-            lifter.unpads = given.unpads
+            lifter.unpads, lifter.kept = given.unpads, given.kept
             found = of_log_sum(lifter.at(node, index), soft, self.lifted.key)
             if found is None:
                 continue

@@ -210,9 +210,15 @@ def with_a_gap(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tenso
     return p[..., 1:8] @ v[:, :, 1:8] + p[..., 10:16] @ v2[:, :, :6]
 
 
+def last_key_and_first_keys(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    """What the parts have of the first source is a single key."""
+    p = both(q, k, k2)
+    return p[..., 9:10] @ v[:, :, 9:] + p[..., 10:] @ v2
+
+
 SEVERAL = [
     sink_with_a_value, one_of_each_head, of_a_key_with_scores, by_einsum, two_of_one_key, by_hand_with_a_sink,
-    with_a_gap,
+    with_a_gap, last_key_and_first_keys,
 ]  # fmt: skip
 
 
