@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from refocus.division import nearest
 from refocus.ir import Call, Const, Expr
-from refocus.polynomial import Poly, from_poly, poly_add, poly_shift, poly_sub, to_poly
+from refocus.polynomial import Poly, from_poly, poly_add, poly_scale, poly_shift, poly_sub, to_poly
 from refocus.proofs import Facts, limit
 
 
@@ -44,7 +44,7 @@ def remainder_between(diff: Poly, facts: Facts) -> list[Poly] | None:
     reached = [start for start in rounds if start + low <= last and start + high >= first]
     if len(reached) != 1:
         return None
-    return [poly_shift(x, -(reached[0] + low)), poly_sub({(): reached[0] + high}, x)]
+    return [poly_shift(x, -(reached[0] + low)), poly_shift(poly_scale(x, -1), reached[0] + high)]
 
 
 def _is_int_le(a: Expr) -> bool:

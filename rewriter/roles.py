@@ -119,13 +119,9 @@ def cut_axes(free: list[Axis], weights_index: tuple[Expr, ...], key: Axis) -> se
     """The axis that counts as the query for the cut. Heads that share one value head are not in the values either, but
     keys may depend on them; the row of the weights matrix is preferred, then the longest axis, then the last."""
     at = next((k for k, e in enumerate(weights_index) if e == key), 0)
-    row = (
-        weights_index[at - 1].axes
-        if at > 0
-        else weights_index[at + 1].axes
-        if at + 1 < len(weights_index)
-        else frozenset()
-    )
+    before = weights_index[at - 1].axes if at > 0 else frozenset()
+    after = weights_index[at + 1].axes if at + 1 < len(weights_index) else frozenset()
+    row = before or (after if at == 0 else after & frozenset(free))  # of one head, or sample, transposed
 
     def rank(axis: Axis) -> tuple[bool, float, int]:
         size = float(axis.size.value) if isinstance(axis.size, Const) else float("inf")

@@ -85,7 +85,8 @@ def check_canonical(expr: Expr) -> None:
             if node.op == "mul":
                 assert all(not isinstance(a, Const) for a in node.args[1:]) and node.args[0] not in (Const(0), Const(1))
             if node.op == "add":
-                assert len(node.args) > 1 and all(not (isinstance(a, Call) and a.op == "add") for a in node.args)
+                assert len(node.args) > 1 and Const(0) not in node.args
+                assert all(not (isinstance(a, Call) and a.op == "add") for a in node.args)
 
 
 # ------------------------------------------------------------------------------------------------------- random trees

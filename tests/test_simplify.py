@@ -258,3 +258,10 @@ def test_symbolic_flatten_unflatten_returns_to_the_plain_axes(shape: list[Expr])
         middle = [s.mul(1, *front), s.mul(1, *back)]
         once = unflatten(flatten(axes, shape), middle)
         assert once == [flatten(axes[:keep], front), flatten(axes[keep:], back)]
+
+
+def test_a_remainder_that_is_zero_in_one_round_only() -> None:
+    """It is the same whoever asks: what is compared with zero holds no zero of its own."""
+    found = s.lt(s.mod(s.sub(J6, I6), 6), 1)
+    check_canonical(found)
+    assert found == s.and_(s.le(I6, J6), s.le(J6, I6))

@@ -363,3 +363,19 @@ def test_maps_of_scores_that_are_added_across_heads() -> None:
         return torch.cat(maps(q, k), 1).unflatten(1, (2, 3)).sum(2).softmax(-1) @ v
 
     fuses(function, 10)
+
+
+def transposed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (v.mT @ scores(q, k).softmax(-1).mT).mT
+
+
+def transposed_by_letters(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("bhje,bhji->bhei", v, scores(k, q).softmax(2))
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("function", [transposed, transposed_by_letters])
+def test_keys_before_queries(function: Callable[..., Tensor], heads: int) -> None:
+    """Of one head, nothing stands before the keys: the queries stand after them."""
+    inputs = [t[:, :heads].contiguous() for t in drawn(10)]
+    check(Attention(function), inputs, sites=1, lower=False, gradients=True)
