@@ -77,13 +77,13 @@ def of_one_key(group: list[Candidate], facts: Facts) -> Iterator[Candidate]:
     weights, seen, stack = nx.descendants(facts.flow, normaliser), {normaliser}, [normaliser]
     while stack:
         node = stack.pop()
-        for user in (u for u in node.users if u not in seen and is_tensor(u)):
+        for user in (u for u in node.users if u not in seen):
             operands = user.args[:2]
             product = op_name(user) in ("mul", "multiply") and all(map(is_tensor, operands)) and not user.kwargs
             wider = product and s.mul(*shape_of(user)) != s.mul(*shape_of(node))
             if wider and not weights.issuperset(operands):
                 yield Candidate(user, operands.index(node), normaliser)
-            elif op_name(user) in MOVES or op_name(user) in OPERATIONS:
+            elif op_name(user) in MOVES or op_name(user) in OPERATIONS or op_name(user) in (*SPLITS, "unbind"):
                 seen.add(user)
                 stack.append(user)
 

@@ -60,9 +60,9 @@ def weighted(candidate: Candidate, facts: Facts, axes: Axes, lifter: Lifter, fou
     """Read the weights as softmaxes over the key."""
     lifter.query_axes = cut_axes([a for a in axes.flat() if a not in found.values.axes], found.index, found.key)
     rows = [row.node for row in found.rescaled.rows] if found.rescaled is not None else []
-    # Past a mixture of heads, the weights' own source is that mixture.
-    sources = [found.node, *([candidate.normaliser] if candidate.mixes else [])]
-    lifter.tainted = tainted_like([*sources, *(n for n in rows if isinstance(n, fx.Node))], facts)
+    # Past a mixture of heads, or a split, the weights' own source is that.
+    sources = [found.node, candidate.normaliser, *(n for n in rows if isinstance(n, fx.Node))]
+    lifter.tainted = tainted_like(sources, facts)
     weights = _lifted(candidate, facts, lifter, found)
     if isinstance(weights, Declined):
         return weights

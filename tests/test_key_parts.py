@@ -115,6 +115,13 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
     return e[..., 10:] @ v2 / e.sum(-1, keepdim=True)
 
 
+def split_by_hand(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    logits = torch.cat((scores(q, k), scores(q, k2)), -1)
+    e = (logits - logits.amax(-1, keepdim=True)).exp()
+    near, _ = (e / e.sum(-1, keepdim=True)).split((10, 7), -1)
+    return near @ v
+
+
 def of_a_difference(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
     return (both(q, k, k2) - 0.3 * both(q.sin(), k, k2))[..., 10:] @ v2
 
@@ -141,7 +148,7 @@ def columns(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
 PARTS = [
     first, second, split, in_the_middle, across_sources, every_other, but_one, null_key, after_a_sink, before_a_sink,
     under_a_mask, causal_over_all, rows_without_keys, kept_by_where, times_a_gate_of_keys, normalised_again, by_hand,
-    of_a_difference, values_of_groups, dropped, columns,
+    split_by_hand, of_a_difference, values_of_groups, dropped, columns,
 ]  # fmt: skip
 
 
@@ -205,6 +212,12 @@ def by_hand_with_a_sink(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor)
     return p[..., 10:] * v2[:, :, :1] + p[..., :10] @ v
 
 
+def split_with_a_sink(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    logits = torch.cat((scores(q, k), k2[:, :, :1, :1].expand(-1, -1, 24, -1), scores(q, k2)), -1)
+    near, sink, far = logits.softmax(-1).split((10, 1, 7), -1)
+    return near @ v + sink * v2[:, :, :1] + far @ v2
+
+
 def with_a_gap(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
     p = both(q, k, k2)
     return p[..., 1:8] @ v[:, :, 1:8] + p[..., 10:16] @ v2[:, :, :6]
@@ -218,7 +231,7 @@ def last_key_and_first_keys(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Ten
 
 SEVERAL = [
     sink_with_a_value, one_of_each_head, of_a_key_with_scores, by_einsum, two_of_one_key, by_hand_with_a_sink,
-    with_a_gap, last_key_and_first_keys,
+    with_a_gap, last_key_and_first_keys, split_with_a_sink,
 ]  # fmt: skip
 
 
