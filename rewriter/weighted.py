@@ -79,7 +79,8 @@ def weighted(candidate: Candidate, facts: Facts, axes: Axes, lifter: Lifter, fou
         reread = _lifted(candidate, facts, again, found)
         if not isinstance(reread, Declined) and reread != weights:
             second = _as_softmaxes(candidate, facts, again, found, reread)
-            return outcome if isinstance(second, Declined) else second
+            if isinstance(second, Lifted) and any(soft.part is not None for _, _, soft in second.terms):
+                return second
     return outcome
 
 
