@@ -11,13 +11,15 @@ from refocus.ir import Expr
 class Declined:
     """A near miss. `reason` is a short English clause, `blame` the name of a graph node or operation; `equal`: two
     sizes that may be one in this call, with which it would be none; `several`: it may be a sum of several that are;
-    `pairwise`: its weights are functions of pairs, and need not come apart where each pair is computed."""
+    `pairwise`: its weights are functions of pairs, and need not come apart where each pair is computed; `apart`: parts
+    of it may be some by themselves."""
 
     reason: str
     blame: str | None = None
     equal: tuple[Expr, Expr] | None = None
     several: bool = False
     pairwise: bool = False
+    apart: bool = False
 
 
 class Stop(Exception):

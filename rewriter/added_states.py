@@ -10,12 +10,13 @@ graph is put back as it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
 from torch import fx
 
 from refocus.attention import Left
+from refocus.facts import Facts
 from refocus.lift import arguments, is_tensor, op_name
 from refocus.sizes import same_shape
 
@@ -28,6 +29,10 @@ class Split:
 
     whole: fx.Node
     gathers: tuple[fx.Node, fx.Node]
+
+    def helped(self, roots: Set[fx.Node]) -> bool:
+        """Whether both loops are attentions."""
+        return all(n in roots for n in self.gathers)
 
     def undo(self) -> None:
         graph, parts = self.whole.graph, arguments(self.gathers[0])[0]
@@ -45,7 +50,7 @@ class Split:
             graph.erase_node(node)
 
 
-def split_apart(found: Iterable[object]) -> list[Split]:
+def split_apart(found: Iterable[object], _facts: Facts) -> list[Split]:
     """Split what was left alone because of several states, where its rows are sums."""
     roots = [x.root for x in found if isinstance(x, Left) and x.declined.several]
     return [split for root in roots if (split := _split(root)) is not None]

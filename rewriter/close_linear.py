@@ -131,8 +131,8 @@ def close(
     root = candidate.root
     found = [t for d in (*read.product.divisors, *roles.rows) for t in sums_in(d, roles.query)]
     inner = [t for t in found if not of_one_row(t)]
-    ended = None if roll is None or roll.ends is None else roll.ends.final
-    beside = _sums_beside(candidate, facts, read, roles, ended, values)
+    given = () if roll is None else (*(row.node for row in roll.apart), *((roll.ends.final,) if roll.ends else ()))
+    beside = _sums_beside(candidate, facts, read, roles, given, values)
     read_sums = [*inner, *(total for _, _, total in beside)]
     shared: Shared | None = None
     besides: dict[Reduce, tuple[Expr, ...]] = {}
@@ -175,6 +175,7 @@ def close(
     for divisor in read.product.divisors:
         out = s.call("div", out, s.substitute(s.substitute(divisor, known), placed), dtype=dtype)
     outputs = [Output(root, read.dims, out)]
+    outputs += [Output(row.node, *row.of(read.dims, out)) for row in (() if roll is None else roll.apart)]
     outputs += [Output(node, dims, known[total]) for node, dims, total in beside]
     if ends is not None and ends.final is not None:
         last: Expr = Load("final", tuple(back[a] for a in region.state_axes), "float32")
@@ -236,15 +237,15 @@ def _times(factors: tuple[Expr, ...], value: Expr) -> Expr:
 
 
 def _sums_beside(
-    candidate: LinearCandidate, facts: Facts, read: Read, roles: Roles, ended: fx.Node | None,
+    candidate: LinearCandidate, facts: Facts, read: Read, roles: Roles, given: Sequence[fx.Node | None],
     values: HeldValues | None,
 ) -> list[tuple[fx.Node, tuple[Axis | None, ...], Reduce]]:  # fmt: skip
     """Sums of the weights over the keys that the model takes besides the root. Raises Stop where it reads a weight in
-    any other way. `ended`: a loop's last state, which may be read."""
+    any other way. `given`: what a loop gives out besides, which may be read."""
     found = []
     for node in candidate.interior - {candidate.root}:
         for user in node.users:
-            if user in candidate.interior or user is ended or op_name(user) in ("sym_size", "sym_numel", "sym_stride"):
+            if user in candidate.interior or user in given or op_name(user) in ("sym_size", "sym_numel", "sym_stride"):
                 continue
             total = _total_at(candidate, facts, user, read, roles, values) if op_name(user) == "sum" else None
             changed = _normalising(user, candidate.root, facts) if total is None else None

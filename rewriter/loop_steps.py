@@ -16,7 +16,7 @@ from refocus.factored import Factored
 from refocus.facts import Facts
 from refocus.ir import BOOL, ONE, ZERO, Axis, Call, Const, Expr, Load, Reduce, rewrite
 from refocus.lift import Index, Lifter, dtype_of
-from refocus.loops import Loop
+from refocus.loops import Loop, Row
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.linear import Product, Weight
 from refocus.patterns.recurrence import Lookup, Named
@@ -96,7 +96,7 @@ class Rolled:
     `erase`: what the delta rule takes away at each key, of which `keys` are the factors of what is looked up; or what
     is taken away for what another key, `lookup`, finds. `rows`: how many positions are in a chunk; 1 where there are
     none. `local` is added to the sum over the keys before it is divided. `late`: the keys are those of the steps
-    before. `named`: the gates that stand in the product by name."""
+    before. `named`: the gates that stand in the product by name. `apart`: rows that are read by themselves, too."""
 
     product: Product
     weight: Weight | None
@@ -113,6 +113,7 @@ class Rolled:
     local: tuple[Expr, ...] = ()
     late: bool = False
     named: Named | None = None
+    apart: tuple[Row, ...] = ()
 
     @property
     def free(self) -> tuple[Axis, ...]:
@@ -153,8 +154,10 @@ def lifted(
     visited: set[fx.Node] = set()
     own = own_axes(loop)
     late = int(loop.from_nothing)
+    put_together = loop.stacks()
+    held = [{**given, **(held[t] if held else {})} for t, given in enumerate(put_together)]
     for t in range(loop.steps):
-        mine = held[t] if held else {}
+        mine = held[t]
         before = {states[t - late]: (BEFORE.format(n), ()) for n, states in enumerate(loop.states) if t >= late}
         after = {
             states[t + 1 - late]: (AFTER.format(n), ())
@@ -172,7 +175,7 @@ def lifted(
     if loop.from_nothing:
         whole = tuple(_after_nothing(x, step) for x in updates)
     else:
-        numbered = {name: len(first) for name, first in held[0].values()} if held else {}
+        numbered = {name: len(first) for name, first in held[0].values()}
         whole = tuple(as_one(x, step) if len(x) > 1 else _counted_on(x[0], out, step, facts, numbered) for x in updates)
     shortened: set[str] = set()
     if loop.tail is not None:

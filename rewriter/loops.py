@@ -13,7 +13,7 @@ the steps are one function of t remains to be proved (`refocus.recognize_loops`)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -21,14 +21,37 @@ from typing import Any
 import networkx as nx
 from torch import fx
 
+from refocus import simplify as s
 from refocus.facts import Facts
-from refocus.lift import arguments, is_tensor, op_name
+from refocus.ir import Axis, Const, Expr
+from refocus.lift import Index, arguments, is_tensor, op_name
 from refocus.lift_tables import MOVES
-from refocus.sizes import same_shape
+from refocus.sizes import same_shape, shape_of, size_expr
 
 _GATHERS = ("stack", "cat", "concat", "concatenate")
 _MOST_STATES = 4
 _NEAR = 64  # how far from the last state the state after it is looked for
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one step gives out: the row `at` (or from there on) of dimension `dim` of what all give out, which a stack
+    put in."""
+
+    node: fx.Node
+    dim: int
+    stacked: bool
+    at: Any
+
+    def of(self, dims: Sequence[Axis | None], value: Expr) -> tuple[tuple[Axis | None, ...], Expr]:
+        """Its dimensions and its value, of those of the whole."""
+        whole = next(a for a in dims if a is not None and a.name == f"o{self.dim}")
+        size = Const(1) if self.stacked else shape_of(self.node)[self.dim]
+        own = None if size == Const(1) else Axis(whole.name, size)
+        first = size_expr(self.at, 0)
+        place = first if own is None else s.add(first, own)
+        mine = tuple(own if a == whole else a for a in dims if a != whole or not self.stacked)
+        return mine, s.substitute(value, {whole: place})
 
 
 @dataclass(frozen=True)
@@ -57,13 +80,56 @@ class Loop:
 
     def read_elsewhere(self, facts: Facts) -> fx.Node | None:
         """A value of the body that is read outside of the loop, other than by its gather. The last state may be, and
-        so may what is made without a state."""
+        so may what steps give out, and what is made without a state."""
         return next(iter(self.shared() & depends(self, facts)), None)
 
     def shared(self) -> set[fx.Node]:
-        """What is read outside of the loop, too, but for the last state."""
+        """What is read outside of the loop, too, but for the last state and what steps give out."""
+        return self._read_outside(self.body - {self.final, *self.parts})
+
+    @property
+    def apart(self) -> tuple[Row, ...]:
+        """What steps give out that is read by itself, too."""
+        found = self._read_outside(set(self.parts))
+        size = 1 if self.stacked else self.parts[0].meta["val"].shape[self.dim]
+        count = len(self.parts)
+        return tuple(
+            Row(n, self.dim, self.stacked, (count - 1 - t if self.backwards else t) * size)
+            for t, n in enumerate(self.parts)
+            if n in found
+        )
+
+    def carried_by(self, nodes: Set[fx.Node]) -> bool:
+        """Whether values of each state are among the nodes."""
+        return all(any(n in nodes for n in states) for states in self.states)
+
+    def counterparts(self) -> dict[fx.Node, tuple[fx.Node, ...]]:
+        """The values of all steps that are counterparts, by the first of them, in the order of the steps."""
+        found: dict[fx.Node, list[fx.Node]] = {}
+        for node in sorted(self.firsts):
+            found.setdefault(self.firsts[node], []).append(node)
+        return {first: tuple(nodes) for first, nodes in found.items()}
+
+    def stacks(self) -> list[dict[fx.Node, tuple[str, Index]]]:
+        """For each step, what the graph has together for all of them besides their results: in which tensor, at which
+        first index."""
+        found: list[dict[fx.Node, tuple[str, Index]]] = [{} for _ in range(self.steps)]
+        for first, nodes in self.counterparts().items():
+            for user in first.users if len(nodes) == self.steps and first not in self.parts else ():
+                own = op_name(user) == "stack" and user is not self.gather and not user.kwargs
+                if own and (*arguments(user)[0],) == nodes and arguments(user)[1:] in ([], [0], (), (0,)):
+                    for t, node in enumerate(nodes):
+                        found[t][node] = (user.name, (Const(t),))
+        return found
+
+    @property
+    def gives_states(self) -> bool:
+        """Whether states are among its results."""
+        return any(n in self.parts for states in self.states for n in states)
+
+    def _read_outside(self, nodes: Set[fx.Node]) -> set[fx.Node]:
         inside = self.body | {self.gather}
-        return {n for n in self.body - {self.final} if any(user not in inside for user in n.users)}
+        return {n for n in nodes if any(user not in inside for user in n.users)}
 
     @property
     def final(self) -> fx.Node | None:
@@ -276,9 +342,11 @@ def _updates(states: list[tuple[fx.Node, ...]], body: frozenset[fx.Node], facts:
 
 
 def depends(loop: Loop, facts: Facts) -> set[fx.Node]:
-    """The nodes of the body that depend on a state."""
+    """The nodes of the body that depend on a state, but for what the graph has together for all steps, and by way of
+    that."""
     found = {n for states in loop.states for n in states}
-    for node in sorted(loop.body, key=facts.order.__getitem__):
+    held = {n for step in loop.stacks() for n in step}
+    for node in sorted(loop.body - held, key=facts.order.__getitem__):
         if any(n in found for n in node.all_input_nodes):
             found.add(node)
     return found & loop.body

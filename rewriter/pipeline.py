@@ -22,7 +22,6 @@ import torch
 from torch import fx
 
 from refocus import debug
-from refocus.added_states import split_apart
 from refocus.assumptions import Assumption, model_buffers
 from refocus.attention import Left, Site
 from refocus.bodies import closed_attentions, fused_attentions, with_bodies
@@ -33,9 +32,8 @@ from refocus.codegen.choose import plan_part
 from refocus.codegen.plan import Chosen, Leave, Plan
 from refocus.codegen.readings import prefers_tokens
 from refocus.dead_code import remove_dead_code
-from refocus.equal_sizes import made_equal
 from refocus.errors import RegionNotFused
-from refocus.facts import Facts, gather_facts
+from refocus.facts import Facts
 from refocus.functional import drop_unread_writes
 from refocus.index_checks import check_indices
 from refocus.ir import Region
@@ -43,9 +41,7 @@ from refocus.lift import op_name
 from refocus.linear_sites import describe_linear, plan_linear
 from refocus.options import Options
 from refocus.output_chain import is_call, place_results
-from refocus.recognize import recognize
-from refocus.recognize_linear import recognize_linear
-from refocus.recognize_pairwise import recognize_pairwise
+from refocus.regroup import recognized
 from refocus.report import Report, joined
 from refocus.report import Site as Row
 from refocus.sites import describe_left, describe_site, kernel_path, location_of, numbers_of
@@ -81,11 +77,6 @@ def rewrite(gm: fx.GraphModule, options: Options, inputs: Sequence[Any] = ()) ->
     return Rewritten(done.gm, joined((*inner, done.report)), done.assumptions) if inner else done
 
 
-def _recognize(facts: Facts) -> list[Site | LinearSite | Left]:
-    """All attention of a graph, of every family, in graph order."""
-    return recognize_pairwise(facts, recognize_linear(facts, recognize(facts)))
-
-
 def _rewrite_outer(gm: fx.GraphModule, options: Options, inputs: Sequence[Any]) -> Rewritten:
     """All stages on one graph, past the bodies of operations that it holds."""
     started = time.perf_counter()
@@ -99,21 +90,7 @@ def _rewrite_outer(gm: fx.GraphModule, options: Options, inputs: Sequence[Any]) 
     debug.dump("capture", traced)
     placeholders = traced.graph.find_nodes(op="placeholder")
     buffers = model_buffers(placeholders, inputs)
-    facts = gather_facts(traced, buffers)
-    found = _recognize(facts)
-    if made_equal(traced.graph, found):
-        facts = gather_facts(traced, buffers)
-        found = _recognize(facts)
-    if splits := split_apart(found):
-        facts = gather_facts(traced, buffers)
-        found = _recognize(facts)
-        linear = {x.root for x in found if isinstance(x, LinearSite)}
-        left = [x for x in splits if not linear.issuperset(x.gathers)]
-        for split in left:
-            split.undo()
-        if left:
-            facts = gather_facts(traced, buffers)
-            found = _recognize(facts)
+    facts, found = recognized(traced, buffers)
     debug.dump("recognize", found)
     operands = {node for site in found if isinstance(site, LinearSite) for node in sources_of(site, facts)}
     ready_made = given_scores(facts, operands)

@@ -9,7 +9,7 @@ function; with it, the step is read like one of a loop (`refocus.patterns.recurr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Container, Iterator, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -51,20 +51,31 @@ class _NewState:
     visited: frozenset[fx.Node]
 
 
-def decoding_at(root: fx.Node, facts: Facts, data: set[fx.Node]) -> LinearSite | None:
-    """The site of a single step whose result `root` is, or views of it; None where it is none."""
+def decoding_at(root: fx.Node, facts: Facts, data: set[fx.Node], closed: Container[fx.Node]) -> LinearSite | None:
+    """The site of a single step whose result `root` is, or views of it; None where it is none. `closed`: what other
+    sites make."""
     for node in product_operands(root, data) or ():
         new = _kept(node, root, facts)
-        if new is None:
+        if new is None or new in closed:
             continue
-        with suppress(Stop, Unliftable):
-            state = _new_state(new, facts, data)
-            if state is None:
-                continue
-            for result in _viewed(root):
-                site = _site(result, state, facts, data)
-                if site is not None:
-                    return site
+        found: LinearSite | None = None
+        for state in _new_states(new, facts, data, closed):
+            site = _first_site(root, state, facts, data)
+            if site is None and found is not None:
+                break  # it is a sum of what several steps add
+            found = site or found
+        if found is not None:
+            return found
+    return None
+
+
+def _first_site(root: fx.Node, state: _NewState, facts: Facts, data: Set[fx.Node]) -> LinearSite | None:
+    """The site of the result or of what it looks like after views; None where it is none."""
+    with suppress(Stop, Unliftable):
+        for result in _viewed(root):
+            site = _site(result, state, facts, data)
+            if site is not None:
+                return site
     return None
 
 
@@ -98,22 +109,29 @@ def _viewed(root: fx.Node) -> Iterator[fx.Node]:
         node = users[0]
 
 
-def _new_state(node: fx.Node, facts: Facts, data: Set[fx.Node]) -> _NewState | None:
+def _new_states(
+    node: fx.Node, facts: Facts, data: Set[fx.Node], closed: Container[fx.Node]
+) -> Iterator[_NewState]:  # fmt: skip
+    """A new state as a function of an old one: of what the way to it starts from, or a value on the way that another
+    step ends with, or that is read for something else, too. The last of these first."""
     own = tuple(ZERO if d == ONE else Axis(f"s{k}", d) for k, d in enumerate(shape_of(node)))
     axes = {a for a in own if isinstance(a, Axis)}
     above, leaves = _above(node, facts)
-    for source in leaves:
+    known = [n for n in above - {node} if n in closed or any(_goes_on(user, node, facts) for user in n.users)]
+    for source in sorted((*known, *leaves), key=facts.order.__getitem__, reverse=True):
         below = nx.descendants(facts.flow, source)
-        on_the_way = (nx.ancestors(facts.flow, node) & below) | {node}
+        on_the_way = {n for n in nx.ancestors(facts.flow, node) & below if n not in closed} | {node}
         lifter = Step(facts, interior=frozenset(above | on_the_way) - {source}, data=data, expands=True)
-        value = lifter.at(node, own)
-        olds = {x for x in value.loads if x.tensor == source.name and {*x.index} - {ZERO} == axes}
-        for old in olds:
-            with suppress(Stop):
-                step = Axis("step", ONE)
-                update = read_update(value, old.tensor, old.index, step, lambda _: None)
-                return _NewState(node, own, old, update, update.bases, frozenset(lifter.visited))
-    return None
+        with suppress(Unliftable):
+            value = lifter.at(node, own)
+            olds = {x for x in value.loads if x.tensor == source.name and {*x.index} - {ZERO} == axes}
+            for old in olds:
+                with suppress(Stop):
+                    step = Axis("step", ONE)
+                    update = read_update(value, old.tensor, old.index, step, lambda _: None)
+                    yield _NewState(node, own, old, update, update.bases, frozenset(lifter.visited))
+        if source in closed:
+            break  # another step ends with it
 
 
 def _above(node: fx.Node, facts: Facts) -> tuple[set[fx.Node], list[fx.Node]]:

@@ -61,15 +61,21 @@ def recognize_linear(facts: Facts, found: Sequence[Site | Left]) -> list[Site | 
     closed = {n for site in sites if not _names_features(site, data) for n in (site.root, *site.interior)}
     linear: list[LinearSite] = []
     lefts: dict[fx.Node, Left] = {}
-    for gather, loop in _loops(facts):
+    gathered = dict(_loops(facts))
+    given: set[fx.Node] = set()
+    for gather, loop in gathered.items():
+        if given.issuperset(loop.parts):
+            continue
         try:
             site = _of_loop(loop, facts, data)
         except Stop as stop:
             lefts[gather] = Left(gather, gather, stop.declined)
-            closed |= depends(loop, facts)
+            # Where states are read themselves, each step may be an attention.
+            closed |= set() if stop.declined.apart or loop.gives_states else depends(loop, facts)
             continue
         linear.append(site)
-        closed.update((gather, *site.interior))
+        given.update(o.node for o in site.outputs)
+        closed |= given | site.interior
     for root in facts.order:
         roll = chunked_at(root, facts, data, closed)
         if roll is not None:
@@ -80,13 +86,16 @@ def recognize_linear(facts: Facts, found: Sequence[Site | Left]) -> list[Site | 
     for root in facts.order:
         if root in closed:
             continue
-        outcome = decoding_at(root, facts, data) or _first(root, facts, data, closed)
+        outcome = decoding_at(root, facts, data, closed) or _first(root, facts, data, closed)
         if isinstance(outcome, LinearSite):
             linear.append(outcome)
             closed.update((*(o.node for o in outcome.outputs), *outcome.interior))
         elif outcome is not None and root not in kept:
             lefts[root] = outcome
     inside = {n for site in linear for n in (site.root, *site.interior)}
+    # A loop that was read in another way, step by step, is none that is left.
+    given = inside.union(o.node for site in linear for o in site.outputs)
+    lefts = {n: x for n, x in lefts.items() if n not in gathered or not gathered[n].carried_by(given)}
     sites = [x for x in sites if x.root not in inside]
     gone = inside.union(*((x.root, *x.interior) for x in sites))
     features = {n for site in linear for x in sources_of(site, facts) for n in upstream(x, data)}
@@ -107,13 +116,13 @@ def _told(left: Left, reported: list[Left], facts: Facts) -> bool:
 def _loops(facts: Facts) -> list[tuple[fx.Node, Loop]]:
     """The unrolled loops that hand a matrix for each batch from step to step, or numbers of each channel of which one
     is divided by another; others are no attention. Two steps that start from data are any two values of which one is
-    made of the other: f(x) beside f(-x)."""
+    made of the other: f(x) beside f(-x). A gather that nobody reads is of steps known to be such."""
     found = [(node, loop) for node in facts.order if (loop := loop_at(node, facts)) is not None]
     return [
         (node, loop)
         for node, loop in found
         if (any(x[0].meta["val"].dim() > 2 for x in loop.states) or of_channels(loop, facts))
-        and (loop.steps > 2 or all(x[0] in facts.closed for x in loop.states))
+        and (loop.steps > 2 or not node.users or all(x[0] in facts.closed for x in loop.states))
     ]
 
 
@@ -281,7 +290,7 @@ def _of_loop(loop: Loop, facts: Facts, data: set[fx.Node]) -> LinearSite:
 def _of_steps(loop: Loop, facts: Facts, data: set[fx.Node]) -> LinearSite:
     outside = loop.read_elsewhere(facts)
     if outside is not None:
-        raise Stop(Declined("a value inside a loop is read after it", outside.name))
+        raise Stop(Declined("a value inside a loop is read after it", outside.name, apart=True))
     if of_channels(loop, facts):
         raise Stop(Declined("each channel has weights of its own, which are no products of queries and keys"))
     shared = loop.shared()  # and what that is made of: it stays
@@ -289,9 +298,10 @@ def _of_steps(loop: Loop, facts: Facts, data: set[fx.Node]) -> LinearSite:
     reason: Stop | None = None
     for reading in readings(loop):
         try:
-            roll = reading(loop, facts, data)
+            roll = replace(reading(loop, facts, data), apart=loop.apart)
             inside = inside_of(loop.gather, roll.visited | loop.body, facts) | loop.body
-            return _rolled_site(loop.gather, roll, inside - stays - {loop.final}, facts)
+            given = {loop.final, *(row.node for row in roll.apart)}
+            return _rolled_site(loop.gather, roll, inside - stays - given, facts)
         except Stop as stop:
             reason = stop if reason is None or isinstance(stop, Near) else reason
     assert reason is not None

@@ -38,7 +38,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "row_sums", "running_softmax", "skews", "equal_sizes", "expand", "linear_candidates", "recognize_linear",
         "low_scores", "loops", "recognize_loops", "chunk_solutions", "close_linear", "factored", "held_values",
         "loop_steps", "recognize_chunk_loops", "recognize_chunked", "recognize_decoding", "blocked", "decays",
-        "inverses", "decay_tables", "substeps", "added_states", "weighted", "recognize_pairwise",
+        "inverses", "decay_tables", "substeps", "added_states", "weighted", "recognize_pairwise", "following_steps",
+        "cut_steps", "regroup",
     ),
     "codegen": ("codegen", "codegen.*"),
     "pipeline": (

@@ -256,31 +256,6 @@ def late_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     return torch.stack(rows, 2)
 
 
-def normalised_from_a_state(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    state, total, rows = torch.ones_like(zero(q, v)), torch.ones_like(k[:, :, 0]), []
-    for t in range(q.shape[2]):
-        state, total = state + outer(k[:, :, t], v[:, :, t]), total + k[:, :, t]
-        rows.append(read(q[:, :, t], state) / (q[:, :, t] * total).sum(-1, keepdim=True))
-    return torch.stack(rows, 2)
-
-
-def read_halfway(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    state, rows, kept = zero(q, v), [], []
-    for t in range(q.shape[2]):
-        state = state + outer(k[:, :, t], v[:, :, t])
-        rows.append(read(q[:, :, t], state))
-        kept.append(state)
-    return torch.stack(rows, 2).sum() + kept[2].sum()
-
-
-def other_total(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    state, total, rows = zero(q, v), torch.zeros_like(k[:, :, 0]), []
-    for t in range(q.shape[2]):
-        state, total = state + outer(k[:, :, t], v[:, :, t]), 0.5 * total + k[:, :, t]
-        rows.append(read(q[:, :, t], state) / ((q[:, :, t] * total).sum(-1, keepdim=True) + 1e-6))
-    return torch.stack(rows, 2)
-
-
 def reflected(q: Tensor, k: Tensor, v: Tensor, b: Tensor, other: bool = False) -> Tensor:
     """The delta rule as a product with a matrix: S (1 - b k k^T) + b v k^T."""
     state, rows = zero(v, q), []
@@ -331,9 +306,6 @@ NEAR_MISSES = [
     (below_a_bound, "not known to be a positive decay"),
     (late_delta, "lack the gate of the query's own step"),
     (starts_from_a_share, "the first step of a loop is not the same function"),
-    (normalised_from_a_state, "starts from a state that is not zero"),
-    (read_halfway, "read after it"),
-    (other_total, "sum of other weights"),
 ]
 
 

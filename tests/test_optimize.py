@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import refocus
-from refocus import backend, pipeline
+from refocus import backend, regroup
 from refocus.errors import CannotExplain, EngineUnavailable, RegionNotFused, UnknownOption, VerificationFailed
 
 
@@ -363,7 +363,7 @@ def test_a_failing_stage_falls_back_once(monkeypatch: pytest.MonkeyPatch) -> Non
     def broken(facts: object) -> None:
         raise ValueError("a defect of ours")
 
-    monkeypatch.setattr(pipeline, "recognize", broken)
+    monkeypatch.setattr(regroup, "recognize", broken)
     model = Attention().eval()
     x = torch.randn(1, 6, 32)
     with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
