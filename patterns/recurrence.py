@@ -14,12 +14,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import product as combinations
 
 from refocus import simplify as s
 from refocus.ir import TRUE, Axis, Call, Const, Expr, Load, Reduce, rewrite
 from refocus.patterns.declined import Declined, Stop
 from refocus.patterns.linear import Product, as_number, product_of
-from refocus.patterns.summands import minus, number_of_terms, summands, times
+from refocus.patterns.summands import minus, multiplied_out, number_of_terms, summands, times
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,10 @@ def read_update(
             keeps.append(plain)
         else:
             erases.append((plain, loads[0]))
-    if len(keeps) != 1 or not writes:
+    if not keeps or not writes:
         raise Stop(Declined("a loop's state is no running sum, with or without a decay"))
-    keep = keeps[0].factors
+    # A blend: state + rate * (new - state) keeps 1 - rate of it.
+    keep = keeps[0].factors if len(keeps) == 1 else _blended(keeps, update.dtype)
     gates, bases = [], []
     for factor in keep:
         if step not in factor.axes:
@@ -83,7 +85,7 @@ def read_update(
             gates.append(gate)
         else:
             raise Stop(Declined("a loop's state is multiplied with what is not known to be a positive decay"))
-    write = _sum(writes)
+    write = _written(writes)
     if not erases:
         return Update(tuple(gates), tuple(bases), write)
     changes = [_change(found, load, own) for found, load in erases]
@@ -93,6 +95,47 @@ def read_update(
         return Update(tuple(gates), tuple(bases), values, erase, keys)
     erase, lookup = _looked_up(changes, write.dtype)
     return Update(tuple(gates), tuple(bases), write, erase, (), lookup)
+
+
+def _written(terms: Sequence[Expr]) -> Expr:
+    """The sum of what is written, as a product where its terms share factors."""
+    products = [product_of(x) for x in terms]
+    if len(terms) == 1 or any(p.summed or any(_others(p)) for p in products):
+        return _sum(terms)
+    return times(_common([p.factors for p in products], terms[0].dtype), terms[0].dtype)
+
+
+def _blended(keeps: Sequence[Product], dtype: str) -> tuple[Expr, ...]:
+    """What is kept of a state in several terms, as one: 1 - (1 - decay) is the decay."""
+    terms = [times(chosen, dtype) for x in keeps for chosen in combinations(*map(multiplied_out, x.factors))]
+    products = [product_of(x) for x in terms]
+    if any(p.summed or p.exponents or p.conditions for p in products):
+        raise Stop(Declined("a loop's state is no running sum, with or without a decay"))
+    return _common([(*p.factors, *(s.call("reciprocal", x, dtype=dtype) for x in p.divisors)) for p in products], dtype)
+
+
+def _common(products: Sequence[Sequence[Expr]], dtype: str) -> tuple[Expr, ...]:
+    """A sum of products as one: the factors that all of them share, and the sum of what else they have."""
+    factors = [Counter(f for f in p if not isinstance(f, Const)) for p in products]
+    shared = factors[0].copy()
+    for other in factors[1:]:
+        shared &= other
+    found: dict[frozenset[tuple[Expr, int]], tuple[float, list[Expr]]] = {}
+    for p, mine in zip(products, factors):
+        number = math.prod(float(f.value) for f in p if isinstance(f, Const))
+        own = mine - shared
+        key = frozenset(own.items())
+        found[key] = found.get(key, (0.0, []))[0] + number, [*own.elements()]
+    terms = sorted((x for x in found.values() if x[0] != 0.0), key=lambda term: (term[0] < 0.0, len(term[1])))
+    total: Expr = Const(0.0, dtype)
+    for place, (number, rest) in enumerate(terms):
+        size = [] if abs(number) == 1.0 else [Const(abs(number), dtype)]
+        value = times([*size, *rest], dtype)
+        if place == 0:
+            total = value if number > 0.0 else minus(value)
+        else:
+            total = s.call("add" if number > 0.0 else "sub", total, value, dtype=dtype)
+    return (*shared.elements(), *(() if total == Const(1.0, dtype) else (total,)))
 
 
 Moved = list[tuple[Expr, Expr]]  # axes of the state, and over which it is summed instead

@@ -34,7 +34,7 @@ def summands(e: Expr, holds: Callable[[Expr], bool], looked_up: bool = False, ap
         if e.op == "mul":
             sums = apart and (looked_up or any(isinstance(n, Reduce) and holds(n) for n in e.walk()))
             parts = [
-                _multiplied_out(a) if sums and not holds(a) else summands(a, holds, looked_up, apart) for a in args
+                multiplied_out(a) if sums and not holds(a) else summands(a, holds, looked_up, apart) for a in args
             ]
             return [times(chosen, e.dtype) for chosen in combinations(*parts)]
         if e.op == "div":
@@ -109,7 +109,7 @@ def _joint(e: Expr, axis: Axis, holds: Callable[[Expr], bool]) -> Expr | None:
     return None
 
 
-def _multiplied_out(e: Expr) -> list[Expr]:
+def multiplied_out(e: Expr) -> list[Expr]:
     """The terms of a factor, where they are finite."""
     terms = list(terms_of(e, 1))
     if any(conditions for _, _, conditions in terms):

@@ -182,7 +182,7 @@ def close(
         if ends.last is not None:
             kept, added = ends.last
             last = s.call("add", s.call("mul", kept, last, dtype="float32"), added, dtype="float32")
-        outputs.append(Output(ends.final, tuple(x if isinstance(x, Axis) else None for x in ends.index), last))
+        outputs.append(Output(ends.final, ends.dims, last))
     if any(isinstance(n, Reduce) and not of_one_row(n) for o in outputs for n in o.value.walk()):
         raise Stop(Declined("what the weights are normalised by is no function of their sums"))
     outputs = [replace(o, value=in_range(o.value, facts)) for o in outputs]
@@ -359,7 +359,7 @@ def _region(
         values["gate"] = (weight.gate, (*batch, roles.key, *(roles.dot if channel else ())))
     if erase is not None:
         values["erase"] = (erase, (*batch, roles.key, *(roles.dot if erased.lookup is not None else ())))
-    if ends is not None and {x for x in ends.index if isinstance(x, Axis)} != {*batch, *roles.dot, *roles.value}:
+    if ends is not None and {*ends.dims} - {None} != {*batch, *roles.dot, *roles.value}:
         raise Stop(Declined("a loop's state has other axes than its keys and values"))
     if ends is not None and ends.initial is not None:
         values["initial"] = (ends.initial, (*batch, *roles.dot, *roles.value))

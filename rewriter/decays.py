@@ -22,7 +22,8 @@ def log_of(decay: Expr, facts: Facts) -> Expr | None:
         made = _made(decay, facts)
         return None if made is None else log_of(made, facts)
     if isinstance(decay, Const):
-        return Const(math.log(decay.value), decay.dtype) if decay.is_float and decay.value > 0 else None
+        dtype = decay.dtype if decay.is_float else "float32"
+        return Const(math.log(decay.value), dtype) if decay.value > 0 else None
     if not isinstance(decay, Call) or not decay.is_float:
         return None
     op, args, dtype = decay.op, decay.args, decay.dtype

@@ -19,6 +19,7 @@ from torch import fx
 from refocus.close_linear import LinearSite
 from refocus.facts import Facts
 from refocus.ir import Load
+from refocus.lift import is_tensor
 from refocus.sizes import same_shape
 
 
@@ -102,14 +103,28 @@ def _made_for(facts: Facts, *nodes: fx.Node) -> set[fx.Node]:
 def _gathered(run: Sequence[_Step], before: _Step | None, facts: Facts) -> Run:
     first, graph = run[0], facts.graph
     start: fx.Node | None = None
-    if before is not None:
+    begun = _first_result(first, facts) if before is None else None
+    if begun is None and first.before.op == "call_function":
         # The steps before, whose operations are the same, are none of this loop.
-        users = _made_for(facts, first.after, first.root) - _made_for(facts, before.root)
+        users = _made_for(facts, first.after, first.root)
+        users -= set() if before is None else _made_for(facts, before.root)
         with graph.inserting_after(first.before):
             start = graph.call_function(torch.ops.aten.alias.default, (first.before,))
         start.meta.update(first.before.meta)
         first.before.replace_all_uses_with(start, delete_user_cb=users.__contains__)
-    return Run(stacked([step.root for step in run], facts), start)
+    return Run(stacked([*([] if begun is None else [begun]), *(step.root for step in run)], facts), start)
+
+
+def _first_result(first: _Step, facts: Facts) -> fx.Node | None:
+    """The result of a step that starts from nothing, and is read in another way than those that have a state."""
+    below = nx.descendants(facts.flow, first.before) - _made_for(facts, first.root, first.after)
+    value = first.root.meta["val"]
+    alike = [
+        n for n in below
+        if n.target is first.root.target and facts.order[n] < facts.order[first.root]
+        and is_tensor(n) and _like(n, first.root) and n.meta["val"].dtype == value.dtype
+    ]  # fmt: skip
+    return max(alike, key=facts.order.__getitem__, default=None)
 
 
 def stacked(nodes: Sequence[fx.Node], facts: Facts) -> fx.Node:

@@ -88,6 +88,27 @@ class Ends:
     written: tuple[Expr, ...] | None
     last: tuple[Expr, Expr] | None = None
 
+    @property
+    def dims(self) -> tuple[Axis | None, ...]:
+        """The axes of a state's dimensions, of which one may be several (batch and heads)."""
+        return tuple(a for x in self.index for a in _digits(x) or (None,))
+
+
+def _digits(place: Expr) -> tuple[Axis, ...]:
+    """The axes that a place counts by, the slowest first."""
+    nothing: dict[Expr, Expr] = dict.fromkeys(place.axes, ZERO)
+    strides = {a: s.substitute(place, {**nothing, a: ONE}) for a in place.axes}
+    return tuple(sorted(place.axes, key=lambda a: -int(x.value) if isinstance(x := strides[a], Const) else 0))
+
+
+def _counts(place: Expr, size: Expr) -> bool:
+    """Whether a place goes over a whole dimension, each of its axes over digits of their own."""
+    total: Expr = ZERO
+    stride: Expr = ONE
+    for axis in reversed(_digits(place)):
+        total, stride = s.add(s.mul(axis, stride), total), s.mul(stride, axis.size)
+    return place == total and stride == size
+
 
 @dataclass(frozen=True)
 class Rolled:
@@ -351,8 +372,9 @@ def ends_of(loop: Loop, facts: Facts, out: Expr, written: tuple[Expr, ...] | Non
     if len(loop.states) > 1:
         raise Stop(Declined("a loop starts from a state that is not zero"))
     reads = {x.index for x in out.loads if x.tensor in (BEFORE.format(0), AFTER.format(0))}
-    plain = [i for i in reads if all(isinstance(x, Axis) or x == ZERO for x in i)]
-    if len(reads) != 1 or not plain or len({*plain[0]} - {ZERO}) != sum(x != ZERO for x in plain[0]):
+    sizes = shape_of(loop.states[0][0])
+    plain = [i for i in reads if all(_counts(x, size) for x, size in zip(i, sizes))]
+    if len(reads) != 1 or not plain or sum(len(x.axes) for x in plain[0]) != len({a for x in plain[0] for a in x.axes}):
         raise Stop(Declined("a loop reads its state at more than one place"))
     initial = None if zero else Lifter(facts).at(loop.states[0][0], plain[0])
     return Ends(initial, loop.final, plain[0], written)

@@ -33,6 +33,7 @@ from refocus.patterns.linear import Product, Weight, product_of
 from refocus.patterns.recurrence import Update, read_update
 from refocus.patterns.single_step import gate_of, roles_of_step
 from refocus.recognize_chunked import inside_of
+from refocus.roles import Axes
 from refocus.sizes import shape_of
 
 _LEAST_DIMS = 3  # a batch of states
@@ -154,39 +155,44 @@ def _above(node: fx.Node, facts: Facts) -> tuple[set[fx.Node], list[fx.Node]]:
 
 def _site(root: fx.Node, state: _NewState, facts: Facts, data: Set[fx.Node]) -> LinearSite | None:
     """The site, if the result is a product of queries with the new state. Raises Stop with what it lacks."""
-    dims = tuple(None if d == ONE else Axis(f"o{k}", d) for k, d in enumerate(shape_of(root)))
+    axes = Axes([[] if d == ONE else [Axis(f"o{k}", d)] for k, d in enumerate(shape_of(root))])
     below = nx.descendants(facts.flow, state.node)
     interior = frozenset(nx.ancestors(facts.flow, root) & below) | {root}
     lifter = Step(facts, interior=interior, held={state.node: (AFTER.format(0), ())}, data=data)
-    product = product_of(lifter.at(root, [ZERO if a is None else a for a in dims]))
+    product = product_of(lifter.at(root, axes.index()))
     reads = [f for f in product.factors if isinstance(f, Load) and f.tensor == AFTER.format(0)]
+    places = [x for f in reads for x in f.index]
+    if (split := axes.split(places, {*axes.flat()}, "floordiv")) is not None:  # heads that share a state
+        axes, product = split, product_of(lifter.at(root, split.index()))
+        reads = [f for f in product.factors if isinstance(f, Load) and f.tensor == AFTER.format(0)]
+    dims = tuple(a for group in axes.dims for a in group or (None,))
     if len(reads) != 1 or product.divisors or product.conditions or product.exponents:
         return None
     index = reads[0].index
-    axes = frozenset(x for x in index if isinstance(x, Axis))
-    if any(not isinstance(x, Axis) and x != ZERO for x in index) or len(axes) != sum(x != ZERO for x in index):
+    own = frozenset(x for x in index if isinstance(x, Axis))
+    if any(not isinstance(x, Axis) and x != ZERO for x in index) or len(own) != sum(x != ZERO for x in index):
         return None
     rest = [f for f in product.factors if f is not reads[0]]
-    dot = tuple(a for a in product.summed if a in axes)
-    if set(product.summed) - axes or any(x.tensor == AFTER.format(0) for f in rest for x in f.loads):
+    dot = tuple(a for a in product.summed if a in own)
+    if set(product.summed) - own or any(x.tensor == AFTER.format(0) for f in rest for x in f.loads):
         return None
     at: dict[Expr, Expr] = {a: x for a, x in zip(state.own, index) if isinstance(a, Axis)}
     written = product_of(s.substitute(state.update.write, at))
     if written.summed or written.divisors or written.conditions:
         return None
     query, key = Axis("step", ONE), Axis(f"{root.name}.key", ONE)
-    keep = [without(s.substitute(x, at), {*axes}, facts) for x in state.keep]
+    keep = [without(s.substitute(x, at), {*own}, facts) for x in state.keep]
     lookup = None if state.update.lookup is None else state.update.lookup.at(at)
     erase = None if state.update.erase is None else s.substitute(state.update.erase, at)
     if erase is not None:
-        erase = without(erase, {*axes} if lookup is None else axes - {*dot}, facts)
+        erase = without(erase, {*own} if lookup is None else own - {*dot}, facts)
     gate, initial = gate_of(keep, lambda x: log_of(x, facts)), s.substitute(state.old, at)
     by_head = (frozenset() if erase is None else erase.axes) | (frozenset() if lookup is None else lookup.key.axes)
     try:
         decays = frozenset() if gate is None else gate.axes - {*dot}
-        roles = roles_of_step(query, key, dot, axes, rest, written.factors, by_head | decays)
+        roles = roles_of_step(query, key, dot, own, rest, written.factors, by_head | decays)
     except Stop:  # it decays otherwise for each value
-        gate, roles = None, roles_of_step(query, key, dot, axes, rest, written.factors, by_head)
+        gate, roles = None, roles_of_step(query, key, dot, own, rest, written.factors, by_head)
     if gate is None and keep and lookup is not None:
         raise Stop(Declined("a loop's state is multiplied with what is not known to be a positive decay"))
     if gate is None or (erase is not None and lookup is None and gate.axes & {*dot}):

@@ -69,6 +69,9 @@ def step_by_step(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
     steps = _at(axes, loop, facts, data, step)
     while (split := axes.split([steps.out], {*axes.flat()} - {outer})) is not None:  # heads that each step merges
         axes, steps = split, _at(split, loop, facts, data, step)
+    # Heads that share a state.
+    while (split := axes.split(_state_places(steps.out), {*axes.flat()} - {outer}, "floordiv")) is not None:
+        axes, steps = split, _at(split, loop, facts, data, step)
     dims = tuple(a for group in axes.dims for a in group or (None,))
     key, out = Axis(f"{gather.name}.key", query.size), steps.out
     if any(reaches_beyond(update, step, facts) for update in steps.updates):
@@ -107,6 +110,11 @@ def step_by_step(loop: Loop, facts: Facts, data: Set[fx.Node]) -> Rolled:
         settled(product, (query, key)), None, dims, query, key, place, steps.visited, there.erase, there.keys,
         there.lookup, ends=ends, local=local, late=late, named=named,
     )  # fmt: skip
+
+
+def _state_places(out: Expr) -> list[Expr]:
+    """Where states are read."""
+    return [place for x in out.loads if x.tensor.startswith(STATE) for place in x.index]
 
 
 def _is_late(out: Expr, read: Sequence[Update]) -> bool:

@@ -30,12 +30,13 @@ class Axes:
     def flat(self) -> list[Axis]:
         return [a for axes in self.dims for a in axes]
 
-    def split(self, values: Iterable[Expr], among: Set[Axis]) -> Axes | None:
-        """The axes, the first of those `among` them that `values` read as a % c taken as two: a // c and a % c."""
+    def split(self, values: Iterable[Expr], among: Set[Axis], read: str = "mod") -> Axes | None:
+        """The axes, the first of those `among` them that `values` read as a % c, or a // c ("floordiv"), taken as two:
+        a // c and a % c."""
         by: dict[Expr, dict[Expr, None]] = {}
         for value in values:
             for node in value.walk():
-                if isinstance(node, Call) and node.op == "mod":
+                if isinstance(node, Call) and node.op == read:
                     by.setdefault(node.args[0], {})[node.args[1]] = None
         for d, group in enumerate(self.dims):
             for k, axis in enumerate(group):

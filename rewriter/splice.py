@@ -237,7 +237,8 @@ def late(inputs: list[fx.Node], first: fx.Node) -> list[fx.Node]:
             continue
         target = node.target
         known = isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable
-        if node is first or not known or torch.Tag.nondeterministic_seeded in target.tags:  # type: ignore[union-attr]
+        drawn = known and torch.Tag.nondeterministic_seeded in target.tags  # type: ignore[union-attr]
+        if node is first or drawn or not (known or node.op == "get_attr"):
             raise CannotSplice("what it is multiplied with comes after its first result")
         found.add(node)
         stack.extend(n for n in node.all_input_nodes if n >= first)

@@ -247,6 +247,15 @@ def in_the_middle(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> 
     return torch.stack(rows, 2), states[2], state
 
 
+def in_the_middle_from_nothing(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    state, rows, states = zero(q, v), [], []
+    for t in range(STEPS):
+        state = updated(state, k, v, g, t)
+        rows.append(read(q[:, :, t], state))
+        states.append(state)
+    return torch.stack(rows, 2), states[3]
+
+
 def two_sums(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, ...]:
     """The states of numerator and denominator come from a cache: a loop each."""
     rows, total = [], state.sum(-1)
@@ -258,13 +267,50 @@ def two_sums(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple
 
 SEVERAL = [
     (every_state, TOKENS), (every_corrected_state, TOKENS), (one_from_another, TOKENS), (in_the_middle, 2),
-    (two_sums, 2),
+    (in_the_middle_from_nothing, 2), (two_sums, 2),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("function", "sites"), SEVERAL, ids=[f.__name__ for f, _ in SEVERAL])
 def test_states_that_are_read(function: Function, sites: int) -> None:
     check(Module(function), given(function), family="linear", sites=sites, lower=False, gradients=True)
+
+
+# ---------------------------------------------------------------------------------------------------- shared states
+
+
+def grouped(x: Tensor) -> Tensor:
+    return torch.cat([x, x * 2], 1)[:, [0, 3, 1, 4, 2, 5]]
+
+
+def repeated(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Two heads read each state, which is repeated for them."""
+    q, rows = grouped(q), []
+    for t in range(STEPS):
+        state = updated(state, k, v, g, t)
+        rows.append(read(q[:, :, t], state.repeat_interleave(2, 1)))
+    return torch.stack(rows, 2), state
+
+
+def repeated_corrections(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+    q, rows = grouped(q), []
+    for t in range(2):
+        state = corrected(state, k, v, g, t)
+        rows.append(read(q[:, :, t], state[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2)))
+    return *rows, state
+
+
+def repeated_once(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    state = updated(state, k, v, g, 0)
+    return read(grouped(q)[:, :, 0], state.repeat_interleave(2, 1)), state
+
+
+@pytest.mark.parametrize("function", [repeated, repeated_corrections, repeated_once])
+def test_heads_that_share_a_state(function: Function) -> None:
+    (site,) = check(
+        Module(function), given(function), family="linear", sites=1, lower=False, gradients=True
+    ).report.sites  # fmt: skip
+    assert "k[b,h," in site.notation and "q[b,h,g," in site.notation
 
 
 # ---------------------------------------------------------------------------------------------------- near misses

@@ -173,7 +173,54 @@ def starts_from_a_share(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     return torch.stack(rows, 2)
 
 
+def moving_average(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    state, rows = zero(q, v), []
+    for t in range(q.shape[2]):
+        rate = torch.sigmoid(g[:, :, t, :1, None])
+        state = state + rate * (outer(k[:, :, t], v[:, :, t]) - state)
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2)
+
+
+def interpolated(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    state, rows = zero(q, v), []
+    for t in range(q.shape[2]):
+        state = torch.lerp(outer(k[:, :, t], v[:, :, t]), state, torch.sigmoid(g[:, :, t, :, None]))
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2)
+
+
+def interpolated_by_the_rest(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """What is kept is one minus one minus a decay that is known as such."""
+    state, rows, keep = zero(q, v), [], torch.exp(-g)
+    for t in range(q.shape[2]):
+        state = torch.lerp(state, outer(k[:, :, t], v[:, :, t]), 1 - keep[:, :, t, :, None])
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2)
+
+
+def interpolated_by_a_quotient(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """What is kept is exp(g) / (1 + exp(g)), of which the part that is lost is known."""
+    state, rows = zero(q, v), []
+    for t in range(q.shape[2]):
+        kept = torch.exp(g[:, :, t, :, None])
+        state = torch.lerp(state, outer(k[:, :, t], v[:, :, t]), 1 - kept / (1 + kept))
+        rows.append(read(q[:, :, t], state))
+    return torch.stack(rows, 2)
+
+
+def folded(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Batch and heads are one dimension of the state."""
+    state, rows = state.flatten(0, 1), []
+    for t in range(q.shape[2]):
+        query, key, value = (x[:, :, t].flatten(0, 1) for x in (q, k, v))
+        state = torch.baddbmm(state, key[:, :, None], value[:, None], beta=0.9)
+        rows.append(torch.bmm(query[:, None], state).view(v[:, :, 0].shape))
+    return torch.stack(rows, 2), state
+
+
 SPELLINGS = [
+    moving_average, interpolated, interpolated_by_the_rest, interpolated_by_a_quotient,
     first_step_apart,
     first_step_apart_channels,
     merged_heads,
@@ -200,6 +247,11 @@ def test_spelling(function: Function) -> None:
     trains = function is not in_place  # which eager code itself cannot differentiate
     report = check(Module(function), given, family="linear", sites=1, lower=False, gradients=trains).report
     assert report.sites[0].mask == ("j < i" if function is before_its_own_step else "j <= i")
+
+
+def test_a_state_whose_batch_and_heads_are_one_dimension() -> None:
+    q, k, v = inputs(3)
+    check(Module(folded), [q, k, v, zero(q, v) + 0.5], family="linear", sites=1, lower=False, gradients=True)
 
 
 # ---------------------------------------------------------------------------------------------------- near misses
