@@ -367,3 +367,56 @@ def test_a_cache_that_is_written_in_place() -> None:
         for _ in range(2):
             torch.testing.assert_close(run(q, k, v, mine), decode(q, k, v, state))
             torch.testing.assert_close(mine, state)
+
+
+# ---------------------------------------------------------------------------------------------------- writes
+
+
+def changed_rows(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+    rows = []
+    for t in range(TOKENS):
+        state = updated(state, k, v, g, t)
+        rows.append(read(q[:, :, t], state))
+    together = torch.stack(rows, 2)
+    rows[1].add_(1)
+    return together, *rows, state
+
+
+def changed_states(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+    rows, states = [], []
+    for t in range(TOKENS):
+        state = updated(state, k, v, g, t)
+        rows.append(read(q[:, :, t], state))
+        states.append(state)
+    states[1].zero_()
+    return *rows, *states
+
+
+def used_up(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+    """Keys are gone once they are written."""
+    k, rows = k.clone(), []
+    for t in range(TOKENS):
+        state = updated(state, k, v, g, t)
+        rows.append(read(q[:, :, t], state))
+        k[:, :, t].zero_()
+    return *rows, state, k
+
+
+def written_on(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+    """What was read is added to the next value."""
+    v, rows = v.clone(), []
+    for t in range(TOKENS):
+        state = updated(state, k, v, g, t)
+        rows.append(read(q[:, :, t], state))
+        v[:, :, t + 1].add_(rows[-1])
+    return *rows, state, v
+
+
+WRITES = [changed_rows, changed_states, used_up, written_on]
+
+
+@pytest.mark.parametrize("function", WRITES, ids=[f.__name__ for f in WRITES])
+def test_what_is_written_between_steps_is_seen(function: Function) -> None:
+    tensors, run = given(function), rewritten(Module(function), engine="tiled", require=True)
+    with torch.no_grad():
+        torch.testing.assert_close(run(*tensors), function(*given(function)))
