@@ -3,6 +3,7 @@
     capture      Dynamo's FX graph  -> functional ATen graph before autograd       refocus.capture
     facts        what each node is made of; closed arithmetic is folded on demand   refocus.facts
     recognize    lift and match: regions in index notation, or why not              refocus.recognize
+                 what belongs together is put together, and read again              refocus.regroup
     plan         region + shapes + device -> engine and tile sizes, or leave it     refocus.codegen.policy
     splice       swap each root for its fused form; keep shape, strides, order      refocus.splice
     place        results are put where they are first computed with                 refocus.output_chain
