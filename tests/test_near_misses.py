@@ -195,11 +195,6 @@ class LogWeights(Base):
         return scores.log_softmax(-1)
 
 
-class Sigmoid(Base):
-    def weights(self, scores: Tensor) -> Tensor:
-        return scores.sigmoid()
-
-
 class MaxNormaliser(Base):
     def mask(self, scores: Tensor) -> Tensor:
         return scores
@@ -236,7 +231,6 @@ DECLINED: dict[type[Base], str] = {
     TransposedWeights: "not normalised over the keys",
     SoftmaxTwice: "",
     LogWeights: "not normalised over the keys",
-    Sigmoid: "",
     MaxNormaliser: "the normaliser is a max",
     TwoNormalisers: "normalised more than once",
 }
