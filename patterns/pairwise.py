@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import dataclass, field
 
 from refocus import simplify as s
 from refocus.ir import Axis, Call, Const, Dot, Expr, Load, Reduce, rewrite
@@ -101,41 +102,55 @@ def _with_zeros(weights: Expr) -> Expr:
     relu(where(mask, x, -inf))            ->  where(mask, relu(x), 0)
     sigmoid(x + where(mask, 0, -1e9))     ->  where(mask, sigmoid(x), 0)
     """
+    return _Fills().followed(weights)
 
-    known: dict[Expr, Expr] = {}
 
-    def go(e: Expr) -> Expr:
-        if e not in known:
+@dataclass
+class _Fills:
+    """Follows fills to what becomes of them. `blurred`: something was added to a finite one, and taken for nothing;
+    `seen`: the number that came out of a fill is neither zero nor a fill, so that what was added may be seen."""
+
+    blurred: bool = False
+    seen: bool = False
+    known: dict[Expr, Expr] = field(default_factory=dict)
+
+    def followed(self, weights: Expr) -> Expr:
+        """The weights themselves where a fill does not end in a zero, or would not have for what is added to it."""
+        found = self._go(weights)
+        kept = any(map(_is_fill, found.walk())) or (self.blurred and self.seen)
+        return weights if kept else found
+
+    def _go(self, e: Expr) -> Expr:
+        if e not in self.known:
             whole = isinstance(e, Dot | Load | Reduce) or not e.is_float
-            children = e.children if whole else tuple(map(go, e.children))
+            children = e.children if whole else tuple(map(self._go, e.children))
             again = e if children == e.children else s.rebuild(e, children)
-            known[e] = _of_choice(again) if isinstance(again, Call) and not whole and again.op != "where" else again
-        return known[e]
+            inside = isinstance(again, Call) and not whole and again.op != "where"
+            self.known[e] = self._of_choice(again) if inside else again  # type: ignore[arg-type]
+        return self.known[e]
 
-    found = go(weights)
-    return weights if any(map(_is_fill, found.walk())) else found
+    def _of_choice(self, node: Call) -> Expr:
+        """A function of a choice between a value and a fill, as the choice between the function of the value and what
+        becomes of the fill, where that is a number."""
+        choices = [a for a in node.args if isinstance(a, Call) and a.op == "where" and a.is_float]
+        conditions = {a.args[0] for a in choices}
+        if len(conditions) != 1 or not any(map(_is_fill, (x for a in choices for x in a.args[1:]))):
+            return node
+        (condition,) = conditions
+        if holds_scores(condition):
+            return node
+        ends = [self._side(node, [a.children[n] if a in choices else a for a in node.args]) for n in (1, 2)]
+        return s.where(condition, *ends) if any(isinstance(x, Const) for x in ends) else node
 
-
-def _of_choice(node: Call) -> Expr:
-    """A function of a choice between a value and a fill, as the choice between the function of the value and what
-    becomes of the fill, where that is a number."""
-    choices = [a for a in node.args if isinstance(a, Call) and a.op == "where" and a.is_float]
-    conditions = {a.args[0] for a in choices}
-    if len(conditions) != 1 or not any(map(_is_fill, (x for a in choices for x in a.args[1:]))):
-        return node
-    (condition,) = conditions
-    if holds_scores(condition):
-        return node
-
-    def side(n: int) -> Expr:
-        args = [a.children[n] if a in choices else a for a in node.args]
+    def _side(self, node: Call, args: list[Expr]) -> Expr:
         fills = [a for a in args if _is_fill(a)]
         if node.op == "add" and fills:
-            return fills[0]  # whatever is added to it
-        return s.call(node.op, *args, dtype=node.dtype)
-
-    ends = side(1), side(2)
-    return s.where(condition, *ends) if any(isinstance(x, Const) for x in ends) else node
+            self.blurred |= any(isinstance(a, Const) and math.isfinite(a.value) for a in fills)
+            return fills[0]
+        value = s.call(node.op, *args, dtype=node.dtype)
+        number = fills and isinstance(value, Const)
+        self.seen |= bool(number) and not _is_fill(value) and value.value != 0  # type: ignore[attr-defined]
+        return value
 
 
 def _is_fill(e: Expr) -> bool:

@@ -77,6 +77,24 @@ def test_causal(function: Function) -> None:
     assert site.mask == "j <= i"
 
 
+def faint(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What is filled is small, and no zero: what is added to the fill is seen."""
+    scores = (q @ k.mT).masked_fill(later(q.shape[2]), -1e4) + 400 * q[..., :1]
+    return torch.sigmoid(scores * 1e-3) @ v
+
+
+def bounded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """tanh of a fill is -1."""
+    mask = torch.zeros(q.shape[2], q.shape[2], dtype=q.dtype).masked_fill(later(q.shape[2]), -1e9)
+    return torch.tanh(q @ k.mT + mask) @ v
+
+
+@pytest.mark.parametrize("function", [faint, bounded])
+def test_fills_that_are_no_zeros_are_no_mask(function: Function) -> None:
+    (site,) = check(Module(function), drawn(), family="pairwise", sites=1, lower=False, gradients=True).report.sites
+    assert not site.mask
+
+
 # ------------------------------------------------------------------------------------------------ functions of pairs
 
 
