@@ -113,7 +113,8 @@ def close_site(
         return read, of_row
 
     for draft, (mixed, factor, soft) in zip(drafts, lifted.terms):
-        read, of_row = read_part(draft, dtype)
+        # A mean over many keys may be smaller than float16 holds.
+        read, of_row = read_part(draft, wide if soft.unnormalised and dtype == "float16" else dtype)
         term: Expr = read
         if of_row is not None:
             if mixed:

@@ -173,6 +173,14 @@ def test_dtypes(function: Function, dtype: torch.dtype) -> None:
     check(Module(function), drawn(dtype=dtype), family="pairwise", sites=1, lower=False)
 
 
+def test_a_mean_may_be_smaller_than_half_precision_holds() -> None:
+    def small(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.sigmoid(q @ k.mT - 9.0).tril() @ v
+
+    given = [x[:1, :1].abs() * scale for x, scale in zip(drawn(tokens=2048, dtype=torch.float16), (0.3, 0.3, 1e-2))]
+    check(Module(small), given, family="pairwise", sites=1, lower=False)
+
+
 # ------------------------------------------------------------------------------------------------ rows
 
 
