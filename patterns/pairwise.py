@@ -78,7 +78,7 @@ def _of_total(divisor: Expr, parts: Factored, key: Axis) -> Expr:
     that the weights do not have."""
 
     def visit(node: Expr) -> Expr | None:
-        if not (isinstance(node, Reduce) and node.op == "sum"):
+        if not (isinstance(node, Reduce) and node.op == "sum" and node.axis.size == key.size):
             return None
         body = factored(_with_zeros(s.substitute(node.body, {node.axis: key})))
         mine, theirs = Counter(parts.factors), Counter(body.factors)

@@ -270,12 +270,30 @@ def other_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (weights / weights.abs().sum(-1, keepdim=True).clamp(min=1)) @ v
 
 
+def sum_of_some(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.sigmoid(q @ k.mT)
+    return (weights / (1 + weights[..., :5].sum(-1, keepdim=True))) @ v
+
+
+def sum_of_another_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.sigmoid(q @ k.mT)
+    return (weights / (1 + weights.sum(-1, keepdim=True).roll(1, 2))) @ v
+
+
+def sum_before_the_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.sigmoid(q @ k.mT)
+    return (weights.tril() / (1 + weights.sum(-1, keepdim=True))) @ v
+
+
 def other_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = F.relu(q @ k.mT)
     return (weights - weights.cumsum(-1)) @ v
 
 
-@pytest.mark.parametrize("function", [weights_returned, other_sum, other_keys])
+NEAR_MISSES = (weights_returned, other_sum, sum_of_some, sum_of_another_row, sum_before_the_mask, other_keys)
+
+
+@pytest.mark.parametrize("function", NEAR_MISSES)
 def test_near_miss(function: Function) -> None:
     sites = check(Module(function), drawn(), fused=False, lower=False).report.sites
     assert sites and not any(site.recognized for site in sites) and all(site.reason for site in sites)
