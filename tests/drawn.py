@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+import refocus
 from refocus.testing import check
 
 
@@ -31,6 +32,19 @@ def drawn(*keys: int) -> tuple[Tensor, ...]:
 
 def fuses(function: Callable[..., object], *keys: int, sites: int = 1, more: tuple[Tensor, ...] = ()) -> None:
     check(Attention(function), (*drawn(*keys), *more), sites=sites, lower=False, gradients=True)
+
+
+def fuses_once(function: Callable[..., Tensor], *lengths: tuple[int, ...]) -> None:
+    """One graph serves all of these numbers of keys, each of them a symbol of its own."""
+    module, reports = Attention(function), list[refocus.Report]()
+    run = refocus.optimize(module, engine="tiled", require=True, report=reports.append)
+    for keys in lengths:
+        given = drawn(*keys)
+        for tensor in given:
+            torch._dynamo.maybe_mark_dynamic(tensor, 2)
+        with torch.no_grad():
+            torch.testing.assert_close(run(*given), module(*given))
+    assert len(reports) == 1 and reports[0].sites[0].fused
 
 
 def stays(function: Callable[..., object], reason: str, *keys: int, more: tuple[Tensor, ...] = ()) -> None:

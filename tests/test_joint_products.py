@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import refocus
 from refocus.testing import check
 from tests.attended import attending
-from tests.drawn import Attention, drawn, fuses, scores, stays
+from tests.drawn import Attention, fuses, fuses_once, scores, stays
 
 # ---------------------------------------------------------------------------------------------------- joint products
 
@@ -109,16 +108,7 @@ def split_by_lengths(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, k3
 @pytest.mark.parametrize(("function", "parts"), [(apart_by_length, 2), (split_by_lengths, 3)])
 def test_parts_of_lengths_that_change(function: Callable[..., Tensor], parts: int) -> None:
     """Each tensor has a symbol of its own for its length: parts follow each other by what they are made of."""
-    module = Attention(function)
-    reports: list[refocus.Report] = []
-    run = refocus.optimize(module, engine="tiled", require=True, report=reports.append)
-    for lengths in ((10, 7, 5), (10, 11, 17), (9, 33, 4)):
-        given = drawn(*lengths[:parts])
-        for tensor in given:
-            torch._dynamo.maybe_mark_dynamic(tensor, 2)
-        with torch.no_grad():
-            torch.testing.assert_close(run(*given), module(*given))
-    assert len(reports) == 1 and reports[0].sites[0].fused
+    fuses_once(function, *(lengths[:parts] for lengths in ((10, 7, 5), (10, 11, 17), (9, 33, 4))))
 
 
 def returned_too(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> tuple[Tensor, Tensor]:

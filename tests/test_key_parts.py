@@ -18,7 +18,7 @@ import refocus
 from refocus.testing import check
 from tests.attended import attending
 from tests.children import interpreted, settle
-from tests.drawn import Attention, drawn, fuses, scores, stays
+from tests.drawn import Attention, drawn, fuses, fuses_once, scores, stays
 
 Function = Callable[..., Tensor]
 
@@ -303,15 +303,7 @@ def last_of_lengths(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> 
 
 @pytest.mark.parametrize("function", [part_of_lengths, last_of_lengths])
 def test_parts_of_lengths_that_change(function: Function) -> None:
-    module, reports = Attention(function), list[refocus.Report]()
-    run = refocus.optimize(module, engine="tiled", require=True, report=reports.append)
-    for lengths in ((10, 7), (10, 11), (9, 33)):
-        given = drawn(*lengths)
-        for tensor in given:
-            torch._dynamo.maybe_mark_dynamic(tensor, 2)
-        with torch.no_grad():
-            torch.testing.assert_close(run(*given), module(*given))
-    assert len(reports) == 1 and reports[0].sites[0].fused
+    fuses_once(function, (10, 7), (10, 11), (9, 33))
 
 
 # ---------------------------------------------------------------------------------------------------- near misses
